@@ -1,0 +1,164 @@
+"""Batch norm over groups of the global batch, conditional and plain (FACTS: official SAGAN §1.4).
+
+Statistics belong to images, not to machines: a group may be the whole batch over all ranks, or every n-th image of it.
+Per image and channel the mean and the variance over its pixels are taken first; groups, ranks and unequal shares are
+then combined from those in one gather forwards and one sum backwards, none where every group lies inside its rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sagan.world import World
+
+EPS = 1e-5
+DECAY = 0.999  # of the running averages, per generator update (official code)
+
+
+class Groups:
+    """Which group each local image belongs to: its position mod `count`.
+
+    `membership` is float32 [count, b] with a single 1 per column. `world` is a world of one where every group lies
+    inside its rank, so that no collective is called.
+    """
+
+    def __init__(self, positions: range, count: int, world: World, device: torch.device) -> None:
+        self.world = world if count % world.size else World()
+        index = torch.tensor([p % count for p in positions], device=device)
+        self.membership = torch.nn.functional.one_hot(index, count).t().float()
+
+
+class _GroupNorm(torch.autograd.Function):
+    """y = x̂ · scale + shift, with x̂ normalised over its group. Statistics are float32 at least."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, membership: Tensor, world: World, eps: float):  # type: ignore[no-untyped-def]
+        stats = torch.promote_types(x.dtype, torch.float32)
+        membership = membership.to(stats)
+        # [b, C], per image; in two passes, since torch.var_mean takes five to eighteen times as long channels-last
+        mean = x.mean((2, 3), dtype=stats)
+        variance = (x.to(stats) - mean[..., None, None]).square_().mean((2, 3))
+        count, group_mean, group_var = _combine_images(mean, variance, membership)
+        if world.size > 1:
+            packed = torch.cat([count[:, None], group_mean, group_var], dim=1)
+            count, group_mean, group_var = _combine_ranks(world.gather(packed), mean.shape[1])
+        # a group without a local image has no column in `membership`: its values are never used
+        mean, rstd = membership.t() @ group_mean, membership.t() @ (group_var + eps).rsqrt()
+        factor = rstd * scale
+        y = torch.addcmul((shift - mean * factor).to(x.dtype)[..., None, None], x, factor.to(x.dtype)[..., None, None])
+        ctx.save_for_backward(x, scale, mean, rstd, membership, membership.t() @ count)
+        ctx.world = world
+        weights = count / count.sum()
+        batch_mean, batch_var = weights @ group_mean, weights @ group_var
+        ctx.mark_non_differentiable(batch_mean, batch_var)
+        return y, batch_mean, batch_var
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
+        x, scale, mean, rstd, membership, count = ctx.saved_tensors
+        stats, pixels = mean.dtype, x.shape[2] * x.shape[3]
+        centred = x.to(stats) - mean[..., None, None]
+        dshift = dy.sum((2, 3), dtype=stats)
+        dscale = (dy.to(stats) * centred).sum((2, 3)) * rstd
+        sums = torch.stack([membership @ (scale * dshift), membership @ (scale * dscale)])
+        ctx.world.sum_(sums)
+        d_mean, d_var = (membership.t() @ s / (count[:, None] * pixels) for s in sums)
+        dx = (dy.to(stats) * scale[..., None, None] - d_mean[..., None, None]).sub_(
+            centred.mul_((rstd * d_var)[..., None, None])
+        )
+        return dx.mul_(rstd[..., None, None]).to(x.dtype), dscale, dshift, None, None, None
+
+
+def _combine_images(mean: Tensor, variance: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """([n] images, [n, C] mean, [n, C] variance) of the groups, from those of images of equal size."""
+    count = membership.sum(1)
+    weights = membership / count.clamp(min=1)[:, None]
+    group_mean = weights @ mean
+    deviation = mean - membership.t() @ group_mean
+    return count, group_mean, weights @ (variance + deviation.square())
+
+
+def _combine_ranks(packed: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over ranks, from [W, n, 1 + 2C]; every rank adds in the same order, so all get the same bits."""
+    counts, means, variances = packed.split([1, channels, channels], dim=2)
+    count = counts.sum(0)
+    weights = counts / count.clamp(min=1)
+    mean = (weights * means).sum(0)
+    return count[:, 0], mean, (weights * (variances + (means - mean).square())).sum(0)
+
+
+class BatchNorm(nn.Module):
+    """Plain batch norm with a learned scale and shift; `BatchNorm` of the official code's last layer.
+
+    In training it normalises over `groups`; in evaluation with `running_mean` and `running_var`. A training forward
+    leaves what it used in `batch_mean` and `batch_var` (the mean over groups); only `track` moves the running averages.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    batch_mean: Tensor
+    batch_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self._add_affine(channels)
+
+    def _add_affine(self, channels: int) -> None:
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def _affine(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[b, C] scale and shift of each image."""
+        return self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+
+    def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
+        """x [b, C, H, W], labels y int64 [b] or None; `groups` in training, None in evaluation."""
+        scale, shift = self._affine(x, y)
+        if groups is None:
+            factor = scale * (self.running_var + EPS).rsqrt()
+            offset = shift - self.running_mean * factor
+            return torch.addcmul(offset.to(x.dtype)[..., None, None], x, factor.to(x.dtype)[..., None, None])
+        with torch.autocast(x.device.type, enabled=False):  # statistics stay float32
+            y_, self.batch_mean, self.batch_var = _GroupNorm.apply(
+                x, scale, shift, groups.membership, groups.world, EPS
+            )
+        return y_
+
+
+class ConditionalBatchNorm(BatchNorm):
+    """Batch norm whose scale and shift are looked up by class; the tables are never spectrally normalised."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        self.classes = classes
+        super().__init__(channels)
+
+    def _add_affine(self, channels: int) -> None:
+        self.weight = nn.Parameter(torch.ones(self.classes, channels))
+        self.bias = nn.Parameter(torch.zeros(self.classes, channels))
+
+    def _affine(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert y is not None
+        return self.weight[y], self.bias[y]
+
+
+def conditional(channels: int, classes: int) -> BatchNorm:
+    """Conditional batch norm where there are classes, else plain."""
+    return ConditionalBatchNorm(channels, classes) if classes else BatchNorm(channels)
+
+
+def layers(network: nn.Module) -> list[BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, BatchNorm)]
+
+
+@torch.no_grad()
+def track(network: nn.Module, world: World) -> None:
+    """Move every layer's running averages by what its last training forward used, averaged over ranks."""
+    norms = layers(network)
+    used = [statistic for norm in norms for statistic in (norm.batch_mean, norm.batch_var)]
+    flat = world.sum_(torch.cat(used)) / world.size
+    averages = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
+    for average, statistic in zip(averages, flat.split([len(s) for s in used]), strict=True):
+        average.lerp_(statistic.to(average), 1 - DECAY)

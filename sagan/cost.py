@@ -1,0 +1,57 @@
+"""What a model costs, nominally: multiplications as the formulas are written, whatever the code saves."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from sagan.config import ModelConfig
+from sagan.discriminator import Discriminator
+from sagan.generator import Generator
+
+
+def parameters(config: ModelConfig) -> tuple[int, int]:
+    """Trainable scalars of generator and discriminator."""
+
+    def count(network: type[nn.Module]) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in network(config).parameters())
+
+    return count(Generator), count(Discriminator)
+
+
+def forward_macs(config: ModelConfig) -> tuple[int, int]:
+    """Multiply-accumulates of one image's forward pass, generator and discriminator: convolutions, linear layers and
+    attention products, resampling as separate steps (FACTS §1.10)."""
+    generator = config.z_dim * 16 * config.widths_g[0]
+    size = 4
+    for in_, out in pairwise(config.widths_g):
+        size *= 2
+        generator += size**2 * (9 * in_ * out + 9 * out * out + in_ * out)
+        generator += _attention(out, size) if size in config.attention_sizes else 0
+    generator += size**2 * 9 * config.widths_g[-1] * 3
+
+    discriminator, in_ = 0, 3
+    for i, (out, down) in enumerate(config.widths_d):
+        discriminator += size**2 * (9 * in_ * out + 9 * out * out)
+        after = size // 2 if down else size
+        if down or in_ != out:
+            discriminator += (after if i == 0 else size) ** 2 * in_ * out
+        in_, size = out, after
+        discriminator += _attention(out, size) if down and size in config.attention_sizes else 0
+    return generator, discriminator + in_ * (2 if config.labels else 1)
+
+
+def _attention(channels: int, size: int) -> int:
+    positions, keys = size**2, size**2 // 4
+    projections = positions * channels * (channels // 8 + channels // 8 + channels // 2 + channels // 2)
+    return projections + positions * keys * (channels // 8 + channels // 2)
+
+
+def step_flop_per_image(config: ModelConfig, n_dis: int = 1) -> float:
+    """Nominal FLOP per real image of a step with 1:1 updates, 2 · (4 G + 8 D); with n_dis D updates per G update the
+    generator's update (3 G + 2 D) is spread over n_dis images."""
+    g, d = forward_macs(config)
+    return 2 * ((g + 6 * d) + (3 * g + 2 * d) / n_dis)

@@ -1,0 +1,39 @@
+"""The projection discriminator (FACTS §1.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sagan.attention import SelfAttention
+from sagan.blocks import DiscriminatorBlock
+from sagan.config import ModelConfig
+from sagan.spectral_norm import Embedding, Linear
+
+
+class Discriminator(nn.Module):
+    """Image (and its class) → one logit, by projection where there are classes. No batch norm anywhere."""
+
+    def __init__(self, config: ModelConfig, *, spectral_norm: bool = True) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        in_, size = 3, config.size
+        for out, down in config.widths_d:
+            blocks.append(DiscriminatorBlock(in_, out, down=down, first=not blocks, spectral_norm=spectral_norm))
+            in_, size = out, size // 2 if down else size
+            if down and size in config.attention_sizes:
+                blocks.append(SelfAttention(out, spectral_norm=spectral_norm))
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = Linear(in_, 1, spectral_norm=spectral_norm)
+        self.embedding = Embedding(config.labels, in_, spectral_norm=spectral_norm) if config.labels else None
+
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """x float [b, 3, H, W] in [−1, 1], y int64 [b] (None when unconditional) → logits, float32 at least, [b]."""
+        h = F.relu(self.blocks(x))
+        with torch.autocast(x.device.type, enabled=False):
+            features = h.sum((2, 3), dtype=torch.promote_types(h.dtype, torch.float32))
+            logits = self.linear(features).squeeze(1)
+            if self.embedding is not None:
+                logits = logits + (features * self.embedding(y)).sum(1)
+        return logits
