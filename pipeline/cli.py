@@ -1,0 +1,254 @@
+"""The command line: `sagan …` and `python -m pipeline …` alike."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config.load import load, parse_overrides, to_yaml
+from pipeline.errors import SaganError, UsageError
+
+app = typer.Typer(
+    name="sagan",
+    help="Self-Attention GANs on Ray: pack images into shards, train, search, score, and pull the champion.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, e.g. jobs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keys that differ from the file: train.workers=2")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object for machines instead of words for people.")]
+
+
+@app.command(epilog="Example: `sagan run jobs/cifar10.yaml train.workers=2 data.train=s3://bucket/cifar10`")
+def run(
+    job: JobFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Show what would be done, with the arithmetic; start nothing.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Delete the run of this name first and start over.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a job of any kind. The same command resumes what was interrupted."""
+    from pipeline import jobs
+
+    resolved = load(job, parse_overrides(overrides or []))
+    if dry_run:
+        planned = jobs.dry_run(resolved)
+        _show(planned if isinstance(planned, dict) else planned.to_dict(), as_json, "would run")
+    else:
+        _show(jobs.execute(resolved, fresh=fresh), as_json, "done")
+
+
+@app.command(epilog="Example: `sagan config jobs/imagenet128.yaml train.kimg=1000`")
+def config(
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB]", help="A job file.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option(help="The JSON schema of every kind of job, for editors.")] = False,
+) -> None:
+    """Show a job with every default visible, or the schema of all jobs."""
+    from pydantic import TypeAdapter
+
+    from pipeline.config.schema import Job
+
+    if schema:
+        print(json.dumps(TypeAdapter(Job).json_schema(), indent=1, ensure_ascii=False))
+    elif job is not None:
+        print(to_yaml(load(job, parse_overrides(overrides or []))), end="")
+    else:
+        raise UsageError("nothing to show", "name a job file, or ask for --schema")
+
+
+@app.command(
+    epilog="Examples: `sagan pack photos/ s3://bucket/photos128` · "
+    "`sagan pack train=train.tar heldout=test.tar s3://bucket/cifar10 --resolution 32 --encoding png`"
+)
+def pack(
+    sources: Annotated[list[str], typer.Argument(metavar="[SPLIT=]SOURCE… DESTINATION")],
+    resolution: Annotated[int, typer.Option(help="Pixels per side: 32, 64, 128 or 256.")] = 128,
+    encoding: Annotated[str, typer.Option(help="jpeg, png or webp.")] = "jpeg",
+    quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
+    shard_images: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the order in which samples are written.")] = 0,
+    max_broken: Annotated[int, typer.Option(help="Undecodable images that are tolerated.")] = 0,
+) -> None:
+    """Pack images into shards: a folder of classes, a tar of such, or `digits`; from and to any URL."""
+    from pipeline.config.load import parse
+    from pipeline.config.schema import PackJob
+    from pipeline.jobs import execute
+
+    *given, destination = sources
+    if not given:
+        raise UsageError("no source is given", "sagan pack SOURCE DESTINATION")
+    splits = {name: source for name, _, source in (s.partition("=") for s in given if "=" in s)}
+    plain = [s for s in given if "=" not in s]
+    if len(plain) > 1 or (plain and splits):
+        raise UsageError("several sources need names", "sagan pack train=A heldout=B DESTINATION")
+    section = {
+        "source": plain[0] if plain else splits,
+        "resolution": resolution,
+        "encoding": encoding,
+        "quality": quality,
+        "shard_images": shard_images,
+        "seed": seed,
+        "max_broken": max_broken,
+    }
+    job = parse({"kind": "pack", "name": "pack", "destination": destination, "pack": section}, "sagan pack")
+    assert isinstance(job, PackJob)
+    execute(job)
+
+
+@app.command(epilog="Example: `sagan verify s3://bucket/imagenet128`")
+def verify(url: Annotated[str, typer.Argument(help="Shards, or a checkpoint.")]) -> None:
+    """Check every hash, and every image of a packed collection."""
+    from pipeline.data import pack as packing
+    from pipeline.storage import files, fileset
+
+    if files.exists(files.join(url, "index.safetensors")):
+        packing.verify(url)
+    else:
+        manifest = fileset.verify(url)
+        print(f"{url}: {len(manifest.files)} files, every hash right")
+
+
+@app.command(
+    epilog='Example: `sagan sample models:/imagenet128@champion --out dogs.png --classes "golden retriever" --n 16`'
+)
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="Registry URI (models:/NAME@champion), checkpoint URL or pulled folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    n: Annotated[int, typer.Option(help="How many images.")] = 64,
+    classes: Annotated[str | None, typer.Option(help="Names or numbers, separated by commas; default all.")] = None,
+    truncation: Annotated[float, typer.Option(help="Scales latents: below 1 more typical, less varied.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same images.")] = 0,
+) -> None:
+    """Write a labelled grid of samples."""
+    from pipeline.evaluation.models import open_model
+    from pipeline.tracking.grids import grid
+
+    generator = open_model(model)
+    wanted = [c.strip() for c in classes.split(",")] if classes else None
+    try:
+        labels = generator.labels(wanted, n)
+        images = generator.sample(wanted, n, seed, truncation)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    names = generator.class_names
+    captions = None if labels is None else [names[i] if names else str(i) for i in labels.tolist()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid(images, captions, columns=max(1, round(n**0.5))).save(out)
+    print(f"{n} images in {out}")
+
+
+@app.command(
+    epilog="Example: `sagan evaluate models:/cifar10@champion --reference s3://bucket/cifar10 --extractor classifier`"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Registry URI, checkpoint URL or pulled folder.")],
+    reference: Annotated[str, typer.Option(help="Packed collection to compare with.")],
+    extractor: Annotated[str, typer.Option(help="inception, classifier, or a .ts/.pt2 file.")] = "inception",
+    weights: Annotated[str | None, typer.Option(help="Weights file of inception.")] = None,
+    samples: Annotated[int, typer.Option(help="Generated images.")] = 50_000,
+    seed: Annotated[int, typer.Option(help="Seed of latents and labels.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Score a model against a collection."""
+    from pipeline.config.load import parse
+    from pipeline.jobs import execute
+
+    section: dict[str, Any] = {"extractor": extractor, "weights": weights, "samples": samples, "seed": seed}
+    values = {"kind": "evaluate", "name": "evaluate", "model": model, "reference": reference, "evaluate": section}
+    _show(execute(parse(values, "sagan evaluate")), as_json, "scores")
+
+
+@app.command(epilog="Example: `sagan pull models:/quickstart@champion champion/`")
+def pull(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Bring a registered model into a folder that torch and safetensors alone can load."""
+    from pipeline.evaluation.models import tracking_uri
+    from pipeline.tracking import registry
+
+    folder = registry.pull(tracking_uri(), model, destination)
+    print(f"{model} is in {folder}; load it with: sagan.load({str(folder)!r})")
+
+
+@app.command(epilog='Example: `sagan promote imagenet128 7 --force "6 shows memorised images"`')
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int, typer.Argument(help="Version that becomes champion.")],
+    force: Annotated[str | None, typer.Option(help="Reason for a version that is not the best.")] = None,
+) -> None:
+    """Move the alias `champion` by hand; an older version withdraws the newer ones."""
+    from pipeline.evaluation.models import tracking_uri
+    from pipeline.tracking import registry
+
+    registry.promote(tracking_uri(), name, version, force)
+    print(f"models:/{name}@champion is version {version}")
+
+
+@app.command(epilog="Example: `sagan doctor --cluster`")
+def doctor(
+    cluster: Annotated[bool, typer.Option(help="Ask the Ray cluster too.")] = False, as_json: Json = False
+) -> None:
+    """Check what this machine has, and say what to do about what is missing."""
+    from pipeline import doctor as checks
+
+    raise typer.Exit(checks.run(cluster, as_json))
+
+
+def _show(result: dict[str, Any], as_json: bool, title: str) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in _flat(result):
+        if value is not None:
+            table.add_row(key, f"{value:,.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """One row per value; of a protocol only its name, since it is a file of the run."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if key == "protocol":
+            rows.append((prefix + key, value["id"]))
+        elif isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((prefix + key, value))
+    return rows
+
+
+def main() -> None:
+    """Run a command; every failure ends with one message and the exit code of its kind."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        app(standalone_mode=True)
+    except SaganError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

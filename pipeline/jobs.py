@@ -1,0 +1,92 @@
+"""One front door for every kind of job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import plan
+from pipeline.config.load import load
+from pipeline.config.schema import EvaluateJob, Job, PackJob, TrainJob, TuneJob
+from pipeline.errors import SaganError
+
+
+def run(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fresh: bool = False) -> dict[str, Any]:
+    """Run a job file to its end and return its summary (keys: DESIGN, Measurements).
+
+    Raises pipeline.errors.SaganError and its kin.
+    """
+    return execute(load(path, overrides), fresh=fresh)
+
+
+def execute(job: Job, *, fresh: bool = False) -> dict[str, Any]:
+    if isinstance(job, PackJob):
+        return _pack(job)
+    if isinstance(job, EvaluateJob):
+        from pipeline.evaluation import evaluate
+
+        return evaluate.run(job)
+    if isinstance(job, TuneJob):
+        from pipeline.evaluation import evaluate
+        from pipeline.tuning import sweep
+
+        return sweep.tune(job, evaluate, fresh=fresh)
+    return _train(job, fresh)
+
+
+def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:
+    from pipeline.evaluation import evaluate
+    from pipeline.training import run as training
+
+    if fresh:
+        training.forget(job)
+    return training.train(job, evaluate)
+
+
+def _pack(job: PackJob) -> dict[str, Any]:
+    from pipeline.data.pack import pack
+
+    collection = pack(job.destination, job.pack)
+    return {
+        "name": job.name,
+        "kind": "pack",
+        "url": collection.url,
+        "digest": collection.digest,
+        "images": {split: collection.size(split) for split in collection.splits},
+    }
+
+
+def dry_run(job: Job) -> plan.Plan | dict[str, Any]:
+    """What a job would do; starts nothing. Reads the collection's manifest where it can be read."""
+    if isinstance(job, TuneJob):
+        from pipeline.config.load import trial_job
+
+        first = {key: _first(choice.model_dump(exclude_none=True)) for key, choice in job.space.items()}
+        trial = dry_run(trial_job(job, first))
+        assert isinstance(trial, plan.Plan)
+        return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial.to_dict()}
+    if not isinstance(job, TrainJob):
+        return json.loads(job.model_dump_json())
+    facts = _collection_facts(job)
+    if facts is None:
+        job = job.model_copy(update={"model": plan.assumed_model(job)})
+    else:
+        job = plan.complete(job, facts.resolution, facts.classes)
+    return plan.plan(job, facts)
+
+
+def _first(choice: dict[str, Any]) -> Any:
+    return next(iter(choice.values()))[0]
+
+
+def _collection_facts(job: TrainJob) -> plan.CollectionFacts | None:
+    from pipeline.data.index import Collection
+
+    try:
+        collection = Collection.open(job.data.train)
+    except SaganError:
+        return None
+    images = collection.size(job.data.split)
+    return plan.CollectionFacts(collection.digest, collection.resolution, collection.classes, images)

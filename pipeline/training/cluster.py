@@ -1,0 +1,184 @@
+"""Ray: connect, see that there is room, run workers under Ray Train, and find the cause of what it raises."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.schema import TrainJob
+from pipeline.errors import EnvironmentFault
+from pipeline.storage import files
+from pipeline.training.checkpoints import images_of, run_url
+
+if TYPE_CHECKING:
+    from pipeline.training.run import Evaluation, Run
+
+# glibc returns every large activation to the kernel by default and pays for it in page faults: a step of 128 px takes
+# 16 s instead of 10 s (FACTS §5.1). Must stand before a process starts.
+_CPU_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30),
+    "MALLOC_TOP_PAD_": str(256 * 2**20),
+}
+_CUDA_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def connect(least_cpus: float = 1) -> None:
+    """Join the cluster of RAY_ADDRESS (every submitted job has it); else start Ray on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Ray Train asks its workers for results this often; its default of 2 s would be the cost of each report
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else {"env_vars": _python_path()}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": runtime_env}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**options)
+        else:
+            ray.init(num_cpus=max(os.cpu_count() or 1, int(-(-least_cpus // 1))), include_dashboard=False, **options)
+    except (ConnectionError, OSError, RuntimeError) as error:
+        raise EnvironmentFault(
+            f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} cannot be reached: {error}",
+            "start one with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone",
+        ) from None
+
+
+def _python_path() -> dict[str, str]:
+    """Workers import the code that the driver imported, installed or not."""
+    checkout = str(Path(__file__).resolve().parents[2])
+    return {"PYTHONPATH": os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def uses_gpu(job: TrainJob) -> bool:
+    import ray
+
+    if job.resources.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) >= 1
+    return job.resources.device == "cuda"
+
+
+def prepare(job: TrainJob) -> bool:
+    """Connect and see that the workers fit; returns whether evaluation fits beside them.
+
+    Raises EnvironmentFault where they do not, since Ray would wait in silence.
+    """
+    import ray
+
+    workers, scores = job.train.workers, job.evaluate
+    connect(workers * job.resources.cpus_per_worker + scores.cpus)
+    have = ray.cluster_resources()
+    need = {"CPU": workers * job.resources.cpus_per_worker, "GPU": float(workers) if uses_gpu(job) else 0.0}
+    for resource, wanted in need.items():
+        if wanted > have.get(resource, 0):
+            raise EnvironmentFault(
+                f"{workers} workers need {wanted:g} {resource}s; the cluster has {have.get(resource, 0):g}",
+                f"set train.workers={int(have.get(resource, 0) // (wanted / workers))} or add nodes",
+            )
+    fits = all(need[r] + extra <= have.get(r, 0) for r, extra in (("CPU", scores.cpus), ("GPU", scores.gpus)) if extra)
+    if not fits:
+        print(
+            f"no room to evaluate beside training ({scores.cpus:g} CPUs, {scores.gpus:g} GPUs more): "
+            "scores are taken after it",
+            flush=True,
+        )
+    return fits
+
+
+def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
+    """Train with Ray Train until the workers return. Blocks; raises what Ray raises."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.training.worker import Assignment, train
+
+    job = run.job
+    gpu = uses_gpu(job)
+    filesystem, path = ray_storage(job.checkpoint.root)
+    _forget_ray_state(job)
+    assignment = Assignment(
+        job.model_dump(mode="json", by_alias=True),
+        run.tracking_uri,
+        run.run_id,
+        status,
+        run.method_digest,
+        evaluation is not None,
+    )
+    threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
+    env = {**threads, **(_CUDA_ALLOCATOR if gpu else _CPU_ALLOCATOR), **job.resources.env}
+    TorchTrainer(
+        train,
+        train_loop_config={"assignment": assignment},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=job.train.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": job.resources.cpus_per_worker, **({"GPU": 1.0} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=job.train.max_failures),
+            worker_runtime_env={"env_vars": env},
+        ),
+        validation_config=ValidationConfig(
+            fn=Validation(job, run.run_id, status, evaluation),
+            ray_remote_kwargs={"num_cpus": job.evaluate.cpus, "num_gpus": job.evaluate.gpus},
+        )
+        if evaluation
+        else None,
+    ).fit()
+
+
+class Validation:
+    """Scores a committed checkpoint in a Ray task of its own, beside training."""
+
+    def __init__(self, job: TrainJob, run_id: str, status: Any, evaluation: Evaluation) -> None:
+        self.job, self.run_id, self.status, self.evaluation = job, run_id, status, evaluation
+
+    def __call__(self, checkpoint: Any, name: str) -> dict[str, float]:
+        from pipeline.training.checkpoints import Checkpoints
+
+        url = Checkpoints(self.job).locate(name)
+        try:
+            scores = self.evaluation.score_checkpoint(self.job, url, self.run_id)
+        except Exception as error:
+            self.status.note.remote(f"{name} could not be scored now and will be after training: {error}")
+            raise
+        key, value = next(iter(scores.items()))
+        self.status.scored.remote(images_of(name), key, value)
+        return scores
+
+
+def ray_storage(root: str) -> tuple[Any, str]:
+    """Ray's view of the same storage. Its native S3 client makes directories that break other clients (FACTS §6.3)."""
+    import pyarrow.fs
+
+    filesystem, path = files.filesystem(root)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+def _forget_ray_state(job: TrainJob) -> None:
+    """Ray's snapshot of an earlier driver would name checkpoints that retention deleted; ours are the authority."""
+    snapshot = files.join(run_url(job), "checkpoint_manager_snapshot.json")
+    if files.exists(snapshot):
+        files.delete(snapshot)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The worker's own exception inside what Ray raised."""
+    import ray.exceptions
+    import ray.train
+
+    if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
+        return root_cause(error.worker_failures[min(error.worker_failures)])
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        return root_cause(error.cause)
+    original = getattr(error, "_base_exc", None)
+    return root_cause(original) if isinstance(original, BaseException) else error

@@ -1,0 +1,243 @@
+"""What every training worker runs: restore, then step, log, checkpoint until told to stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config.schema import TrainJob
+from pipeline.data.device import to_device
+from pipeline.data.index import Collection
+from pipeline.data.stream import Stream
+from pipeline.errors import SaganError
+from pipeline.storage import fileset
+from pipeline.tracking.tracker import Tracker
+from pipeline.training import consistency
+from pipeline.training.checkpoints import FACTS, METRICS, Checkpoints
+from pipeline.training.decisions import StepBorder, at_border
+from pipeline.training.status import Rate
+from sagan.attention import SelfAttention
+from sagan.state import TrainState
+from sagan.step import METRICS as STEP_METRICS
+from sagan.step import Step
+from sagan.world import World
+
+
+@dataclass
+class Assignment:
+    """What the driver hands to every worker."""
+
+    job: dict[str, Any]
+    tracking_uri: str
+    run_id: str
+    status: Any  # handle of the RunStatus actor
+    method_digest: str
+    validates: bool
+
+
+def train(config: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker."""
+    assignment: Assignment = config["assignment"]
+    worker = Worker(assignment)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+
+
+class Worker:
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.job = job = TrainJob.model_validate(assignment.job)
+        self.status = assignment.status
+        self.world = World.current()
+        self.leads = self.world.rank == 0
+        self.device = _prepare_device()
+        # decisions travel over the host, so that agreeing on them never waits for a GPU
+        self.control = dist.new_group(backend="gloo") if self.world.size > 1 else None
+        self.checkpoints = Checkpoints(job)
+        self.scratch = tempfile.TemporaryDirectory(prefix=f"sagan-{job.name}-")
+        self.metrics_file = Path(self.scratch.name) / METRICS
+        self.train_seconds = 0.0
+        self.collection = Collection.open(job.data.train)
+        self.state = self._restore()
+        self.step = Step(self.state, job.train.batch, self.world, job.train.precision)
+        self.stream = Stream(self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data)
+        self.tracker = Tracker(assignment.tracking_uri, assignment.run_id) if self.leads else None
+        self._replay_metrics()
+
+    def run(self) -> None:
+        job, state = self.job, self.state
+        batches = self._batches()
+        self.rate, since_log = Rate(), state.images
+        totals = torch.zeros(len(STEP_METRICS), device=self.device)
+        steps = 0
+        while state.images < 1000 * job.train.kimg:
+            before = state.images
+            totals += self.step(next(batches) for _ in range(job.optim.n_dis))
+            steps += 1
+            border = at_border(job, before, state.images, self._stop_requested())
+            if border.log:
+                self._log(totals / steps, state.images - since_log)
+                totals.zero_()
+                self.rate, since_log, steps = Rate(), state.images, 0
+            if border.checkpoint:
+                self._checkpoint(border)
+            if border.stop:
+                break
+
+    def close(self) -> None:
+        self.stream.close()
+        if self.tracker is not None:
+            self.tracker.close(timeout_s=30)
+        self.scratch.cleanup()
+
+    # --- beginning ---------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> TrainState:
+        """The newest good checkpoint (rank 0 decides which), else a fresh state."""
+        folder = Path(self.scratch.name) / "restored"
+        folder.mkdir()
+        name = self.checkpoints.fetch_newest(folder, self._note) if self.leads else None
+        name = self._from_leader(name)
+        if name is None:
+            state = TrainState(self.job.model, self.job.optim, self.job.seed, self.device)
+        else:
+            if not self.leads:
+                fileset.fetch(self.checkpoints.locate(name), folder)
+            state = TrainState.load(folder, self.device)
+            self.metrics_file.write_bytes((folder / METRICS).read_bytes())
+            self.train_seconds = json.loads((folder / FACTS).read_text())["train_seconds"]
+        consistency.check(state, self.world)
+        if self.leads:
+            ray.get(self.status.group_started.remote(state.images, name, self.train_seconds))
+        return state
+
+    def _replay_metrics(self) -> None:
+        """Hand the tracker every point of the checkpoint; what the run already holds it skips."""
+        if self.tracker is not None and self.metrics_file.exists():
+            for line in self.metrics_file.read_text().splitlines():
+                point = json.loads(line)
+                self.tracker.log(point["metrics"], point["step"], point["time_ms"])
+
+    # --- a step's surroundings ---------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        flip_seed = self.job.seed if self.job.data.flip else None
+        for batch in self.stream.batches(self.state.images, self.job.train.batch):
+            self.rate.data += batch.wait_s
+            yield to_device(batch, self.device, flip_seed)
+
+    def _stop_requested(self) -> bool:
+        """The driver's wish, as rank 0 sees it, agreed on by all ranks at the same border."""
+        asked = bool(self.leads and ray.get(self.status.progress.remote(self.state.images)))
+        if self.control is None:
+            return asked
+        flag = torch.tensor([asked])
+        dist.broadcast(flag, src=0, group=self.control)
+        return bool(flag)
+
+    def _log(self, metrics: Tensor, images: int) -> None:
+        values = dict(zip(STEP_METRICS, self.world.sum_(metrics).tolist(), strict=True))
+        if not all(map(math.isfinite, values.values())):
+            raise SaganError(
+                f"training diverged at {self.state.images / 1000:.1f} kimg: {values}",
+                "resume with lower learning rates under a new name; the checkpoints before it stand",
+            )
+        for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
+            gammas = [m.gamma.item() for m in part.modules() if isinstance(m, SelfAttention)]
+            values.update({f"gamma_{network}{i or ''}": gamma for i, gamma in enumerate(gammas)})
+        rate = self.rate.metrics(images)
+        self.train_seconds += images / rate["images_per_s"]
+        if self.tracker is not None:
+            step, now = self.state.images, int(time.time() * 1000)
+            metrics_now = {**values, **rate}
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": step, "time_ms": now, "metrics": metrics_now}) + "\n")
+            self.tracker.log(metrics_now, step, now)
+            self.status.progress.remote(step, metrics_now, self.train_seconds)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, border: StepBorder) -> None:
+        """Rank 0 writes, a background thread uploads; the last checkpoint of a run is waited for."""
+        began = time.perf_counter()
+        consistency.check(self.state, self.world)
+        upload = ray.train.CheckpointUploadMode.SYNC if border.stop else ray.train.CheckpointUploadMode.ASYNC
+        name, checkpoint = None, None
+        if self.leads:
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            facts = {
+                "train_seconds": self.train_seconds,
+                "evaluate": border.evaluate,
+                "collection": self.collection.digest,
+                "class_names": self.collection.class_names,
+                "method_digest": self.assignment.method_digest,
+            }
+            name = self.checkpoints.write(folder, self.state, self.metrics_file, facts)
+            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report(
+            {"images": self.state.images},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=self._from_leader(name),
+            checkpoint_upload_mode=upload,
+            checkpoint_upload_fn=partial(self._commit, images=self.state.images, to_score=border.evaluate),
+            delete_local_checkpoint_after_upload=True,
+            validation=_validation(name) if checkpoint and border.evaluate and self.assignment.validates else False,
+        )
+        finished = self.state.images >= 1000 * self.job.train.kimg
+        if border.stop and not finished and self.leads:
+            ray.get(self.status.stopped.remote())
+        self.rate.checkpoint += time.perf_counter() - began
+
+    def _commit(
+        self, checkpoint: ray.train.Checkpoint, name: str, *, images: int, to_score: bool
+    ) -> ray.train.Checkpoint:
+        self.checkpoints.commit(Path(checkpoint.path), name)
+        ray.get(self.status.committed.remote(name, images, to_score))
+        storage = ray.train.get_context().get_storage()
+        path = f"{storage.experiment_fs_path}/checkpoints/{name}"
+        return ray.train.Checkpoint(path, storage.storage_filesystem)
+
+    # --- between ranks -----------------------------------------------------------------------------------------------
+
+    def _from_leader(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Collective."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def _note(self, message: str) -> None:
+        self.status.note.remote(message)
+
+
+def _validation(name: str | None) -> ray.train.ValidationTaskConfig:
+    return ray.train.ValidationTaskConfig(fn_kwargs={"name": name})
+
+
+def _prepare_device() -> torch.device:
+    if ray.get_gpu_ids():
+        device = ray.train.torch.get_device()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        return device
+    # Ray forces one OpenMP thread per CPU it reserved; denormals cost four times as much as other numbers
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_flush_denormal(True)
+    return torch.device("cpu")
