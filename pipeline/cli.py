@@ -77,7 +77,7 @@ def config(
 def pack(
     sources: Annotated[list[str], typer.Argument(metavar="[SPLIT=]SOURCE… DESTINATION")],
     resolution: Annotated[int, typer.Option(help="Pixels per side: 32, 64, 128 or 256.")] = 128,
-    encoding: Annotated[str, typer.Option(help="jpeg, png or webp.")] = "jpeg",
+    encoding: Annotated[str | None, typer.Option(help="jpeg, png or webp; default png at 32 px, else jpeg.")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
     shard_images: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the order in which samples are written.")] = 0,
@@ -180,10 +180,10 @@ def pull(
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Bring a registered model into a folder that torch and safetensors alone can load."""
-    from pipeline.evaluation.models import tracking_uri
+    from pipeline.tracking.tracker import default_uri
     from pipeline.tracking import registry
 
-    folder = registry.pull(tracking_uri(), model, destination)
+    folder = registry.pull(default_uri(), model, destination)
     print(f"{model} is in {folder}; load it with: sagan.load({str(folder)!r})")
 
 
@@ -194,10 +194,10 @@ def promote(
     force: Annotated[str | None, typer.Option(help="Reason for a version that is not the best.")] = None,
 ) -> None:
     """Move the alias `champion` by hand; an older version withdraws the newer ones."""
-    from pipeline.evaluation.models import tracking_uri
+    from pipeline.tracking.tracker import default_uri
     from pipeline.tracking import registry
 
-    registry.promote(tracking_uri(), name, version, force)
+    registry.promote(default_uri(), name, version, force)
     print(f"models:/{name}@champion is version {version}")
 
 

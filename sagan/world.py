@@ -40,7 +40,7 @@ class World:
         """[size, *tensor.shape]: the tensor of every rank, in rank order."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
         if self.size > 1:
-            dist.all_gather_into_tensor(gathered, tensor.contiguous()[None])
+            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         else:
             gathered[0] = tensor
         return gathered

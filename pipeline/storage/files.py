@@ -1,0 +1,271 @@
+"""Files by URL: a plain path, s3://bucket/key, or whatever else fsspec knows.
+
+Calls are fresh (no listing cache), bounded in time, and fail in two ways only: FileNotFoundError where there is no such
+object, EnvironmentFault where the storage is not there, is full or does not let us in. s3fs is not fork-safe, so each
+process makes its own client, in the process that uses it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+from fsspec.core import strip_protocol
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import EnvironmentFault
+
+# What decides which client is meant: a changed variable (another endpoint, repaired keys) makes another client.
+_IDENTITY = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+)
+_S3 = {
+    "use_listings_cache": False,
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 20,
+        "retries": {"total_max_attempts": 4, "mode": "standard"},  # exponential, with jitter
+    },
+}
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with `parts` below it."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def name(url: str) -> str:
+    """The last part of a URL."""
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The absolute path of a URL that `is_local`."""
+    return Path(url.removeprefix("file://")).expanduser().absolute()
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole object. Raises FileNotFoundError, EnvironmentFault."""
+    with _storage(url) as (fs, path):
+        return bytes(fs.cat_file(path))
+
+
+def read_json(url: str) -> Any:
+    """The object, parsed. Raises FileNotFoundError, EnvironmentFault, json.JSONDecodeError."""
+    return json.loads(read_bytes(url))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write an object whole: readers see the old one, or none, or the new one. Raises EnvironmentFault."""
+    with _storage(url) as (fs, path):
+        if isinstance(fs, LocalFileSystem):
+            _replace(Path(path), lambda temp: temp.write_bytes(data))
+        else:
+            fs.pipe_file(path, data)
+
+
+def write_json(url: str, value: Any) -> None:
+    """Write `value` as JSON, the same bytes for the same value."""
+    write_bytes(url, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object or a folder. Raises EnvironmentFault (also where there is no such bucket)."""
+    with _storage(url) as (fs, path):
+        try:
+            fs.info(path)
+        except FileNotFoundError as error:
+            if _code(error) == "NoSuchBucket":
+                raise
+            return False
+        return True
+
+
+def list_names(url: str) -> list[str]:
+    """Names directly below a folder, sorted; [] where there is none. Raises EnvironmentFault."""
+    with _storage(url) as (fs, path):
+        return sorted(
+            name(entry) for entry in _missing_is_empty(fs.ls, path, detail=False) if entry.rstrip("/") != path
+        )
+
+
+def list_files(url: str) -> list[str]:
+    """Paths of all files at any depth below a folder, relative to it, sorted. Raises EnvironmentFault."""
+    if is_local(url):  # fsspec does not follow links, and a folder of classes may be made of them
+        root = local_path(url)
+        walked = os.walk(root, followlinks=True)
+        return sorted((Path(at) / file).relative_to(root).as_posix() for at, _, names in walked for file in names)
+    with _storage(url) as (fs, path):
+        folder = path.rstrip("/") + "/"
+        found = _missing_is_empty(fs.find, path)
+        return sorted(file.removeprefix(folder) for file in found if file.startswith(folder))
+
+
+def upload(local: Path, url: str) -> None:
+    """Copy a local file to a URL. Raises EnvironmentFault."""
+    with _storage(url) as (fs, path):
+        if isinstance(fs, LocalFileSystem):
+            _replace(Path(path), lambda temp: shutil.copyfile(local, temp))
+        else:
+            fs.put_file(str(local), path)
+
+
+def download(url: str, local: Path) -> None:
+    """Copy an object to a local file, whose folder exists. Raises FileNotFoundError, EnvironmentFault."""
+    with _storage(url) as (fs, path):
+        fs.get_file(path, str(local))
+
+
+def delete(url: str) -> None:
+    """Delete an object, or a folder with all below it; nothing where there is none. Raises EnvironmentFault."""
+    with _storage(url) as (fs, path):
+        _missing_is_empty(fs.rm, path, recursive=True)
+
+
+def check_writable(url: str) -> None:
+    """Write and delete an object below `url`, so that what is wrong with it is said before anything starts.
+
+    Raises EnvironmentFault.
+    """
+    probe = join(url, f".writable-{uuid4().hex}")
+    write_bytes(probe, b"")
+    delete(probe)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """This process's fsspec file system for a URL, and the path in it, for libraries that want these. It pickles."""
+    if is_local(url):
+        return _filesystem("file", (), os.getpid()), str(local_path(url))
+    protocol, _, _ = url.partition("://")
+    identity = tuple(os.environ.get(variable) for variable in _IDENTITY)
+    return _filesystem(protocol, identity, os.getpid()), strip_protocol(url)
+
+
+@contextmanager
+def _storage(url: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL and the path in it; its failures become ours."""
+    try:
+        fs, path = filesystem(url)
+    except (ImportError, ValueError) as error:
+        raise EnvironmentFault(
+            f"{url}: {error}", "install the fsspec package for this kind of URL, or correct it"
+        ) from error
+    try:
+        yield fs, path
+    except EnvironmentFault:
+        raise
+    except Exception as error:
+        if _code(error) == "403":  # the answer to a HEAD has no body and so no reason: ask in a way that has one
+            try:
+                fs.ls(path.partition("/")[0])
+            except Exception as reason:
+                error = reason
+        if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket":
+            raise FileNotFoundError(f"{url} does not exist") from error
+        raise _fault(url, error) from error
+
+
+@lru_cache(maxsize=16)
+def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int) -> Any:
+    """One file system per process and identity. Both serve as the key alone."""
+    if protocol != "s3":
+        return fsspec.filesystem(protocol, skip_instance_cache=True)
+    # Servers other than AWS answer a part of an object with the checksum of the whole, which botocore then refuses.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    return fsspec.filesystem("s3", skip_instance_cache=True, **_S3)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a temporary file beside `path` and rename it, so that `path` is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        write(temp)
+        with temp.open("rb") as file:
+            os.fsync(file.fileno())  # a manifest must not reach the disk before the files that it names
+        temp.replace(path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _missing_is_empty(call: Callable[..., Any], path: str, **options: Any) -> list[str]:
+    try:
+        return list(call(path, **options) or [])
+    except FileNotFoundError as error:
+        if _code(error) == "NoSuchBucket":
+            raise
+        return []
+
+
+def _code(error: BaseException) -> str:
+    """The S3 error code behind an exception of s3fs, "" where there is none."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _fault(url: str, error: Exception) -> EnvironmentFault:
+    """Which of the things that can be wrong with storage this is, and what to do about it."""
+    endpoint = (
+        os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS (no AWS_ENDPOINT_URL)"
+    )
+    where, code = (f"{url} at {endpoint}" if url.startswith("s3://") else url), _code(error)
+    if code == "NoSuchBucket":
+        bucket = url.removeprefix("s3://").partition("/")[0]
+        return EnvironmentFault(
+            f"{where}: bucket {bucket!r} does not exist", "create the bucket, or correct the URL or AWS_ENDPOINT_URL"
+        )
+    if code == "SignatureDoesNotMatch":
+        return EnvironmentFault(
+            f"{where}: the secret key is wrong for this key id (SignatureDoesNotMatch)", "correct AWS_SECRET_ACCESS_KEY"
+        )
+    if code == "InvalidAccessKeyId":
+        return EnvironmentFault(
+            f"{where}: the storage does not know this key id (InvalidAccessKeyId)", "correct AWS_ACCESS_KEY_ID"
+        )
+    if code.startswith("Expired") or code == "InvalidToken":
+        return EnvironmentFault(f"{where}: the credentials have expired ({code})", "get new ones and start again")
+    kind = type(error).__name__
+    if kind in ("NoCredentialsError", "PartialCredentialsError"):
+        return EnvironmentFault(
+            f"{where}: no credentials found",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use a machine with a role",
+        )
+    if isinstance(error, PermissionError):
+        return EnvironmentFault(
+            f"{where}: not allowed ({code or error.strerror or error})",
+            "give these credentials or this user the right to list, read and write there",
+        )
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "FSTimeoutError") or isinstance(
+        error, ConnectionError | TimeoutError
+    ):
+        return EnvironmentFault(
+            f"{where}: the storage cannot be reached ({kind})",
+            "check that the server runs, AWS_ENDPOINT_URL and the network",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentFault(f"{where}: no space left", "free some space, or choose another place")
+    return EnvironmentFault(
+        f"{where}: {kind}: {error}", "see the cause above; `sagan doctor` checks storage step by step"
+    )
