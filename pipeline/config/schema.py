@@ -6,12 +6,20 @@ Networks and optimisers are `sagan.config`'s dataclasses, used as they are. Desc
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sagan.config import RESOLUTIONS, ModelConfig, OptimConfig
 
+
+def _absolute(url: str) -> str:
+    """Paths are given relative to where a command runs; workers run elsewhere."""
+    return url if "://" in url or not url else str(Path(url).expanduser().absolute())
+
+
+Url = Annotated[str, AfterValidator(_absolute)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
@@ -48,7 +56,7 @@ class PackSection(Section):
 class DataSection(Section):
     """Where the shards are and in which order they are read."""
 
-    train: str
+    train: Url
     """URL of a packed collection: s3://bucket/imagenet128, a path, …"""
     split: str = "train"
     """The part of the collection to train on."""
@@ -90,7 +98,7 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     """What survives when machines die."""
 
-    root: str = "runs"
+    root: Url = Field("runs", validate_default=True)
     """URL under which every run has a folder: s3://bucket/runs, a path, …"""
     kimg: float = Field(100.0, gt=0)
     """A checkpoint this often (and at the end, and on interruption)."""
@@ -105,7 +113,7 @@ class EvaluateSection(Section):
     """Every so often the newest checkpoint is scored."""
     extractor: str = "inception"
     """`inception`, `classifier` (trained once on the collection), or a TorchScript / torch.export file (URL)."""
-    weights: str | None = None
+    weights: Url | None = None
     """Weights file of `inception` (URL); default ~/.cache/sagan/weights-inception-2015-12-05-6726825d.pth."""
     split: str = "train"
     """Real images that samples are compared with."""
@@ -130,6 +138,11 @@ class EvaluateSection(Section):
     grid: int = Field(64, ge=1)
     """Images in the sample grid."""
 
+    @field_validator("extractor")
+    @classmethod
+    def _file_is_absolute(cls, value: str) -> str:
+        return value if value in ("inception", "classifier") else _absolute(value)
+
 
 class TrackSection(Section):
     """Where metrics and models go."""
@@ -140,7 +153,7 @@ class TrackSection(Section):
     """MLflow experiment."""
     model: Name | None = None
     """Name in the registry; default the job's name."""
-    artifacts: str | None = None
+    artifacts: Url | None = None
     """Artifact location of a new experiment; default <checkpoint.root>/mlflow where the URI is sqlite."""
     register_model: bool = Field(True, alias="register")
     """Register new best checkpoints and move `champion`."""
@@ -200,7 +213,7 @@ class PackJob(Section):
 
     kind: Literal["pack"] = "pack"
     name: Name
-    destination: str
+    destination: Url
     """URL of the collection to write."""
     pack: PackSection
 
@@ -212,7 +225,7 @@ class EvaluateJob(Section):
     name: Name
     model: str
     """Registry URI (models:/NAME@ALIAS), checkpoint URL or pulled folder."""
-    reference: str
+    reference: Url
     """URL of the packed collection to compare with."""
     evaluate: EvaluateSection = EvaluateSection()
     track: TrackSection = TrackSection()

@@ -45,7 +45,12 @@ def test_what_decides_the_numbers_makes_another_method_and_nothing_else_does():
     reference = plan.digest(plan.method(imagenet(), IMAGENET.digest))
     for key, value in {"optim.lr_d": 1e-4, "seed": 1, "train.batch": 128, "data.flip": True, "model.z_dim": 64}.items():
         assert plan.digest(plan.method(imagenet(**{key: value}), IMAGENET.digest)) != reference, key
-    for key, value in {"train.workers": 4, "train.kimg": 1, "data.train": "s3://elsewhere", "evaluate.samples": 5}.items():
+    for key, value in {
+        "train.workers": 4,
+        "train.kimg": 1,
+        "data.train": "s3://elsewhere",
+        "evaluate.samples": 5,
+    }.items():
         assert plan.digest(plan.method(imagenet(**{key: value}), IMAGENET.digest)) == reference, key
     assert plan.digest(plan.method(imagenet(), "e" * 64)) != reference
 

@@ -23,9 +23,7 @@ def real(images, classes=3):
 
 def run(state, steps, **kwargs):
     step = Step(state, BATCH, **kwargs)
-    return [
-        step([real(state.images + k * BATCH) for k in range(state.optim.n_dis)]).tolist() for _ in range(steps)
-    ]
+    return [step([real(state.images + k * BATCH) for k in range(state.optim.n_dis)]).tolist() for _ in range(steps)]
 
 
 def same(a, b):

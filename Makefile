@@ -1,0 +1,46 @@
+# Everything runs in .venv, which `make setup` makes once, and again when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+# Where torch comes from, if not from the package registry, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+BENCHMARKS = $(filter-out _%,$(basename $(notdir $(wildcard tests/benchmarks/*.py))))
+
+.PHONY: help setup quickstart test test-slow test-gpu lint bench clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: .venv/installed  ## .venv with pinned versions and everything for the checks
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("needs Python 3.11 to 3.13: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: setup  ## the main job on this machine: S3, Ray, training, scores, champion; about five minutes
+	$(PY) -m infra.local.quickstart
+
+test: setup  ## unit, property and short system tests; SAGAN_TEST_DATA names the folder of real images
+	$(PYTEST) -m "not slow" --ignore=tests/gpu -n 2 --dist loadgroup
+
+test-slow: setup  ## rehearsals of all jobs, commands of the README, faults
+	$(PYTEST) -m slow --ignore=tests/gpu
+
+test-gpu: setup  ## on a CUDA device
+	$(PYTEST) tests/gpu
+
+lint: setup  ## style, types and the direction of imports
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: setup  ## every benchmark; one alone: .venv/bin/python -m tests.benchmarks.NAME
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) -m tests.benchmarks.$$name; done
+
+clean:  ## start over: forget all runs of this checkout and the local bucket
+	rm -rf runs .local

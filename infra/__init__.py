@@ -1,0 +1,1 @@
+"""What the pipeline runs on: servers for one machine, an image, Kubernetes."""

@@ -1,0 +1,124 @@
+"""The judge: a small network trained once on the real images, so that scores need no download.
+
+Its 64 features and its logits speak of this collection's classes only, which is what a rehearsal needs to know.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config.schema import DataSection
+from pipeline.data.index import Collection
+from pipeline.data.stream import Stream, read_images
+from pipeline.errors import UsageError
+from pipeline.evaluation.derived import derived
+from pipeline.evaluation.extractors import Extractor
+from sagan.world import World
+
+log = logging.getLogger(__name__)
+
+RECIPE = 1  # part of the stored name: a changed recipe is another judge
+FEATURES = 64
+BATCH = 64
+EPOCHS = 15
+LEAST_IMAGES, MOST_IMAGES = 20_000, 300_000
+
+
+class Classifier(nn.Module):
+    """Strided convolutions down to 4x4, their mean over places (64 features), one linear layer."""
+
+    def __init__(self, resolution: int, classes: int) -> None:
+        super().__init__()
+        stages = int(math.log2(resolution)) - 2
+        widths = [min(FEATURES, 4 * FEATURES // 2 ** (stages - i)) for i in range(stages)]
+        layers: list[nn.Module] = []
+        for before, width in zip([3, *widths], widths, strict=False):
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        self.stages = nn.Sequential(*layers)
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [n, 3, H, W] → (features float32 [n, 64], logits float32 [n, classes])."""
+        x = images.to(torch.float32).mul(2 / 255).sub(1)
+        features = self.stages(x).mean((2, 3))
+        return features, self.head(features)
+
+
+def classifier(collection: Collection, data: DataSection, seed: int, device: str = "cpu") -> Extractor:
+    """The judge of (collection, recipe, seed), trained on the `train` split if nobody has trained it yet.
+
+    `data` says where shards are cached and how many threads decode them. Raises UsageError for a collection without
+    classes.
+    """
+    require_classes(collection)
+    tensors, facts, digest = derived(
+        collection, f"classifier-v{RECIPE}-seed{seed}", lambda: _train_and_check(collection, data, seed)
+    )
+    network = Classifier(facts["resolution"], facts["classes"])
+    network.load_state_dict(tensors)
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Extractor("classifier", digest, network.eval().requires_grad_(False), device=device)
+
+
+def require_classes(collection: Collection) -> None:
+    if collection.classes < 2:
+        raise UsageError(
+            f"evaluate.extractor is classifier, but {collection.url} has no classes to learn",
+            "use evaluate.extractor: inception, or a TorchScript / torch.export file",
+        )
+
+
+def train(batches: Iterator[tuple[Tensor, Tensor]], resolution: int, classes: int, steps: int, seed: int) -> Classifier:
+    """A judge after `steps` of (images uint8 [n, 3, H, W], labels int64 [n]); the same for the same input and seed.
+
+    AdamW with a one-cycle rate; each batch is shifted by up to a sixteenth of its width.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Classifier(resolution, classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    shifts = torch.Generator().manual_seed(seed)
+    most = resolution // 16
+    for _, (images, labels) in zip(range(steps), batches, strict=False):
+        shift = torch.randint(-most, most + 1, (2,), generator=shifts).tolist()
+        _, logits = network(torch.roll(images, shift, (2, 3)))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+def _train_and_check(collection: Collection, data: DataSection, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    size = collection.size("train")
+    steps = min(max(EPOCHS * size, LEAST_IMAGES), MOST_IMAGES) // BATCH
+    log.info("training the judge (seed %d) of %s: %d steps, once for all runs", seed, collection.url, steps)
+    # Order is part of the recipe: the job's own lanes and window must not decide what its judge is.
+    order = DataSection(train=collection.url, cache=data.cache, cache_gb=data.cache_gb, threads=data.threads)
+    stream = Stream(collection, "train", seed=seed, world=World(), data=order)
+    try:
+        pairs = ((batch.images, batch.labels) for batch in stream.batches(0, min(BATCH, size)))
+        network = train(pairs, collection.resolution, collection.classes, steps, seed)
+    finally:
+        stream.close()
+    facts: dict[str, Any] = {"resolution": collection.resolution, "classes": collection.classes, "seed": seed}
+    if "heldout" in collection.splits:
+        facts["heldout_accuracy"] = _accuracy(network, collection, data)
+        log.info("the judge recognises %.1f %% of held-out real images", 100 * facts["heldout_accuracy"])
+    return network.state_dict(), facts
+
+
+@torch.inference_mode()
+def _accuracy(network: Classifier, collection: Collection, data: DataSection) -> float:
+    ids = torch.arange(collection.splits["heldout"].start, collection.splits["heldout"].stop).numpy()
+    images = read_images(collection, ids, data.cache, data.cache_gb, data.threads)
+    guesses = torch.cat([network(part)[1].argmax(1) for part in images])
+    return float((guesses == torch.from_numpy(collection.labels[ids])).double().mean())

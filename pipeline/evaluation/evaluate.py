@@ -1,0 +1,271 @@
+"""What training and the command line ask of evaluation: check, score, protect, conclude."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from pipeline.config.schema import DataSection, EvaluateJob, EvaluateSection, TrainJob
+from pipeline.data.index import Collection
+from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.evaluation import metrics, publish, records
+from pipeline.evaluation.classifier import Classifier, require_classes
+from pipeline.evaluation.extractors import Extractor
+from pipeline.evaluation.measure import (
+    Score,
+    load_extractor,
+    measure,
+    protocol_of,
+    ranking,
+    sampled,
+    score_model,
+    speaks_of,
+)
+from pipeline.evaluation.models import of_checkpoint, open_model
+from pipeline.evaluation.pictures import sample_picture
+from pipeline.evaluation.records import ScoreRecord, checkpoint_url, scores_of
+from pipeline.evaluation.statistics import frechet_distance, reference
+from pipeline.storage import files, fileset
+from pipeline.tracking import registry
+from sagan.sampling import Model
+
+log = logging.getLogger(__name__)
+
+ACCURACY_SAMPLES = 1000
+
+
+def check(job: TrainJob) -> None:
+    """Find out before training that its scores could not be taken.
+
+    Raises UsageError (no such split, no such score, no classes for the classifier, a file that is no extractor),
+    EnvironmentFault (no extractor file, no weights).
+    """
+    collection = Collection.open(job.data.train)
+    collection.ids(job.evaluate.split)
+    if job.evaluate.extractor == "classifier":
+        require_classes(collection)  # names do not need it trained
+        extractor = Extractor("classifier", "", Classifier(collection.resolution, collection.classes))
+    else:
+        extractor = load_extractor(job.evaluate, collection, job.data, job.evaluate.seed)
+    ranking(extractor, job.evaluate)
+
+
+def higher_is_better(job: TrainJob) -> bool:
+    """Of the score that ranks a job's checkpoints."""
+    return metrics.higher_is_better(job.evaluate.score)
+
+
+def score_checkpoint(job: TrainJob, checkpoint_url: str, run_id: str) -> dict[str, Any]:
+    """Score, log, record and, if it is the run's best, register one checkpoint.
+
+    Returns values by short name, the one that ranks first; it is None for a model that makes no finite images. What
+    has been scored under the same protocol is returned as it was. Raises CorruptError, UsageError, EnvironmentFault.
+    """
+    collection, extractor = _prepared(job, job.evaluate.seed)
+    record = _score(job, files.name(checkpoint_url), run_id, collection, extractor)
+    return {record.score.key: record.score.value, **record.score.values}
+
+
+def protected(job: TrainJob) -> set[str]:
+    """Names of checkpoints that retention must keep: the best, and those that registered versions name.
+
+    While the registry cannot be asked, all.
+    """
+    best = records.best(scores_of(job).values())
+    names = {best.checkpoint} if best else set()
+    if job.track.register_model:
+        try:
+            urls = registry.checkpoints(publish.tracking_uri(job), job.registry_name)
+        except EnvironmentFault as fault:
+            log.warning("no checkpoint is deleted for now: %s", fault.message)
+            return set(_complete(job))
+        names |= {files.name(url) for url in urls if url == checkpoint_url(job, files.name(url))}
+    return names
+
+
+def finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
+    """Score what is due and unscored, register the best, move `champion`, and score the best once more.
+
+    The last score is an independent one: other latents and, with the classifier, another judge (seed + 1 for both).
+
+    Returns the summary's part: `score` (that ranked), `final` (the independent one), `class_accuracy` (over 1 000
+    samples), `fd_classifier`, `fd_classifier_real` (held-out against training images), `registered`, `grid`,
+    `checkpoint`; None for what there is not. Raises UsageError, EnvironmentFault, CorruptError.
+    """
+    return _with_resources(job.evaluate, _finalise, job, run_id)
+
+
+def run(job: EvaluateJob) -> dict[str, Any]:
+    """Score one model; returns `score` and all `values` by short name."""
+    section, collection = job.evaluate, Collection.open(job.reference)
+    data, device = DataSection(train=job.reference), _device(section)
+    uri, images, seed = job.track.uri, section.standing_images, section.seed
+    model = open_model(job.model, device, tracking_uri=uri, standing_images=images, seed=seed)
+    score = score_model(model, section, collection, data=data, seed=seed, samples=section.samples, judge_seed=seed)
+    return {
+        "name": job.name,
+        "kind": "evaluate",
+        "model": job.model,
+        "score": score.summary(),
+        "values": score.values,
+    }
+
+
+# --- one checkpoint --------------------------------------------------------------------------------------------------
+
+
+def _prepared(job: TrainJob, judge_seed: int) -> tuple[Collection, Extractor]:
+    collection = Collection.open(job.data.train)
+    return collection, load_extractor(job.evaluate, collection, job.data, judge_seed, _device(job.evaluate))
+
+
+def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, extractor: Extractor) -> ScoreRecord:
+    """The record of a checkpoint, taken now unless it stands."""
+    section, key = job.evaluate, ranking(extractor, job.evaluate)
+    protocol = protocol_of(extractor, section, collection, seed=section.seed, samples=section.samples)
+    known = records.read(job, checkpoint)
+    if known and known.score.protocol == protocol and (key in known.score.values or not known.score.values):
+        return replace(known, score=replace(known.score, key=key))
+    began = time.monotonic()
+    model = _model(job, checkpoint, extractor.device)
+    score = measure(model, extractor, protocol, section, collection, job.data)
+    images = int(checkpoint.split("-")[0])
+    record = ScoreRecord(checkpoint, images, score, time.monotonic() - began, int(time.time() * 1000))
+    picture = _picture(job, record, model, collection)
+    with tempfile.TemporaryDirectory(prefix="sagan-grid-") as temp:
+        path = Path(temp) / f"{checkpoint}.png"
+        picture.save(path)
+        files.upload(path, grid_url(job, checkpoint))
+        publish.log_scores(job, run_id, [record], [path])
+    records.write(job, record)  # last: what has a record is done
+    best = records.best(scores_of(job).values())
+    if job.track.register_model and best and best.checkpoint == checkpoint:
+        try:
+            publish.make_champion_comparable(job, score, collection, extractor)
+            publish.register(job, run_id, record, model, picture)
+        except SaganError as error:
+            log.warning("%s will be registered after training: %s", checkpoint, error.message)
+    return record
+
+
+def _model(job: TrainJob, checkpoint: str, device: str) -> Model:
+    section = job.evaluate
+    url = checkpoint_url(job, checkpoint)
+    return of_checkpoint(url, device, standing_images=section.standing_images, seed=section.seed)
+
+
+def _picture(job: TrainJob, record: ScoreRecord, model: Model, collection: Collection) -> Image.Image:
+    value = "no score" if record.score.value is None else f"{record.score.key} {record.score.value:.4g}"
+    title = f"{job.name} · {record.images / 1000:g} kimg · {value}"
+    return sample_picture(model, job.evaluate, collection, job.data, title)
+
+
+def grid_url(job: TrainJob, checkpoint: str) -> str:
+    return files.join(job.checkpoint.root, job.name, "grids", f"{checkpoint}.png")
+
+
+# --- at the end ------------------------------------------------------------------------------------------------------
+
+
+def _finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
+    collection, extractor = _prepared(job, job.evaluate.seed)
+    for checkpoint in _due(job):
+        _score(job, checkpoint, run_id, collection, extractor)
+    standing = [record for name, record in scores_of(job).items() if name in set(_complete(job))]
+    best = records.best(standing)
+    if best is None:
+        publish.log_scores(job, run_id, standing, [])
+        return dict.fromkeys(_SUMMARY)
+    model = _model(job, best.checkpoint, extractor.device)
+    registered = None
+    if job.track.register_model:
+        publish.make_champion_comparable(job, best.score, collection, extractor)
+        registered = publish.register(job, run_id, best, model, _picture(job, best, model, collection))
+    final, figures = _final_score(job, model, collection)
+    publish.log_scores(job, run_id, [*standing, replace(best, score=final)], [])  # also what an outage kept back
+    return {
+        "score": best.score.summary(),
+        "final": final.summary(),
+        **figures,
+        "registered": registered,
+        "grid": grid_url(job, best.checkpoint),
+        "checkpoint": checkpoint_url(job, best.checkpoint),
+    }
+
+
+_SUMMARY = (
+    *("score", "final", "class_accuracy", "fd_classifier", "fd_classifier_real"),
+    *("registered", "grid", "checkpoint"),
+)
+
+
+def _final_score(job: TrainJob, model: Model, collection: Collection) -> tuple[Score, dict[str, float | None]]:
+    section, seed = job.evaluate, job.evaluate.seed + 1
+    extractor = load_extractor(section, collection, job.data, seed, str(model.device))
+    samples = section.final_samples or section.samples
+    if section.extractor == "classifier":
+        samples = min(samples, collection.size(section.split))
+    protocol = protocol_of(extractor, section, collection, seed=seed, samples=samples)
+    score = measure(model, extractor, protocol, section, collection, job.data)
+    real = reference(collection, section.split, extractor, job.data, section.batch)
+    accuracy, between_real = None, None
+    if speaks_of(model, real):
+        parts = list(sampled(model, extractor, seed, ACCURACY_SAMPLES, section.batch))
+        _, logits, asked = (torch.cat(column) for column in zip(*parts, strict=True))
+        accuracy = metrics.class_accuracy(logits.cpu(), asked)
+    if section.extractor == "classifier" and "heldout" in collection.splits:
+        heldout = reference(collection, "heldout", extractor, job.data, section.batch)
+        between_real = frechet_distance(heldout.moments, real.moments)
+    figures = {
+        "class_accuracy": accuracy,
+        "fd_classifier": score.values.get("fd_classifier"),
+        "fd_classifier_real": between_real,
+    }
+    return score, figures
+
+
+def _complete(job: TrainJob) -> list[str]:
+    """Names of the checkpoints whose manifest stands, oldest first."""
+    url = files.join(job.checkpoint.root, job.name, "checkpoints")
+    return [name for name in files.list_names(url) if fileset.read_manifest(files.join(url, name))]
+
+
+def _due(job: TrainJob) -> list[str]:
+    """The checkpoints that should have a score: those made for it, and the newest."""
+    complete = _complete(job)
+
+    def made_for_it(name: str) -> bool:
+        return bool(files.read_json(files.join(checkpoint_url(job, name), "checkpoint.json")).get("evaluate", True))
+
+    return [name for name in complete if name == complete[-1] or made_for_it(name)]
+
+
+# --- where -----------------------------------------------------------------------------------------------------------
+
+
+def _device(section: EvaluateSection) -> str:
+    return "cuda" if section.gpus and torch.cuda.is_available() else "cpu"
+
+
+def _with_resources(
+    section: EvaluateSection, function: Callable[..., dict[str, Any]], *arguments: Any
+) -> dict[str, Any]:
+    """Run here, or as a Ray task on a GPU of the cluster where the section asks for one."""
+    import ray
+
+    if not section.gpus or not ray.is_initialized():
+        return function(*arguments)
+    task = ray.remote(num_cpus=section.cpus, num_gpus=section.gpus)(function)
+    try:
+        result: dict[str, Any] = ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return result

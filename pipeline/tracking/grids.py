@@ -1,0 +1,65 @@
+"""Pictures of images: a labelled grid, and two grids side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+LEAST_TILE = 64  # pixels per side; smaller images are magnified by a whole number
+GAP, MARGIN, TEXT = 4, 16, 15
+INK, PAPER, FAINT = (32, 32, 32), (255, 255, 255), (110, 110, 110)
+
+
+def grid(images: Tensor, labels: Sequence[str] | None = None, columns: int = 8, title: str = "") -> Image.Image:
+    """Images uint8 [n, 3, H, W], n ≥ 1, in rows of `columns`, with a title line.
+
+    Of `labels`, one per image, each row that has only one gets it written at its left; where a row has several, every
+    image gets its own below it.
+    """
+    font = ImageFont.load_default(TEXT)
+    factor = max(1, -(-LEAST_TILE // images.shape[-1]))
+    width, height = images.shape[-1] * factor, images.shape[-2] * factor
+    columns = min(columns, len(images))
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    by_row = labels is not None and all(len({labels[i] for i in row}) == 1 for row in rows)
+    left = max(round(font.getlength(labels[row[0]])) for row in rows) + 2 * GAP if labels and by_row else 0
+    below = TEXT + 2 * GAP if labels and not by_row else 0
+    above = TEXT + MARGIN if title else 0
+    content = max(left + columns * (width + GAP), round(font.getlength(title)))
+    page = Image.new("RGB", (2 * MARGIN + content, 2 * MARGIN + above + len(rows) * (height + below + GAP)), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((MARGIN, MARGIN), title, INK, font)
+    for r, row in enumerate(rows):
+        top = MARGIN + above + r * (height + below + GAP)
+        if labels and by_row:
+            draw.text((MARGIN, top + height / 2), labels[row[0]], INK, font, anchor="lm")
+        for c, i in enumerate(row):
+            x = MARGIN + left + c * (width + GAP)
+            tile = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
+            page.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x, top))
+            if labels and not by_row:
+                draw.text((x, top + height + GAP), _fitting(labels[i], width, font), FAINT, font)
+    return page
+
+
+def beside_real(
+    generated: Tensor, real: Tensor, labels: Sequence[str] | None = None, columns: int = 8, title: str = ""
+) -> Image.Image:
+    """A grid of generated images, and the grid of as many real ones with the same labels at its right."""
+    left = grid(generated, labels, columns, f"generated{title and ' · '}{title}")
+    right = grid(real, labels, columns, "real")
+    page = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), PAPER)
+    page.paste(left, (0, 0))
+    page.paste(right, (left.width, 0))
+    return page
+
+
+def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, cut with an ellipsis to `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

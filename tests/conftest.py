@@ -1,0 +1,60 @@
+"""Real servers and real images for every test that asks.
+
+Servers are those of `infra.local`, started when first asked for, once per process, and ended with it. Tests that start
+Ray carry `xdist_group("ray")`, so that one worker has them all and its cluster is the only one.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.local.servers import S3, MlflowServer, Ray
+
+
+class TestS3(S3):
+    __test__ = False
+
+    def bucket(self, name: str | None = None) -> str:
+        """A fresh bucket's URL."""
+        return super().bucket(name or f"test-{uuid.uuid4().hex[:8]}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestS3]:
+    """A real S3 server; this process's environment names it from the first use on."""
+    with TestS3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(s3: TestS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real MLflow server whose artifacts are in a bucket. Clients take `.uri`; the environment is left alone."""
+    with MlflowServer(tmp_path_factory.mktemp("mlflow"), artifacts=f"{s3.bucket()}/mlflow") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: TestS3) -> Iterator[Ray]:
+    """A Ray head of 4 logical CPUs whose jobs reach `s3`; give `.env` to a driver started as a process."""
+    with Ray(env=s3.env) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path | None:
+    """Folder of real collections, or None: then a test uses scikit-learn's digits, and says so."""
+    folder = os.environ.get("SAGAN_TEST_DATA")
+    return Path(folder) if folder else None

@@ -1,0 +1,59 @@
+"""The method on a CUDA device equals the method on the CPU. Needs torch, numpy and safetensors alone."""
+
+import torch
+
+from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
+from sagan.random import Purpose, labels, latents
+
+SMALL = ModelConfig(resolution=32, classes=10, channels_g=8, channels_d=8, z_dim=16)
+BATCH = 16
+
+
+def real(images, device, dtype):
+    positions = range(images, images + BATCH)
+    pixels = latents(9, Purpose.DEQUANTISE, positions, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
+    return pixels.to(device, dtype), labels(9, Purpose.DEQUANTISE, positions, 10).to(device)
+
+
+def trained(device, dtype, updates, precision="float32"):
+    state = TrainState(SMALL, OptimConfig(), seed=1, device=device).to(dtype)
+    step = Step(state, BATCH, precision=precision)
+    losses = [step([real(state.images, device, dtype)]) for _ in range(updates)]
+    return state, torch.stack(losses).double().cpu()
+
+
+def test_five_updates_equal_the_cpus_in_float64():
+    """1e-9 as between ranks (FACTS §4): only the order of sums differs."""
+    ours, losses = trained("cuda", torch.float64, 5)
+    theirs, expected = trained("cpu", torch.float64, 5)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+    for (name, a), (_, b) in zip(ours.tensors(), theirs.tensors(), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-8, msg=name)
+
+
+def test_bf16_trains_and_leaves_float32_states():
+    state, losses = trained("cuda", torch.float32, 20, precision="bf16")
+    _, exact = trained("cuda", torch.float32, 1)
+    assert losses.isfinite().all()
+    torch.testing.assert_close(losses[0], exact[0], rtol=0.05, atol=0.05)
+    assert {tensor.dtype for _, tensor in state.tensors()} == {torch.float32}
+
+
+def test_a_state_moves_between_devices(tmp_path):
+    state, _ = trained("cuda", torch.float32, 2)
+    state.save(tmp_path)
+    on_cpu, back = TrainState.load(tmp_path), TrainState.load(tmp_path, "cuda")
+    for (name, a), (_, b), (_, c) in zip(state.tensors(), on_cpu.tensors(), back.tensors(), strict=True):
+        assert torch.equal(a.cpu(), b), name
+        assert torch.equal(a, c), name
+
+
+def test_the_full_model_steps_and_samples_at_128_px():
+    config = ModelConfig(resolution=128, classes=1000, attention=(64,))
+    state = TrainState(config, OptimConfig(), seed=0, device="cuda")
+    step = Step(state, 32, precision="bf16")
+    pixels = torch.rand(32, 3, 128, 128, device="cuda") * 2 - 1
+    y = torch.arange(32, device="cuda")
+    assert all(step([(pixels, y)]).isfinite().all() for _ in range(3))
+    model = Model.from_state(state, standing_images=128)
+    assert model.sample(n=4).shape == (4, 3, 128, 128)

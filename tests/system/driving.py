@@ -1,0 +1,91 @@
+"""Drive `python -m pipeline` as its users do: as a process with a terminal's output, signals and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+# The quickstart with networks and counts so small that a run is mostly Ray starting its workers.
+TINY = {
+    "model.channels_g": 4,
+    "model.channels_d": 4,
+    "model.multipliers_g": "[4,4,4,4]",
+    "model.multipliers_d": "[2,2,2,2]",
+    "train.kimg": 1.6,
+    "train.log_kimg": 0.064,
+    "checkpoint.kimg": 0.32,
+    "evaluate.kimg": 100,
+    "evaluate.samples": 64,
+    "evaluate.standing_images": 32,
+    "evaluate.grid": 20,
+}
+
+
+class Driver:
+    """One `sagan run`, by default of the tiny quickstart."""
+
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        *,
+        command: Sequence[str] = (sys.executable, "-m", "pipeline", "run"),
+        job: str = "quickstart.yaml",
+        tiny: bool = True,
+        **overrides: Any,
+    ) -> None:
+        self.folder = folder
+        arguments = [f"{key}={value}" for key, value in {**(TINY if tiny else {}), **overrides}.items()]
+        self.process = subprocess.Popen(
+            [*command, str(JOBS / job), *arguments],
+            cwd=folder,
+            env={**os.environ, **environment, "PYTHONPATH": str(JOBS.parent), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.output = ""
+
+    def until(self, text: str) -> str:
+        """Read until a line holds `text`; that line."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return line
+        raise AssertionError(f"the run ended before {text!r}:\n{self.output}")
+
+    def end(self) -> int:
+        """Read to the end; the exit code."""
+        assert self.process.stdout is not None
+        self.output += self.process.stdout.read()
+        return self.process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def summary(self, name: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.folder / "runs" / name / "summary.json").read_text())
+        return value
+
+
+def training_workers() -> list[int]:
+    """Process ids of Ray Train's workers on this machine that have begun to train."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if command.startswith(b"ray::RayTrainWorker"):
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,280 @@
+"""Tracker and registry against a real MLflow server with its artifacts on a real S3 server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from infra.local.server import free_port
+from infra.local.servers import MlflowServer
+from pipeline.errors import EnvironmentFault, UsageError
+from pipeline.storage import files
+from pipeline.tracking import registry
+from pipeline.tracking.card import card
+from pipeline.tracking.grids import grid
+from pipeline.tracking.tracker import Tracker, client
+from sagan.config import ModelConfig, OptimConfig
+from sagan.sampling import Model
+from sagan.state import TrainState
+
+pytestmark = pytest.mark.system
+
+SAMPLE = """
+import sys
+sys.path.insert(0, sys.argv[1] + "/code")
+import sagan
+from safetensors.torch import save_file
+
+model = sagan.load(sys.argv[1])
+images = model.sample(classes=["seven"], n=4, seed=3, truncation=0.7)
+save_file({"images": images.contiguous()}, sys.argv[2])
+assert sagan.__file__.startswith(sys.argv[1]), sagan.__file__
+assert not {"mlflow", "ray", "pipeline", "fsspec", "torchvision"} & set(sys.modules)
+"""
+
+PREDICT = """
+import mlflow, pandas as pd, sys
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+rows = pd.DataFrame({"class": ["seven", "0"], "seed": [3, 3], "truncation": [0.7, 1.0]})
+assert model.predict(pd.DataFrame({"seed": [1, 2]}))["class"].tolist() == ["zero", "one"]
+print(model.predict(rows).to_json(orient="records"))
+import sagan
+assert sagan.__file__.endswith("/code/sagan/__init__.py"), sagan.__file__
+assert "pipeline" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def server(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("mlflow"), artifacts=s3.bucket(), env=s3.env) as running:
+        yield running
+
+
+@pytest.fixture
+def run_id(server: MlflowServer) -> str:
+    tracker = Tracker.start(server.uri, "registry", "run", None, {}, {}, None)
+    tracker.close(timeout_s=10)
+    return tracker.run_id
+
+
+@pytest.fixture
+def name() -> str:
+    return f"model-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is ready to register."""
+    networks = ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8)
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    model = Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32, class_names=words)
+    folder = tmp_path_factory.mktemp("model")
+    model.save(folder)
+    grid(model.sample(n=10), words, columns=5).save(folder / "samples.png")
+    score = {"key": "fd_x", "value": 12.5, "protocol": {"extractor": "x", "samples": 100}}
+    (folder / "README.md").write_text(card("digits", model, score, {"kimg": "2"}))
+    return folder
+
+
+def tags(value: float, metric: str = "fd_x/11111111", better: str = "lower") -> dict[str, str]:
+    return {
+        "metric": metric,
+        metric: repr(value),
+        "better": better,
+        "protocol": json.dumps({"extractor": metric}),
+        "checkpoint_sha256": uuid.uuid4().hex,
+        "checkpoint": f"s3://bucket/runs/x/checkpoints/{value}",
+    }
+
+
+def test_a_registered_model_is_found_pulled_and_sampled_without_this_system(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path
+) -> None:
+    facts = tags(12.5)
+    version = registry.register(server.uri, name, folder, run_id, facts)
+    assert registry.promote_best(server.uri, name) == version
+    assert registry.register(server.uri, name, folder, run_id, facts) == version
+    assert registry.checkpoints(server.uri, name) == {facts["checkpoint"]}
+    source = client(server.uri).get_model_version(name, str(version)).source
+    assert files.exists(f"{source}/generator.safetensors")
+    assert source.startswith("s3://")
+
+    pulled = registry.pull(server.uri, f"models:/{name}@champion", tmp_path / "elsewhere" / "champion")
+    assert {"generator.safetensors", "config.json", "code", "README.md", "samples.png"} <= {
+        p.name for p in pulled.iterdir()
+    }
+    assert "fd_x = 12.5" in (pulled / "README.md").read_text()
+    out = tmp_path / "images.safetensors"
+    isolated("-c", SAMPLE, str(pulled), str(out), cwd=tmp_path)
+    from safetensors.torch import load_file
+
+    expected = Model.load(folder).sample(["seven"], 4, 3, 0.7)
+    assert torch.equal(load_file(out)["images"], expected)
+    assert registry.pull(server.uri, f"models:/{name}/{version}", pulled) == pulled
+
+
+def test_the_card_of_a_pulled_model_shows_code_that_runs(folder: Path, tmp_path: Path) -> None:
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 10
+    (tmp_path / "model").symlink_to(folder)
+    isolated("-c", code, cwd=tmp_path / "model")
+    assert Image.open(folder / "sample-15.png").size == (32, 32)
+
+
+def test_mlflow_opens_it_without_pickle_and_without_this_repository(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path
+) -> None:
+    registry.register(server.uri, name, folder, run_id, tags(1.0))
+    registry.promote_best(server.uri, name)
+    environment = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    printed = isolated("-c", PREDICT, server.uri, f"models:/{name}@champion", cwd=tmp_path, **environment)
+    rows = json.loads(printed.splitlines()[-1])
+    assert [row["class"] for row in rows] == ["seven", "zero"]
+    image = Image.open(io.BytesIO(base64.b64decode(rows[0]["png"])))
+    expected = Model.load(folder).sample(["seven"], 1, 3, 0.7)[0]
+    assert image.tobytes() == expected.permute(1, 2, 0).contiguous().numpy().tobytes()
+
+
+def test_champion_moves_to_better_ones_only_and_never_across_protocols(
+    server: MlflowServer, run_id: str, name: str, folder: Path
+) -> None:
+    def add(value: float, **changes: str) -> int:
+        registry.register(server.uri, name, folder, run_id, tags(value, **changes))
+        champion = registry.promote_best(server.uri, name)
+        assert champion is not None
+        return champion
+
+    assert registry.promote_best(server.uri, name) is None
+    assert [add(5.0), add(6.0), add(4.0)] == [1, 1, 3]
+    assert add(0.1, metric="fd_x/22222222") == 3
+    registry.add_score(server.uri, name, 3, "fd_x/22222222", 0.2)  # once scored under the other protocol, it is beaten
+    assert registry.promote_best(server.uri, name) == 4
+
+
+def test_a_higher_score_wins_where_higher_is_better(server: MlflowServer, run_id: str, name: str, folder: Path) -> None:
+    for value in (0.5, 0.9, 0.7):
+        registry.register(server.uri, name, folder, run_id, tags(value, "recall/33333333", "higher"))
+    assert registry.promote_best(server.uri, name) == 2
+
+
+def test_promotion_by_hand_needs_a_reason_and_lasts(server: MlflowServer, run_id: str, name: str, folder: Path) -> None:
+    for value in (3.0, 2.0, 1.0):
+        registry.register(server.uri, name, folder, run_id, tags(value))
+    registry.promote_best(server.uri, name)
+    with pytest.raises(UsageError) as refused:
+        registry.promote(server.uri, name, 2)
+    assert "fd_x/11111111 = 2.0" in refused.value.message
+    assert "fd_x/11111111 = 1.0" in refused.value.message
+    with pytest.raises(UsageError, match="no version 9"):
+        registry.promote(server.uri, name, 9)
+
+    assert registry.promote(server.uri, name, 2, "3 shows memorised images") == 2
+    assert registry.promote_best(server.uri, name) == 2
+    withdrawn = {v.number: v.tags.get("withdrawn") for v in registry.versions(server.uri, name)}
+    assert withdrawn == {1: None, 2: None, 3: "3 shows memorised images"}
+    registry.register(server.uri, name, folder, run_id, tags(1.5))
+    assert registry.promote_best(server.uri, name) == 4
+    assert registry.promote(server.uri, name, 3) == 3
+    assert registry.promote_best(server.uri, name) == 3
+
+
+def test_processes_that_promote_at_a_time_end_at_the_best(
+    server: MlflowServer, run_id: str, name: str, folder: Path
+) -> None:
+    values = [7.0, 3.0, 9.0, 1.0, 5.0, 8.0]
+
+    def add(value: float) -> None:
+        registry.register(server.uri, name, folder, run_id, tags(value))
+        registry.promote_best(server.uri, name)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(add, values))
+    versions = registry.versions(server.uri, name)
+    assert len(versions) == len(values)
+    champion = registry.champion_of(server.uri, name)
+    assert champion is not None
+    assert champion.tags["fd_x/11111111"] == "1.0"
+
+
+def test_a_model_that_is_not_there_is_said_with_those_that_are(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path
+) -> None:
+    registry.register(server.uri, name, folder, run_id, tags(1.0))
+    for uri in (f"models:/{name}@champion", f"models:/{name}/7"):
+        with pytest.raises(UsageError, match=uri) as caught:
+            registry.pull(server.uri, uri, tmp_path / "x")
+        assert caught.value.remedy == f"{name} has versions 1"
+    with pytest.raises(UsageError, match="not in the registry") as caught:
+        registry.pull(server.uri, "models:/unheard-of@champion", tmp_path / "x")
+    assert name in caught.value.remedy
+    with pytest.raises(UsageError, match="names no model"):
+        registry.pull(server.uri, "models:/nonsense", tmp_path / "x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        registry.pull(server.uri, f"models:/{name}/1", tmp_path / "full")
+
+
+def test_what_an_outage_kept_back_arrives_when_the_server_is_back(server: MlflowServer, run_id: str) -> None:
+    port = free_port()  # a way to the server that is closed at first
+    tracker = Tracker(f"http://127.0.0.1:{port}", run_id)
+    for step in (1, 2):
+        tracker.log({"loss": float(step)}, step, step)
+    with pytest.raises(EnvironmentFault, match="cannot be used"):
+        registry.promote_best(tracker.uri, "x")
+    with way_to(server.port, port):
+        tracker.log({"loss": 3.0}, 3, 3)
+        assert tracker.close(timeout_s=60) == 0
+    history = client(server.uri).get_metric_history(run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@contextmanager
+def way_to(server: int, port: int) -> Iterator[None]:
+    """Forwards connections at `port` to the port of a server."""
+
+    class Forward(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", server)) as there:
+                threading.Thread(target=pump, args=(there, self.request), daemon=True).start()
+                pump(self.request, there)
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    socketserver.ThreadingTCPServer.daemon_threads = True
+    with socketserver.ThreadingTCPServer(("127.0.0.1", port), Forward) as forwarder:
+        threading.Thread(target=forwarder.serve_forever, daemon=True).start()
+        yield
+        forwarder.shutdown()
+
+
+def isolated(*arguments: str, cwd: Path, **environment: str) -> str:
+    """What a fresh Python prints: no current folder, no user's packages, no PYTHONPATH, another working directory."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-I", *arguments], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

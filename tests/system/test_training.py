@@ -1,0 +1,145 @@
+"""Nothing is lost: a run that is interrupted and killed ends in the same state, bit for bit, as one left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+from mlflow import MlflowClient
+
+from infra.local.server import BIN
+from pipeline.storage import files
+from tests.system.driving import Driver, training_workers
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray"), pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def place(s3, ray_cluster, tmp_path_factory):
+    """(folder of the commands, bucket, environment) shared by the module, so that digits are packed and judged once."""
+    folder, bucket = tmp_path_factory.mktemp("training"), s3.bucket()
+    env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket}
+    env["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    return folder, bucket, env
+
+
+def checkpoints(bucket, name):
+    return files.list_names(f"{bucket}/runs/{name}/checkpoints")
+
+
+def points(env, run_id, key):
+    return [(m.step, m.value) for m in MlflowClient(env["MLFLOW_TRACKING_URI"]).get_metric_history(run_id, key)]
+
+
+@pytest.fixture(scope="module")
+def left_alone(place):
+    """The summary of an uninterrupted run, with its whole outcome registered."""
+    folder, _, env = place
+    run = Driver(folder, env, name="alone")
+    assert run.end() == 0, run.output
+    return run.summary("alone")
+
+
+def test_a_run_trains_scores_and_registers(place, left_alone):
+    _, bucket, env = place
+    summary = left_alone
+    assert summary["images"] == 1600
+    assert summary["images_per_s"] > 0
+    assert summary["score"]["key"] == "fd_classifier"
+    assert summary["registered"]["model"] == "alone"
+    assert summary["registered"]["alias"] == "champion"
+    assert (summary["restarts"], summary["images_lost"], summary["resumed_from"]) == (0, 0, None)
+    assert len(checkpoints(bucket, "alone")) == 2, "the newest two are kept, the best is one of them"
+    client = MlflowClient(env["MLFLOW_TRACKING_URI"])
+    version = client.get_model_version_by_alias("alone", "champion")
+    assert int(version.version) == summary["registered"]["version"]
+    keys = client.get_run(summary["mlflow_run_id"]).data.metrics
+    assert f"fd_classifier/{summary['score']['protocol']['id']}" in keys
+    assert {"loss_d", "loss_g", "images_per_s", "gamma_g", "gamma_d"} <= keys.keys()
+
+
+def test_a_finished_run_shows_its_summary_again(place, left_alone):
+    folder, _, env = place
+    again = Driver(folder, env, name="alone")
+    assert again.end() == 0, again.output
+    assert "starting" not in again.output
+    assert left_alone["mlflow_run_id"] in again.output
+
+
+def test_another_method_under_the_same_name_is_refused(place, left_alone):
+    folder, _, env = place
+    other = Driver(folder, env, name="alone", **{"optim.lr_d": 0.5})
+    assert other.end() == 2
+    assert "optim.lr_d: 0.001 there, 0.5 here" in other.output
+    assert "--fresh" in other.output
+
+
+def test_interrupted_killed_and_resumed_it_ends_in_the_same_state(place, left_alone):
+    """SIGINT to the driver; then SIGKILL to one worker of the resumed run, which goes on by itself."""
+    folder, bucket, env = place
+    first = Driver(folder, env, name="tried")
+    first.until("checkpoint 0")
+    first.signal(signal.SIGINT)
+    assert first.end() == 130, first.output
+    newest = checkpoints(bucket, "tried")[-1]
+    assert f"{newest} stands" in first.output
+
+    second = Driver(folder, env, name="tried")
+    second.until(f"resumed from {newest}")
+    second.until("checkpoint 0")
+    os.kill(training_workers()[0], signal.SIGKILL)
+    second.until("resumed from")
+    assert second.end() == 0, second.output
+
+    summary = second.summary("tried")
+    assert summary["restarts"] == 2
+    same = [name.split("/")[-1] for name in (summary["checkpoint"], left_alone["checkpoint"])]
+    assert same[0] == same[1], "the name of a checkpoint holds the digest of its state"
+    ours, theirs = (points(env, run["mlflow_run_id"], "loss_d") for run in (summary, left_alone))
+    assert sorted(set(ours)) == sorted(ours), "no point is logged twice"
+    assert dict(theirs).items() <= dict(ours).items(), "every point of the undisturbed run, and of the extra borders"
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_a_run_that_one_worker_continues(place):
+    folder, bucket, env = place
+    first = Driver(folder, env, name="orphan")
+    first.until("checkpoint 0")
+    first.signal(signal.SIGKILL)
+    first.end()
+    newest = checkpoints(bucket, "orphan")[-1]
+    second = Driver(folder, env, name="orphan", **{"train.workers": 1})
+    assert newest in second.until("resumed from")
+    assert second.end() == 0, second.output
+    summary = second.summary("orphan")
+    steps = [step for step, _ in points(env, summary["mlflow_run_id"], "loss_d")]
+    assert len(steps) == len(set(steps))
+    assert max(steps) == 1600
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_at_the_next_border(place):
+    folder, bucket, env = place
+    run = Driver(folder, env, name="terminated", **{"checkpoint.kimg": 50})
+    run.until("kimg  D")
+    run.signal(signal.SIGTERM)
+    assert run.end() == 130, run.output
+    assert len(checkpoints(bucket, "terminated")) == 1
+
+
+@pytest.mark.slow
+def test_ray_job_stop_saves_a_checkpoint_and_the_same_submission_resumes(place, ray_cluster):
+    folder, bucket, env = place
+    variables = {name: env[name] for name in ("SAGAN_BUCKET", "MLFLOW_TRACKING_URI")}
+    submit = [str(BIN / "ray"), "job", "submit", f"--runtime-env-json={json.dumps({'env_vars': variables})}", "--"]
+    first = Driver(folder, env, command=submit, name="stopped", **{"checkpoint.kimg": 50})
+    first.until("kimg  D")
+    ray_cluster.stop_jobs()
+    first.end()
+    (newest,) = checkpoints(bucket, "stopped")
+    assert f"{newest} stands" in first.output
+    second = Driver(folder, env, command=submit, name="stopped", **{"checkpoint.kimg": 50})
+    second.until(f"resumed from {newest}")
+    assert second.end() == 0, second.output
