@@ -180,8 +180,8 @@ def pull(
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Bring a registered model into a folder that torch and safetensors alone can load."""
-    from pipeline.tracking.tracker import default_uri
     from pipeline.tracking import registry
+    from pipeline.tracking.tracker import default_uri
 
     folder = registry.pull(default_uri(), model, destination)
     print(f"{model} is in {folder}; load it with: sagan.load({str(folder)!r})")
@@ -194,8 +194,8 @@ def promote(
     force: Annotated[str | None, typer.Option(help="Reason for a version that is not the best.")] = None,
 ) -> None:
     """Move the alias `champion` by hand; an older version withdraws the newer ones."""
-    from pipeline.tracking.tracker import default_uri
     from pipeline.tracking import registry
+    from pipeline.tracking.tracker import default_uri
 
     registry.promote(default_uri(), name, version, force)
     print(f"models:/{name}@champion is version {version}")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sagan.world import World
 
 EPS = 1e-5
-DECAY = 0.999  # of the running averages, per generator update (official code)
+# Decay of the running averages, per generator update (official code)
+DECAY, LAST_DECAY = 0.999, 0.9999
 
 
 class Groups:
@@ -100,8 +101,9 @@ class BatchNorm(nn.Module):
     batch_mean: Tensor
     batch_var: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, decay: float = DECAY) -> None:
         super().__init__()
+        self.decay = decay
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self._add_affine(channels)
@@ -159,6 +161,7 @@ def track(network: nn.Module, world: World) -> None:
     norms = layers(network)
     used = [statistic for norm in norms for statistic in (norm.batch_mean, norm.batch_var)]
     flat = world.sum_(torch.cat(used)) / world.size
-    averages = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
-    for average, statistic in zip(averages, flat.split([len(s) for s in used]), strict=True):
-        average.lerp_(statistic.to(average), 1 - DECAY)
+    statistics = iter(flat.split([len(s) for s in used]))
+    for norm in norms:
+        for average in (norm.running_mean, norm.running_var):
+            average.lerp_(next(statistics).to(average), 1 - norm.decay)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sagan.attention import SelfAttention
-from sagan.batch_norm import BatchNorm, Groups
+from sagan.batch_norm import LAST_DECAY, BatchNorm, Groups
 from sagan.blocks import GeneratorBlock
 from sagan.config import ModelConfig
 from sagan.spectral_norm import Conv2d, Linear
@@ -33,7 +33,7 @@ class Generator(nn.Module):
             if size in config.attention_sizes:
                 blocks.append(SelfAttention(out, spectral_norm=spectral_norm))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = BatchNorm(widths[-1])
+        self.norm = BatchNorm(widths[-1], LAST_DECAY)
         self.conv = Conv2d(widths[-1], 3, 3, spectral_norm=spectral_norm)
 
     def forward(self, z: Tensor, y: Tensor | None, groups: Groups | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""All ranks hold the same state, or the run stops and names what differs."""
+"""All ranks hold the same finite state, or the run stops and names what is wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from pipeline.errors import SaganError
 from sagan.state import TrainState
 from sagan.world import World
+
+LOWER_RATES = "start anew under another name with lower learning rates; the checkpoints before this one stand"
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
@@ -31,4 +33,15 @@ def check(state: TrainState, world: World) -> None:
             f"ranks disagree at {state.images / 1000:.1f} kimg: {named[differs[0]][0]} "
             f"(and {len(differs) - 1} more tensors) is not the same everywhere",
             "resume from the last checkpoint; if it happens again, a device computes wrongly or code ran on one rank",
+        )
+
+
+def require_finite(state: TrainState) -> None:
+    """Raises SaganError naming the first tensor that holds NaN or infinity."""
+    broken = [name for name, tensor in state.tensors() if not tensor.isfinite().all()]
+    if broken:
+        raise SaganError(
+            f"training diverged at {state.images / 1000:.1f} kimg: "
+            f"{broken[0]} (and {len(broken) - 1} more tensors) is not finite",
+            LOWER_RATES,
         )

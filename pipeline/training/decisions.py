@@ -29,9 +29,10 @@ def at_border(job: TrainJob, before: int, after: int, stop_requested: bool) -> S
     finished = after >= 1000 * job.train.kimg
     evaluate = finished or due(before, after, job.evaluate.kimg)
     stop = finished or stop_requested
+    checkpoint = stop or evaluate or due(before, after, job.checkpoint.kimg)
     return StepBorder(
-        log=stop or due(before, after, job.train.log_kimg),
-        checkpoint=stop or evaluate or due(before, after, job.checkpoint.kimg),
+        log=checkpoint or due(before, after, job.train.log_kimg),  # what diverged must not become a checkpoint
+        checkpoint=checkpoint,
         evaluate=evaluate,
         stop=stop,
     )

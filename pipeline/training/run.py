@@ -214,6 +214,8 @@ def _fit(run: Run, evaluation: Evaluation, on_score: Callable[[int, float | None
         newest = checkpoints.complete()[-1:]
         stands = f"checkpoint {checkpoints.locate(newest[0])} stands" if newest else "there was no step to save yet"
         raise InterruptedRun(f"stopped at {seen.images / 1000:.1f} kimg; {stands}", "the same command resumes there")
+    if seen.failure is not None:
+        raise seen.failure
     fit.reraise(job, checkpoints)
     return seen
 

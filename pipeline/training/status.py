@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.errors import SaganError
+
 
 @dataclass
 class Snapshot:
@@ -22,6 +24,7 @@ class Snapshot:
     scores: list[tuple[int, str, float | None]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     stopped: bool = False
+    failure: SaganError | None = None
     train_seconds: float = 0.0
 
 
@@ -43,7 +46,9 @@ class RunStatus:
             done = f"; {now.images / 1000:.1f} kimg had been done" if now.images > images else ""
             now.events.append(f"resumed from {checkpoint}{done}")
         elif now.starts > 1:
-            now.events.append(f"started over, since no checkpoint stood yet; {now.images / 1000:.1f} kimg had been done")
+            now.events.append(
+                f"started over, since no checkpoint stood yet; {now.images / 1000:.1f} kimg had been done"
+            )
         now.images, now.train_seconds = images, train_seconds
 
     def progress(self, images: int, metrics: dict[str, float] | None = None, train_seconds: float = 0.0) -> bool:
@@ -64,6 +69,10 @@ class RunStatus:
         self._now.unscored.discard(images)
         shown = "not finite" if value is None else f"{value:.4g}"
         self._now.events.append(f"score at {images / 1000:.1f} kimg: {key} {shown}")
+
+    def failed(self, error: SaganError) -> None:
+        """Something that no restart would mend."""
+        self._now.failure = error
 
     def note(self, message: str) -> None:
         self._now.events.append(message)

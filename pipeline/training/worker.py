@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from pipeline.config.schema import TrainJob
 from pipeline.data.device import to_device
 from pipeline.data.index import Collection
 from pipeline.data.stream import Stream
-from pipeline.errors import SaganError
+from pipeline.errors import CorruptError, EnvironmentFault, SaganError
 from pipeline.storage import fileset
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import consistency
@@ -53,11 +54,18 @@ class Assignment:
 def train(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker."""
     assignment: Assignment = config["assignment"]
-    worker = Worker(assignment)
     try:
-        worker.run()
-    finally:
-        worker.close()
+        with contextlib.closing(Worker(assignment)) as worker:
+            worker.run()
+    except (EnvironmentFault, CorruptError) as error:
+        assignment.status.note.remote(f"a worker failed: {error.message}")
+        raise  # new workers may find it mended
+    except SaganError as error:
+        # the same on every rank, and no restart would change it: end without one
+        ray.get(assignment.status.failed.remote(error))
+    except Exception as error:
+        assignment.status.note.remote(f"a worker failed: {type(error).__name__}: {error}")
+        raise
 
 
 class Worker:
@@ -157,7 +165,7 @@ class Worker:
         if not all(map(math.isfinite, values.values())):
             raise SaganError(
                 f"training diverged at {self.state.images / 1000:.1f} kimg: {values}",
-                "resume with lower learning rates under a new name; the checkpoints before it stand",
+                consistency.LOWER_RATES,
             )
         for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
             gammas = [m.gamma.item() for m in part.modules() if isinstance(m, SelfAttention)]
@@ -178,6 +186,7 @@ class Worker:
         """Rank 0 writes, a background thread uploads; the last checkpoint of a run is waited for."""
         began = time.perf_counter()
         consistency.check(self.state, self.world)
+        consistency.require_finite(self.state)
         upload = ray.train.CheckpointUploadMode.SYNC if border.stop else ray.train.CheckpointUploadMode.ASYNC
         name, checkpoint = None, None
         if self.leads:

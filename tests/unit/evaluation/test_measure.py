@@ -67,7 +67,7 @@ def test_a_score_that_is_not_measured_is_refused(model: Model, digits: Collectio
 
 
 def test_images_of_another_size_are_not_compared(model: Model, digits: Collection, data: DataSection) -> None:
-    with pytest.raises(UsageError, match="makes 32 px images, .* holds 64 px"):
+    with pytest.raises(UsageError, match=r"makes 32 px images, .* holds 64 px"):
         score(model, replace(digits, resolution=64), data)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sagan
-from sagan import Model, ModelConfig, OptimConfig, Step, TrainState, spectral_norm
+from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
 from sagan.random import Purpose, labels, latents
 
 CONFIG = ModelConfig(resolution=32, classes=3, z_dim=8, channels_g=4, channels_d=4)

@@ -32,7 +32,7 @@ def test_what_happens_at_borders():
     quiet = at_border(job(log_kimg=10), 0, 32, stop_requested=False)
     assert not any((quiet.log, quiet.checkpoint, quiet.evaluate, quiet.stop))
     checkpoint = at_border(job(), 192, 224, stop_requested=False)
-    assert (checkpoint.checkpoint, checkpoint.evaluate, checkpoint.stop) == (True, False, False)
+    assert (checkpoint.log, checkpoint.checkpoint, checkpoint.evaluate, checkpoint.stop) == (True, True, False, False)
     scored = at_border(job(), 480, 512, stop_requested=False)
     assert (scored.checkpoint, scored.evaluate, scored.stop) == (True, True, False)
     asked = at_border(job(), 0, 32, stop_requested=True)
