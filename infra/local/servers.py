@@ -170,6 +170,7 @@ class Ray(Server):
             "RAY_JOB_STOP_WAIT_TIME_S": "60",  # so long a stopped job may write its checkpoint; the default is 3
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # a report waits for the controller's next look, else 2
             "RAY_DEDUP_LOGS": "0",
+            "RAY_worker_niceness": "0",  # the default of 15 starves workers beside anything else on the machine
             "OMP_NUM_THREADS": "1",  # workers share the cores of one machine
             **self._auth,
         }

@@ -75,12 +75,12 @@ def score_checkpoint(job: TrainJob, checkpoint_url: str, run_id: str) -> dict[st
 
 
 def protected(job: TrainJob) -> set[str]:
-    """Names of checkpoints that retention must keep: the best, and those that registered versions name.
-
-    While the registry cannot be asked, all.
+    """Names of checkpoints that retention must keep: the best, those that wait for a score, and those that registered
+    versions name. While the registry cannot be asked, all.
     """
-    best = records.best(scores_of(job).values())
-    names = {best.checkpoint} if best else set()
+    scored = scores_of(job)
+    best = records.best(scored.values())
+    names = set(_due(job)) - scored.keys() | ({best.checkpoint} if best else set())
     if job.track.register_model:
         try:
             urls = registry.checkpoints(publish.tracking_uri(job), job.registry_name)

@@ -20,7 +20,7 @@ from pipeline.errors import InterruptedRun, SaganError, UsageError
 from pipeline.storage import files
 from pipeline.tracking.tracker import Tracker, last_step
 from pipeline.training import cluster
-from pipeline.training.checkpoints import Checkpoints, images_of, run_url
+from pipeline.training.checkpoints import Checkpoints, run_url
 from pipeline.training.console import Console
 from pipeline.training.decisions import superfluous
 from pipeline.training.status import Snapshot, create
@@ -34,14 +34,14 @@ class Evaluation(Protocol):
     def check(self, job: TrainJob) -> None:
         """Raise before anything starts if scores cannot be taken."""
 
-    def score_checkpoint(self, job: TrainJob, checkpoint_url: str, run_id: str) -> dict[str, float]:
+    def score_checkpoint(self, job: TrainJob, checkpoint_url: str, run_id: str) -> dict[str, Any]:
         """Score, record, log and register one checkpoint; the first item is the score that ranks."""
 
     def higher_is_better(self, job: TrainJob) -> bool:
         """Whether a larger score ranks first."""
 
     def protected(self, job: TrainJob) -> set[str]:
-        """Names of checkpoints that retention must keep: the best, and those that registered models name."""
+        """Names of checkpoints to keep: the best, those without their score yet, those that registered models name."""
 
     def finalise(self, job: TrainJob, run_id: str) -> dict[str, Any]:
         """Score what is unscored, move the champion, take the final score; the scores' part of the summary."""
@@ -205,7 +205,7 @@ def _fit(run: Run, evaluation: Evaluation, on_score: Callable[[int, float | None
                 run.record |= {"starts": seen.starts, "images_lost": seen.images_lost}
                 files.write_json(files.join(run_url(job), "run.json"), run.record)
             if len(seen.committed) > len(before.committed) or len(seen.scores) > len(before.scores):
-                _apply_retention(job, checkpoints, evaluation, seen)
+                _apply_retention(job, checkpoints, evaluation)
             if seen.stopped:
                 break
         seen = ray.get(status.snapshot.remote())
@@ -220,10 +220,8 @@ def _fit(run: Run, evaluation: Evaluation, on_score: Callable[[int, float | None
     return seen
 
 
-def _apply_retention(job: TrainJob, checkpoints: Checkpoints, evaluation: Evaluation, seen: Snapshot) -> None:
-    complete = checkpoints.complete()
-    waiting = {name for name in complete if images_of(name) in seen.unscored}
-    for name in superfluous(complete, job.checkpoint.keep, evaluation.protected(job) | waiting):
+def _apply_retention(job: TrainJob, checkpoints: Checkpoints, evaluation: Evaluation) -> None:
+    for name in superfluous(checkpoints.complete(), job.checkpoint.keep, evaluation.protected(job)):
         checkpoints.remove(name)
 
 

@@ -19,8 +19,6 @@ class Snapshot:
     resumed_from: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     committed: list[str] = field(default_factory=list)
-    unscored: set[int] = field(default_factory=set)
-    """Positions of checkpoints that wait for their score."""
     scores: list[tuple[int, str, float | None]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     stopped: bool = False
@@ -58,15 +56,12 @@ class RunStatus:
             self._now.metrics, self._now.train_seconds = metrics, train_seconds
         return self._stop
 
-    def committed(self, checkpoint: str, images: int, to_score: bool) -> None:
+    def committed(self, checkpoint: str) -> None:
         self._now.committed.append(checkpoint)
-        if to_score:
-            self._now.unscored.add(images)
         self._now.events.append(f"checkpoint {checkpoint}")
 
     def scored(self, images: int, key: str, value: float | None) -> None:
         self._now.scores.append((images, key, value))
-        self._now.unscored.discard(images)
         shown = "not finite" if value is None else f"{value:.4g}"
         self._now.events.append(f"score at {images / 1000:.1f} kimg: {key} {shown}")
 

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +204,7 @@ class Worker:
             checkpoint=checkpoint,
             checkpoint_dir_name=self._from_leader(name),
             checkpoint_upload_mode=upload,
-            checkpoint_upload_fn=partial(self._commit, images=self.state.images, to_score=border.evaluate),
+            checkpoint_upload_fn=self._commit,
             delete_local_checkpoint_after_upload=True,
             validation=_validation(name) if checkpoint and border.evaluate and self.assignment.validates else False,
         )
@@ -214,11 +213,9 @@ class Worker:
             ray.get(self.status.stopped.remote())
         self.rate.checkpoint += time.perf_counter() - began
 
-    def _commit(
-        self, checkpoint: ray.train.Checkpoint, name: str, *, images: int, to_score: bool
-    ) -> ray.train.Checkpoint:
+    def _commit(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         self.checkpoints.commit(Path(checkpoint.path), name)
-        ray.get(self.status.committed.remote(name, images, to_score))
+        ray.get(self.status.committed.remote(name))
         storage = ray.train.get_context().get_storage()
         path = f"{storage.experiment_fs_path}/checkpoints/{name}"
         return ray.train.Checkpoint(path, storage.storage_filesystem)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from mlflow import MlflowClient
 
 from infra.local.server import BIN
 from pipeline.storage import files
+from tests.readme import ROOT, block
 from tests.system.driving import Driver, training_workers
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray"), pytest.mark.timeout(400)]
@@ -58,6 +61,19 @@ def test_a_run_trains_scores_and_registers(place, left_alone):
     keys = client.get_run(summary["mlflow_run_id"]).data.metrics
     assert f"fd_classifier/{summary['score']['protocol']['id']}" in keys
     assert {"loss_d", "loss_g", "images_per_s", "gamma_g", "gamma_d"} <= keys.keys()
+
+
+def test_the_champion_is_pulled_and_samples_without_this_repository(place, left_alone):
+    """The README's script, in an isolated interpreter that sees neither this code nor any installed copy of it."""
+    folder, _, env = place
+    environment = {**os.environ, **env}
+    pull = [sys.executable, "-m", "pipeline", "pull", "models:/alone@champion", "champion"]
+    subprocess.run(pull, cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, check=True)
+    for name in ("generator.safetensors", "config.json", "code/sagan/__init__.py", "README.md", "samples.png"):
+        assert (folder / "champion" / name).exists(), name
+    script = [sys.executable, "-I", "-c", block("README.md", "pulled")]
+    done = subprocess.run(script, cwd=folder, capture_output=True, text=True, check=True)
+    assert "torch.Size([16, 3, 32, 32])" in done.stdout
 
 
 def test_a_finished_run_shows_its_summary_again(place, left_alone):
@@ -143,3 +159,14 @@ def test_ray_job_stop_saves_a_checkpoint_and_the_same_submission_resumes(place, 
     second = Driver(folder, env, command=submit, name="stopped", **{"checkpoint.kimg": 50})
     second.until(f"resumed from {newest}")
     assert second.end() == 0, second.output
+
+
+@pytest.mark.slow
+def test_the_readmes_notebook_lines_run(place):
+    """In a process of its own, since a job starts Ray in the process that calls it."""
+    folder, _, env = place
+    (folder / "jobs").symlink_to(ROOT / "jobs")
+    script = [sys.executable, "-c", block("README.md", "run")]
+    done = subprocess.run(script, cwd=folder, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert b"fd_classifier" in done.stdout
