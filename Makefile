@@ -27,7 +27,7 @@ quickstart: setup  ## the main job on this machine: S3, Ray, training, scores, c
 test: setup  ## unit, property and short system tests; SAGAN_TEST_DATA names the folder of real images
 	$(PYTEST) -m "not slow" --ignore=tests/gpu -n 2 --dist loadgroup
 
-test-slow: setup  ## rehearsals of all jobs, commands of the README, faults
+test-slow: setup  ## rehearsals of the jobs, the sweep, the README, kills and signals
 	$(PYTEST) -m slow --ignore=tests/gpu
 
 test-gpu: setup  ## on a CUDA device
