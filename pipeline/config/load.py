@@ -32,7 +32,7 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Job:
     path = Path(path)
     values, lines = _read(path)
     for key, value in (overrides or {}).items():
-        _override(values, key, value)
+        override(values, key, value)
     job = parse(values, str(path), lines)
     if isinstance(job, TuneJob):
         job = job.model_copy(update={"base": str(path.parent / job.base)})
@@ -142,7 +142,8 @@ def _substitute(text: str, path: Path, line: int) -> Any:
     return yaml.safe_load(filled) if filled else None  # so that a variable may stand for a number
 
 
-def _override(values: Any, dotted: str, value: Any) -> None:
+def override(values: Any, dotted: str, value: Any) -> None:
+    """Set a dotted key of nested mappings, in place."""
     *parents, last = dotted.split(".")
     for key in parents:
         if not isinstance(values.get(key), dict):

@@ -129,7 +129,11 @@ def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
         ),
         validation_config=ValidationConfig(
             fn=Validation(job, run.run_id, status, evaluation),
-            ray_remote_kwargs={"num_cpus": job.evaluate.cpus, "num_gpus": job.evaluate.gpus},
+            ray_remote_kwargs={
+                "num_cpus": job.evaluate.cpus,
+                "num_gpus": job.evaluate.gpus,
+                "scheduling_strategy": "DEFAULT",  # a sweep's trial would have it inside its own placement group
+            },
         )
         if evaluation
         else None,

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config.load import trial_job
+from pipeline.config.load import override, parse, trial_job
 from pipeline.config.schema import Choice, TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
 from pipeline.storage import files
@@ -46,6 +46,7 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> dict
     Raises EnvironmentFault where the trials do not fit the cluster, SaganError where every trial failed.
     """
     base = trial_job(sweep, _middle(sweep))
+    base = base.model_copy(update={"track": base.track.model_copy(update={"uri": training.tracking_uri(base)})})
     files.check_writable(base.checkpoint.root)
     training.pack_if_missing(base)
     if fresh:
@@ -57,11 +58,17 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> dict
     return _conclude(sweep, base, evaluation, run_id, trials)
 
 
-def trial_of(sweep: TuneJob, name: str, point: Mapping[str, Any]) -> TrainJob:
-    """The job of one trial, under the sweep's name; it registers nothing, since the best of all is chosen later."""
-    job = trial_job(sweep, {**point, "name": name, "track.register": False})
-    uri = training.tracking_uri(job)
-    return job.model_copy(update={"track": job.track.model_copy(update={"uri": uri})})
+def trial_of(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJob:
+    """The job of one trial; it registers nothing, since the best of all is chosen later.
+
+    Made from the base as the driver resolved it: a trial runs in another folder and environment.
+    """
+    values = base.model_dump(mode="json", by_alias=True)
+    for key, value in {**point, "name": name, "track.register": False}.items():
+        override(values, key, value)
+    job = parse(values, name)
+    assert isinstance(job, TrainJob)
+    return job
 
 
 def _middle(sweep: TuneJob) -> dict[str, Any]:
@@ -122,7 +129,8 @@ def _search(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, run_id: str)
     filesystem, path = cluster.ray_storage(base.checkpoint.root)
     storage = f"{path}/{sweep.name}/tune"
     trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(run_trial, sweep=sweep, evaluation=evaluation, parent=run_id), {"CPU": TRIAL_CPUS}
+        ray_tune.with_parameters(run_trial, sweep=sweep.name, base=base, evaluation=evaluation, parent=run_id),
+        {"CPU": TRIAL_CPUS},
     )
     if Tuner.can_restore(f"{storage}/{sweep.name}", storage_filesystem=filesystem):
         print(f"sweep {sweep.name} goes on where it stands", flush=True)
@@ -148,12 +156,12 @@ def _search(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, run_id: str)
     return [_trial(sweep, base, result) for result in results]
 
 
-def run_trial(point: dict[str, Any], *, sweep: TuneJob, evaluation: Evaluation, parent: str) -> None:
+def run_trial(point: dict[str, Any], *, sweep: str, base: TrainJob, evaluation: Evaluation, parent: str) -> None:
     """One trial, inside Ray Tune: train, and report each score as it comes."""
     from ray import tune as ray_tune
 
-    name = f"{sweep.name}-{ray_tune.get_context().get_trial_id()}".lower().replace("_", "-")
-    job = trial_of(sweep, name, point)
+    name = f"{sweep}-{ray_tune.get_context().get_trial_id()}".lower().replace("_", "-")
+    job = trial_of(base, name, point)
     sign = -1.0 if evaluation.higher_is_better(job) else 1.0
 
     def report(images: int, score: float | None) -> None:
@@ -237,7 +245,7 @@ def _conclude(
         reasons = sorted({trial.reason for trial in trials})
         raise SaganError(f"all {len(trials)} trials of {sweep.name} failed: {'; '.join(reasons)}")
     best = ranked[0]
-    scores = _register(sweep, evaluation, best)
+    scores = _register(sweep, base, evaluation, best)
     sign = -1.0 if evaluation.higher_is_better(base) else 1.0
     local = Path("runs") / sweep.name
     local.mkdir(parents=True, exist_ok=True)
@@ -265,8 +273,8 @@ def _conclude(
     return summary
 
 
-def _register(sweep: TuneJob, evaluation: Evaluation, best: Trial) -> dict[str, Any]:
-    job = training.resolve(trial_of(sweep, best.name, best.point))
+def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial) -> dict[str, Any]:
+    job = training.resolve(trial_of(base, best.name, best.point))
     track = job.track.model_copy(update={"model": sweep.name, "register_model": True})
     record = files.read_json(files.join(run_url(job), "run.json"))
     return evaluation.finalise(job.model_copy(update={"track": track}), record["mlflow_run_id"])
