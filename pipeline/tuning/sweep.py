@@ -153,6 +153,7 @@ def _search(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, run_id: str)
             run_config=RunConfig(name=sweep.name, storage_path=storage, storage_filesystem=filesystem, verbose=1),
         )
     results = tuner.fit()
+    cluster.release_placement_groups()
     return [_trial(sweep, base, result) for result in results]
 
 
