@@ -38,14 +38,14 @@ class Driver:
         environment: dict[str, str],
         *,
         command: Sequence[str] = (sys.executable, "-m", "pipeline", "run"),
-        job: str = "quickstart.yaml",
+        job: Path = JOBS / "quickstart.yaml",
         tiny: bool = True,
         **overrides: Any,
     ) -> None:
         self.folder = folder
         arguments = [f"{key}={value}" for key, value in {**(TINY if tiny else {}), **overrides}.items()]
         self.process = subprocess.Popen(
-            [*command, str(JOBS / job), *arguments],
+            [*command, str(job), *arguments],
             cwd=folder,
             env={**os.environ, **environment, "PYTHONPATH": str(JOBS.parent), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,

@@ -70,7 +70,7 @@ def test_cifar10_learns_in_ten_minutes(place, images):
         "evaluate.precision_recall": True,
         "resources.cpus_per_worker": 1,
     }
-    run = Driver(folder, env, job="cifar10.yaml", tiny=False, **overrides)
+    run = Driver(folder, env, job=JOBS / "cifar10.yaml", tiny=False, **overrides)
     assert run.end() == 0, run.output
     print(run.output)
     summary = run.summary("cifar10")
@@ -126,11 +126,11 @@ def test_imagenet128_trains_scores_registers_and_resumes(place, images):
         "evaluate.gpus": 0,
         "resources.cpus_per_worker": 1,
     }
-    first = Driver(folder, env, job="imagenet128.yaml", tiny=False, **overrides)
+    first = Driver(folder, env, job=JOBS / "imagenet128.yaml", tiny=False, **overrides)
     first.until("checkpoint 0")
     first.signal(signal.SIGINT)
     assert first.end() == 130, first.output
-    second = Driver(folder, env, job="imagenet128.yaml", tiny=False, **overrides)
+    second = Driver(folder, env, job=JOBS / "imagenet128.yaml", tiny=False, **overrides)
     second.until("resumed from")
     assert second.end() == 0, second.output
     summary = second.summary("imagenet128")

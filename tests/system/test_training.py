@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -170,3 +172,17 @@ def test_the_readmes_notebook_lines_run(place):
     done = subprocess.run(script, cwd=folder, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert b"fd_classifier" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_job_brings_its_code_as_a_working_dir(place, tmp_path):
+    """`ray job submit --working-dir . -- jobs/quickstart.yaml`, from a checkout that the cluster has never seen."""
+    folder, _, env = place
+    for name in ("sagan", "pipeline", "jobs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    variables = {name: env[name] for name in ("SAGAN_BUCKET", "MLFLOW_TRACKING_URI")}
+    runtime = f"--runtime-env-json={json.dumps({'env_vars': variables})}"
+    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", str(tmp_path), runtime, "--"]
+    run = Driver(folder, env, command=submit, job=Path("jobs/quickstart.yaml"), name="carried", **{"train.kimg": 0.32})
+    assert run.end() == 0, run.output
+    assert files.read_json(f"{env['SAGAN_BUCKET']}/runs/carried/summary.json")["images"] == 320
