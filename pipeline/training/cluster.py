@@ -42,7 +42,7 @@ def connect(least_cpus: float = 1) -> None:
             ray.init(**options)
         else:
             ray.init(num_cpus=max(os.cpu_count() or 1, int(-(-least_cpus // 1))), include_dashboard=False, **options)
-    except (ConnectionError, OSError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare Exceptions, for instance when a node is slow to start
         raise EnvironmentFault(
             f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} cannot be reached: {error}",
             "start one with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone",

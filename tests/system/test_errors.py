@@ -146,6 +146,7 @@ def test_no_such_model(sagan, tmp_path):
     assert "nobody" in printed
 
 
+@pytest.mark.xdist_group("ray")  # it starts a Ray of its own: not beside others
 def test_too_few_devices(sagan):
     code, printed = sagan("run", JOB, "resources.device=cuda")
     assert code == 3
