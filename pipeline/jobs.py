@@ -14,7 +14,7 @@ from pipeline.errors import SaganError
 
 
 def run(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fresh: bool = False) -> dict[str, Any]:
-    """Run a job file to its end and return its summary (keys: DESIGN, Measurements).
+    """Run a job file to its end and return its summary: what runs/<name>/summary.json holds.
 
     Raises pipeline.errors.SaganError and its kin.
     """
@@ -63,8 +63,7 @@ def dry_run(job: Job) -> plan.Plan | dict[str, Any]:
     if isinstance(job, TuneJob):
         from pipeline.config.load import trial_job
 
-        first = {key: _first(choice.model_dump(exclude_none=True)) for key, choice in job.space.items()}
-        trial = dry_run(trial_job(job, first))
+        trial = dry_run(trial_job(job, job.example))
         assert isinstance(trial, plan.Plan)
         return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial.to_dict()}
     if not isinstance(job, TrainJob):
@@ -75,10 +74,6 @@ def dry_run(job: Job) -> plan.Plan | dict[str, Any]:
     else:
         job = plan.complete(job, facts.resolution, facts.classes)
     return plan.plan(job, facts)
-
-
-def _first(choice: dict[str, Any]) -> Any:
-    return next(iter(choice.values()))[0]
 
 
 def _collection_facts(job: TrainJob) -> plan.CollectionFacts | None:

@@ -1,4 +1,4 @@
-"""Residual blocks of the two networks (FACTS §1.1, §1.2)."""
+"""Residual blocks of the two networks (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def parameters(config: ModelConfig) -> tuple[int, int]:
 
 def forward_macs(config: ModelConfig) -> tuple[int, int]:
     """Multiply-accumulates of one image's forward pass, generator and discriminator: convolutions, linear layers and
-    attention products, resampling as separate steps (FACTS §1.10)."""
+    attention products, resampling as separate steps."""
     generator = config.z_dim * 16 * config.widths_g[0]
     size = 4
     for in_, out in pairwise(config.widths_g):

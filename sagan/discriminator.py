@@ -1,4 +1,4 @@
-"""The projection discriminator (FACTS §1.2)."""
+"""The projection discriminator (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
 
 from __future__ import annotations
 

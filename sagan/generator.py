@@ -1,4 +1,4 @@
-"""The generator (FACTS §1.1)."""
+"""The generator: that of brain-research/self-attention-gan, with widths for other resolutions."""
 
 from __future__ import annotations
 

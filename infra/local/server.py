@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +23,7 @@ BIN = Path(sys.executable).parent  # where this environment's ray, mlflow and rc
 PATH = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
-class Server:
+class Server(ABC):
     """One program under a leash. Subclasses say what to run and when it is ready."""
 
     name: str
@@ -36,15 +37,17 @@ class Server:
         self.port = 0
         self._leash: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """The program and its arguments; `port` is known."""
 
     def environment(self) -> dict[str, str]:
         """What this kind of program needs in its environment."""
         return {}
 
+    @abstractmethod
     def ready(self) -> bool:
-        raise NotImplementedError
+        """Whether it answers. Asked again and again until it does."""
 
     def __enter__(self) -> Self:
         """Start and wait until it answers. Raises EnvironmentFault where it does not, with its last words."""

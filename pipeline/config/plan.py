@@ -75,14 +75,13 @@ class Plan:
     evaluations: int
     checkpoints: int
     checkpoint_bytes: int
-    cost: float | None
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def plan(job: TrainJob, collection: CollectionFacts | None, images_per_s: float | None = None) -> Plan:
+def plan(job: TrainJob, collection: CollectionFacts | None) -> Plan:
     """The dry run of a complete job. Without a collection epochs are unknown. Imports torch."""
     from sagan.cost import parameters, step_flop_per_image
 
@@ -108,16 +107,8 @@ def plan(job: TrainJob, collection: CollectionFacts | None, images_per_s: float 
         checkpoints=max(1, int(job.train.kimg / job.checkpoint.kimg)),
         # weights, two Adam moments each, and the generator's average, in float32
         checkpoint_bytes=4 * (3 * (generator + discriminator) + generator),
-        cost=_cost(job, images_per_s),
         notes=_notes(job, collection),
     )
-
-
-def _cost(job: TrainJob, images_per_s: float | None) -> float | None:
-    price = job.resources.price_per_device_hour
-    if price is None or images_per_s is None:
-        return None
-    return round(job.train.kimg * 1000 / images_per_s / 3600 * job.train.workers * price, 2)
 
 
 def _notes(job: TrainJob, collection: CollectionFacts | None) -> tuple[str, ...]:

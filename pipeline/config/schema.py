@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.storage import files
+from pipeline.storage.run_folder import RunFolder
 from sagan.config import RESOLUTIONS, ModelConfig, OptimConfig
 
 
@@ -170,8 +172,6 @@ class ResourcesSection(Section):
     """CPUs per worker; whole numbers become its threads."""
     env: dict[str, str] = {}
     """Environment of the workers, set before they start (allocator, NCCL, …)."""
-    price_per_device_hour: float | None = Field(None, ge=0)
-    """For the dry run's cost."""
 
 
 class TrainJob(Section):
@@ -202,6 +202,11 @@ class TrainJob(Section):
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")
         return self
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run is kept."""
+        return RunFolder(files.join(self.checkpoint.root, self.name))
 
     @property
     def registry_name(self) -> str:
@@ -251,6 +256,11 @@ class Choice(Section):
             raise ValueError("loguniform needs bounds above 0")
         return self
 
+    @property
+    def example(self) -> Any:
+        """Some value of it, for what all values share."""
+        return next(iter(self.model_dump(exclude_none=True).values()))[0]
+
 
 class SearchSection(Section):
     trials: int = Field(12, ge=1)
@@ -285,6 +295,11 @@ class TuneJob(Section):
     """Key of the base job → values: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}}."""
     search: SearchSection = SearchSection()
     schedule: ScheduleSection | None = None
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """Some point of the space."""
+        return {key: choice.example for key, choice in self.space.items()}
 
 
 Job = TrainJob | TuneJob | PackJob | EvaluateJob

@@ -31,10 +31,12 @@ from pipeline.evaluation.measure import (
 )
 from pipeline.evaluation.models import of_checkpoint, open_model
 from pipeline.evaluation.pictures import sample_picture
-from pipeline.evaluation.records import ScoreRecord, checkpoint_url, scores_of
+from pipeline.evaluation.records import ScoreRecord, scores_of
 from pipeline.evaluation.statistics import frechet_distance, reference
-from pipeline.storage import files, fileset
+from pipeline.storage import files
+from pipeline.storage.run_folder import images_of
 from pipeline.tracking import registry
+from pipeline.tracking.tracker import tracking_uri
 from sagan.sampling import Model
 
 log = logging.getLogger(__name__)
@@ -83,11 +85,11 @@ def protected(job: TrainJob) -> set[str]:
     names = set(_due(job)) - scored.keys() | ({best.checkpoint} if best else set())
     if job.track.register_model:
         try:
-            urls = registry.checkpoints(publish.tracking_uri(job), job.registry_name)
+            urls = registry.checkpoints(tracking_uri(job), job.registry_name)
         except EnvironmentFault as fault:
             log.warning("no checkpoint is deleted for now: %s", fault.message)
-            return set(_complete(job))
-        names |= {files.name(url) for url in urls if url == checkpoint_url(job, files.name(url))}
+            return set(job.folder.checkpoints())
+        names |= {files.name(url) for url in urls if url == job.folder.checkpoint(files.name(url))}
     return names
 
 
@@ -137,13 +139,13 @@ def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, 
     began = time.monotonic()
     model = _model(job, checkpoint, extractor.device)
     score = measure(model, extractor, protocol, section, collection, job.data)
-    images = int(checkpoint.split("-")[0])
+    images = images_of(checkpoint)
     record = ScoreRecord(checkpoint, images, score, time.monotonic() - began, int(time.time() * 1000))
     picture = _picture(job, record, model, collection)
     with tempfile.TemporaryDirectory(prefix="sagan-grid-") as temp:
         path = Path(temp) / f"{checkpoint}.png"
         picture.save(path)
-        files.upload(path, grid_url(job, checkpoint))
+        files.upload(path, job.folder.grid(checkpoint))
         publish.log_scores(job, run_id, [record], [path])
     records.write(job, record)  # last: what has a record is done
     best = records.best(scores_of(job).values())
@@ -158,7 +160,7 @@ def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, 
 
 def _model(job: TrainJob, checkpoint: str, device: str) -> Model:
     section = job.evaluate
-    url = checkpoint_url(job, checkpoint)
+    url = job.folder.checkpoint(checkpoint)
     return of_checkpoint(url, device, standing_images=section.standing_images, seed=section.seed)
 
 
@@ -168,10 +170,6 @@ def _picture(job: TrainJob, record: ScoreRecord, model: Model, collection: Colle
     return sample_picture(model, job.evaluate, collection, job.data, title)
 
 
-def grid_url(job: TrainJob, checkpoint: str) -> str:
-    return files.join(job.checkpoint.root, job.name, "grids", f"{checkpoint}.png")
-
-
 # --- at the end ------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +177,7 @@ def _finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
     collection, extractor = _prepared(job, job.evaluate.seed)
     for checkpoint in _due(job):
         _score(job, checkpoint, run_id, collection, extractor)
-    standing = [record for name, record in scores_of(job).items() if name in set(_complete(job))]
+    standing = [record for name, record in scores_of(job).items() if name in set(job.folder.checkpoints())]
     best = records.best(standing)
     if best is None:
         publish.log_scores(job, run_id, standing, [])
@@ -196,8 +194,8 @@ def _finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
         "final": final.summary(),
         **figures,
         "registered": registered,
-        "grid": grid_url(job, best.checkpoint),
-        "checkpoint": checkpoint_url(job, best.checkpoint),
+        "grid": job.folder.grid(best.checkpoint),
+        "checkpoint": job.folder.checkpoint(best.checkpoint),
     }
 
 
@@ -232,18 +230,12 @@ def _final_score(job: TrainJob, model: Model, collection: Collection) -> tuple[S
     return score, figures
 
 
-def _complete(job: TrainJob) -> list[str]:
-    """Names of the checkpoints whose manifest stands, oldest first."""
-    url = files.join(job.checkpoint.root, job.name, "checkpoints")
-    return [name for name in files.list_names(url) if fileset.read_manifest(files.join(url, name))]
-
-
 def _due(job: TrainJob) -> list[str]:
     """The checkpoints that should have a score: those made for it, and the newest."""
-    complete = _complete(job)
+    complete = job.folder.checkpoints()
 
     def made_for_it(name: str) -> bool:
-        return bool(files.read_json(files.join(checkpoint_url(job, name), "checkpoint.json")).get("evaluate", True))
+        return bool(files.read_json(files.join(job.folder.checkpoint(name), "checkpoint.json")).get("evaluate", True))
 
     return [name for name in complete if name == complete[-1] or made_for_it(name)]
 

@@ -16,20 +16,16 @@ from pipeline.data.index import Collection
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.measure import Score, measure
 from pipeline.evaluation.models import open_model
-from pipeline.evaluation.records import ScoreRecord, checkpoint_url
+from pipeline.evaluation.records import ScoreRecord
 from pipeline.storage import files, fileset
 from pipeline.tracking import registry
 from pipeline.tracking.card import card
-from pipeline.tracking.tracker import Tracker, default_uri
+from pipeline.tracking.tracker import Tracker, tracking_uri
 from sagan.sampling import Model
 
 log = logging.getLogger(__name__)
 
 DELIVERY_S = 30.0
-
-
-def tracking_uri(job: TrainJob) -> str:
-    return job.track.uri or default_uri()
 
 
 def log_scores(job: TrainJob, run_id: str, scored: Iterable[ScoreRecord], pictures: Iterable[Path]) -> None:
@@ -57,7 +53,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, pict
 
     Returns {model, version, alias}: alias is None where another version is champion. Raises EnvironmentFault.
     """
-    uri, score, url = tracking_uri(job), record.score, checkpoint_url(job, record.checkpoint)
+    uri, score, url = tracking_uri(job), record.score, job.folder.checkpoint(record.checkpoint)
     manifest, facts = fileset.read_manifest(url), files.read_json(files.join(url, "checkpoint.json"))
     assert manifest is not None
     key = score.protocol.key(score.key)

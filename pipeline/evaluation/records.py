@@ -48,19 +48,18 @@ class ScoreRecord:
 def read(job: TrainJob, checkpoint: str) -> ScoreRecord | None:
     """None where the checkpoint has not been scored."""
     try:
-        return ScoreRecord.from_dict(files.read_json(_url(job, checkpoint)))
+        return ScoreRecord.from_dict(files.read_json(job.folder.score(checkpoint)))
     except FileNotFoundError:
         return None
 
 
 def write(job: TrainJob, record: ScoreRecord) -> None:
-    files.write_json(_url(job, record.checkpoint), record.to_dict())
+    files.write_json(job.folder.score(record.checkpoint), record.to_dict())
 
 
 def scores_of(job: TrainJob) -> dict[str, ScoreRecord]:
     """All records of a run by checkpoint, oldest first."""
-    names = files.list_names(files.join(job.checkpoint.root, job.name, "scores"))
-    found = {name.removesuffix(".json"): read(job, name.removesuffix(".json")) for name in names}
+    found = {name: read(job, name) for name in job.folder.scored()}
     return {name: record for name, record in found.items() if record is not None}
 
 
@@ -73,11 +72,3 @@ def best(records: Iterable[ScoreRecord]) -> ScoreRecord | None:
     sign = -1 if last.higher_is_better else 1
     comparable = [r for r in valued if r.score.protocol == last.protocol and last.key in r.score.values]
     return min(comparable, key=lambda record: (sign * record.score.values[last.key], -record.images))
-
-
-def checkpoint_url(job: TrainJob, checkpoint: str) -> str:
-    return files.join(job.checkpoint.root, job.name, "checkpoints", checkpoint)
-
-
-def _url(job: TrainJob, checkpoint: str) -> str:
-    return files.join(job.checkpoint.root, job.name, "scores", f"{checkpoint}.json")

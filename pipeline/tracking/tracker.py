@@ -13,6 +13,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ class Upload(NamedTuple):
 def default_uri() -> str:
     """MLFLOW_TRACKING_URI, else a database below runs/ where the command runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+
+
+def tracking_uri(job: TrainJob) -> str:
+    """The job's own, else the default."""
+    return job.track.uri or default_uri()
 
 
 def client(uri: str) -> Any:

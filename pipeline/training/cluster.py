@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault
 from pipeline.storage import files
-from pipeline.training.checkpoints import images_of, run_url
+from pipeline.storage.run_folder import images_of
 
 if TYPE_CHECKING:
     from pipeline.training.run import Evaluation, Run
 
 # glibc returns every large activation to the kernel by default and pays for it in page faults: a step of 128 px takes
-# 16 s instead of 10 s (FACTS §5.1). Must stand before a process starts.
+# 16 s instead of 10 s on two cores. Must stand before a process starts.
 _CPU_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30),
@@ -147,11 +147,8 @@ class Validation:
         self.job, self.run_id, self.status, self.evaluation = job, run_id, status, evaluation
 
     def __call__(self, checkpoint: Any, name: str) -> dict[str, float]:
-        from pipeline.training.checkpoints import Checkpoints
-
-        url = Checkpoints(self.job).locate(name)
         try:
-            scores = self.evaluation.score_checkpoint(self.job, url, self.run_id)
+            scores = self.evaluation.score_checkpoint(self.job, self.job.folder.checkpoint(name), self.run_id)
         except Exception as error:
             self.status.note.remote(f"{name} could not be scored now and will be after training: {error}")
             raise
@@ -161,7 +158,7 @@ class Validation:
 
 
 def ray_storage(root: str) -> tuple[Any, str]:
-    """Ray's view of the same storage. Its native S3 client makes directories that break other clients (FACTS §6.3)."""
+    """Ray's view of the same storage. Its native S3 client makes directories that break other clients."""
     import pyarrow.fs
 
     filesystem, path = files.filesystem(root)
@@ -170,7 +167,7 @@ def ray_storage(root: str) -> tuple[Any, str]:
 
 def _forget_ray_state(job: TrainJob) -> None:
     """Ray's snapshot of an earlier driver would name checkpoints that retention deleted; ours are the authority."""
-    snapshot = files.join(run_url(job), "checkpoint_manager_snapshot.json")
+    snapshot = files.join(job.folder.url, "checkpoint_manager_snapshot.json")
     if files.exists(snapshot):
         files.delete(snapshot)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,10 +16,9 @@ from pipeline.config.schema import TrainJob
 from pipeline.data.index import Collection
 from pipeline.data.pack import pack
 from pipeline.errors import InterruptedRun, SaganError, UsageError
-from pipeline.storage import files
-from pipeline.tracking.tracker import Tracker, last_step
+from pipeline.storage import files, fileset
+from pipeline.tracking.tracker import Tracker, last_step, tracking_uri
 from pipeline.training import cluster
-from pipeline.training.checkpoints import Checkpoints, run_url
 from pipeline.training.console import Console
 from pipeline.training.decisions import superfluous
 from pipeline.training.status import Snapshot, create
@@ -83,11 +81,18 @@ def train(
     run = prepare(job, evaluation, parent)
     if run.summary is not None:
         return run.summary
-    snapshot = _fit(run, evaluation, on_score)
-    scores = evaluation.finalise(run.job, run.run_id) if final else {}
-    summary = _summary(run, snapshot, scores)
-    _write_summary(run.job, summary)
-    Tracker(run.tracking_uri, run.run_id).finish("FINISHED")
+    status = "FAILED"
+    try:
+        snapshot = _fit(run, evaluation, on_score)
+        scores = evaluation.finalise(run.job, run.run_id) if final else {}
+        summary = _summary(run, snapshot, scores)
+        _write_summary(run.job, summary)
+        status = "FINISHED"
+    except (InterruptedRun, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        Tracker(run.tracking_uri, run.run_id).finish(status)
     return summary
 
 
@@ -119,9 +124,11 @@ def prepare(job: TrainJob, evaluation: Evaluation, parent: str | None = None) ->
     evaluation.check(job)
     method = plan.method(job, collection.digest)
     record = _own_record(job, method)
-    summary = _finished_summary(job) if record else None
+    uri = tracking_uri(job)
+    if record and (summary := _finished_summary(job)):
+        return Run(job, collection, uri, record["mlflow_run_id"], plan.digest(method), record, 0, summary)
     tracker = Tracker.start(
-        job.track.uri or "",
+        uri,
         job.track.experiment,
         job.name,
         record["mlflow_run_id"] if record else None,
@@ -134,15 +141,9 @@ def prepare(job: TrainJob, evaluation: Evaluation, parent: str | None = None) ->
     if record is None:
         record = {"format": 1, "name": job.name, "method": method, "mlflow_run_id": tracker.run_id}
         record |= {"starts": 0, "images_lost": 0}
-        files.write_json(files.join(run_url(job), "run.json"), record)
-    uri = job.track.uri or ""
+        files.write_json(job.folder.record, record)
     reached = last_step(uri, tracker.run_id, "loss_d")
-    return Run(job, collection, uri, tracker.run_id, plan.digest(method), record, reached, summary)
-
-
-def tracking_uri(job: TrainJob) -> str:
-    """`track.uri`, else MLFLOW_TRACKING_URI, else a database below runs/ where the job runs."""
-    return job.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    return Run(job, collection, uri, tracker.run_id, plan.digest(method), record, reached, None)
 
 
 def artifacts(job: TrainJob) -> str | None:
@@ -152,10 +153,9 @@ def artifacts(job: TrainJob) -> str | None:
 
 def _own_record(job: TrainJob, method: dict[str, Any]) -> dict[str, Any] | None:
     """run.json of the same name, if the run exists. Raises UsageError if it was another method."""
-    url = files.join(run_url(job), "run.json")
-    if not files.exists(url):
+    if not files.exists(job.folder.record):
         return None
-    record: dict[str, Any] = files.read_json(url)
+    record: dict[str, Any] = files.read_json(job.folder.record)
     theirs = record["method"]
     if theirs != method:
         differing = [k for k in sorted(theirs.keys() | method.keys()) if theirs.get(k) != method.get(k)]
@@ -169,16 +169,15 @@ def _own_record(job: TrainJob, method: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _finished_summary(job: TrainJob) -> dict[str, Any] | None:
-    url = files.join(run_url(job), "summary.json")
-    if not files.exists(url):
+    if not files.exists(job.folder.summary):
         return None
-    summary: dict[str, Any] = files.read_json(url)
+    summary: dict[str, Any] = files.read_json(job.folder.summary)
     return summary if summary["images"] >= 1000 * job.train.kimg else None
 
 
 def forget(job: TrainJob) -> None:
     """Delete a run's folder, checkpoints and all (`--fresh`). Registered models have files of their own."""
-    files.delete(run_url(job))
+    files.delete(job.folder.url)
 
 
 # --- while it runs ---------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def _fit(run: Run, evaluation: Evaluation, on_score: Callable[[int, float | None
     validates = cluster.prepare(job)
     status = create(run.reached, run.record["starts"], run.record["images_lost"])
     fit = _Fit(lambda: cluster.fit(run, status, evaluation if validates else None))
-    checkpoints, seen = Checkpoints(job), Snapshot(starts=run.record["starts"])
+    seen = Snapshot(starts=run.record["starts"])
     with _signals(lambda: status.request_stop.remote()) as asked, Console(job) as console:
         fit.start()
         while not fit.done.wait(POLL_SECONDS):
@@ -203,26 +202,26 @@ def _fit(run: Run, evaluation: Evaluation, on_score: Callable[[int, float | None
                     on_score(images, value)
             if seen.starts > before.starts:
                 run.record |= {"starts": seen.starts, "images_lost": seen.images_lost}
-                files.write_json(files.join(run_url(job), "run.json"), run.record)
+                files.write_json(job.folder.record, run.record)
             if len(seen.committed) > len(before.committed) or len(seen.scores) > len(before.scores):
-                _apply_retention(job, checkpoints, evaluation)
+                _apply_retention(job, evaluation)
             if seen.stopped:
                 break
         seen = ray.get(status.snapshot.remote())
         console.show(seen)
     if asked and seen.images < 1000 * job.train.kimg:
-        newest = checkpoints.complete()[-1:]
-        stands = f"checkpoint {checkpoints.locate(newest[0])} stands" if newest else "there was no step to save yet"
+        newest = job.folder.checkpoints()[-1:]
+        stands = f"checkpoint {job.folder.checkpoint(newest[0])} stands" if newest else "there was no step to save yet"
         raise InterruptedRun(f"stopped at {seen.images / 1000:.1f} kimg; {stands}", "the same command resumes there")
     if seen.failure is not None:
         raise seen.failure
-    fit.reraise(job, checkpoints)
+    fit.reraise(job)
     return seen
 
 
-def _apply_retention(job: TrainJob, checkpoints: Checkpoints, evaluation: Evaluation) -> None:
-    for name in superfluous(checkpoints.complete(), job.checkpoint.keep, evaluation.protected(job)):
-        checkpoints.remove(name)
+def _apply_retention(job: TrainJob, evaluation: Evaluation) -> None:
+    for name in superfluous(job.folder.checkpoints(), job.checkpoint.keep, evaluation.protected(job)):
+        fileset.remove(job.folder.checkpoint(name))
 
 
 @dataclass
@@ -244,14 +243,14 @@ class _Fit:
         finally:
             self.done.set()
 
-    def reraise(self, job: TrainJob, checkpoints: Checkpoints) -> None:
+    def reraise(self, job: TrainJob) -> None:
         """Turn Ray's nested errors into what went wrong, and say what stands."""
         if self.error is None:
             return
         cause = cluster.root_cause(self.error)
         if isinstance(cause, SaganError):
             raise cause
-        newest = checkpoints.complete()[-1:]
+        newest = job.folder.checkpoints()[-1:]
         stands = f"checkpoint {newest[0]} stands; the same command resumes from it" if newest else "nothing was saved"
         raise SaganError(f"training {job.name} failed: {type(cause).__name__}: {cause}", stands) from self.error
 
@@ -300,7 +299,7 @@ def _summary(run: Run, seen: Snapshot, scores: dict[str, Any]) -> dict[str, Any]
 
 def _write_summary(job: TrainJob, summary: dict[str, Any]) -> None:
     """Beside the run in storage, and where the command was given."""
-    files.write_json(files.join(run_url(job), "summary.json"), summary)
+    files.write_json(job.folder.summary, summary)
     local = Path("runs") / job.name
     local.mkdir(parents=True, exist_ok=True)
     (local / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -27,8 +27,8 @@ from pipeline.data.stream import Stream
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError
 from pipeline.storage import fileset
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import consistency
-from pipeline.training.checkpoints import FACTS, METRICS, Checkpoints
+from pipeline.training import checkpoints, consistency
+from pipeline.training.checkpoints import FACTS, METRICS
 from pipeline.training.decisions import StepBorder, at_border
 from pipeline.training.status import Rate
 from sagan.attention import SelfAttention
@@ -77,7 +77,6 @@ class Worker:
         self.device = _prepare_device()
         # decisions travel over the host, so that agreeing on them never waits for a GPU
         self.control = dist.new_group(backend="gloo") if self.world.size > 1 else None
-        self.checkpoints = Checkpoints(job)
         self.scratch = tempfile.TemporaryDirectory(prefix=f"sagan-{job.name}-")
         self.metrics_file = Path(self.scratch.name) / METRICS
         self.train_seconds = 0.0
@@ -118,18 +117,18 @@ class Worker:
 
     def _restore(self) -> TrainState:
         """The newest good checkpoint (rank 0 decides which), else a fresh state."""
-        folder = Path(self.scratch.name) / "restored"
-        folder.mkdir()
-        name = self.checkpoints.fetch_newest(folder, self._note) if self.leads else None
+        local = Path(self.scratch.name) / "restored"
+        local.mkdir()
+        name = checkpoints.fetch_newest(self.job.folder, local, self._note) if self.leads else None
         name = self._from_leader(name)
         if name is None:
             state = TrainState(self.job.model, self.job.optim, self.job.seed, self.device)
         else:
             if not self.leads:
-                fileset.fetch(self.checkpoints.locate(name), folder)
-            state = TrainState.load(folder, self.device)
-            self.metrics_file.write_bytes((folder / METRICS).read_bytes())
-            self.train_seconds = json.loads((folder / FACTS).read_text())["train_seconds"]
+                fileset.fetch(self.job.folder.checkpoint(name), local)
+            state = TrainState.load(local, self.device)
+            self.metrics_file.write_bytes((local / METRICS).read_bytes())
+            self.train_seconds = json.loads((local / FACTS).read_text())["train_seconds"]
         consistency.check(state, self.world)
         if self.leads:
             ray.get(self.status.group_started.remote(state.images, name, self.train_seconds))
@@ -189,7 +188,7 @@ class Worker:
         upload = ray.train.CheckpointUploadMode.SYNC if border.stop else ray.train.CheckpointUploadMode.ASYNC
         name, checkpoint = None, None
         if self.leads:
-            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            local = Path(tempfile.mkdtemp(prefix="checkpoint-"))
             facts = {
                 "train_seconds": self.train_seconds,
                 "evaluate": border.evaluate,
@@ -197,8 +196,8 @@ class Worker:
                 "class_names": self.collection.class_names,
                 "method_digest": self.assignment.method_digest,
             }
-            name = self.checkpoints.write(folder, self.state, self.metrics_file, facts)
-            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+            name = checkpoints.write(local, self.state, self.metrics_file, facts)
+            checkpoint = ray.train.Checkpoint.from_directory(str(local))
         ray.train.report(
             {"images": self.state.images},
             checkpoint=checkpoint,
@@ -214,7 +213,7 @@ class Worker:
         self.rate.checkpoint += time.perf_counter() - began
 
     def _commit(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        self.checkpoints.commit(Path(checkpoint.path), name)
+        checkpoints.commit(Path(checkpoint.path), self.job.folder, name)
         ray.get(self.status.committed.remote(name))
         storage = ray.train.get_context().get_storage()
         path = f"{storage.experiment_fs_path}/checkpoints/{name}"

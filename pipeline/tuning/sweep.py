@@ -16,10 +16,10 @@ from pipeline.config.load import override, parse, trial_job
 from pipeline.config.schema import Choice, TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
 from pipeline.storage import files
-from pipeline.tracking.tracker import Tracker
+from pipeline.storage.run_folder import RunFolder
+from pipeline.tracking.tracker import Tracker, tracking_uri
 from pipeline.training import cluster
 from pipeline.training import run as training
-from pipeline.training.checkpoints import run_url
 from pipeline.training.run import Evaluation
 from pipeline.tuning.picture import draw
 
@@ -45,12 +45,12 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> dict
     The same command resumes a sweep whose driver died: finished trials are kept, unfinished ones go on.
     Raises EnvironmentFault where the trials do not fit the cluster, SaganError where every trial failed.
     """
-    base = trial_job(sweep, _middle(sweep))
-    base = base.model_copy(update={"track": base.track.model_copy(update={"uri": training.tracking_uri(base)})})
+    base = trial_job(sweep, sweep.example)
+    base = base.model_copy(update={"track": base.track.model_copy(update={"uri": tracking_uri(base)})})
     files.check_writable(base.checkpoint.root)
     training.pack_if_missing(base)
     if fresh:
-        files.delete(_url(sweep, base))
+        files.delete(_folder(sweep, base).url)
     _check_room(sweep, base)
     evaluation.check(base)
     run_id = _parent_run(sweep, base)
@@ -71,13 +71,8 @@ def trial_of(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJob:
     return job
 
 
-def _middle(sweep: TuneJob) -> dict[str, Any]:
-    """Some point of the space: what all trials share can be read off its job."""
-    return {key: next(iter(choice.model_dump(exclude_none=True).values()))[0] for key, choice in sweep.space.items()}
-
-
-def _url(sweep: TuneJob, base: TrainJob) -> str:
-    return files.join(base.checkpoint.root, sweep.name)
+def _folder(sweep: TuneJob, base: TrainJob) -> RunFolder:
+    return RunFolder(files.join(base.checkpoint.root, sweep.name))
 
 
 def _check_room(sweep: TuneJob, base: TrainJob) -> None:
@@ -102,10 +97,10 @@ def _check_room(sweep: TuneJob, base: TrainJob) -> None:
 
 def _parent_run(sweep: TuneJob, base: TrainJob) -> str:
     """The sweep's own MLflow run, begun or found again."""
-    record_url = files.join(_url(sweep, base), "run.json")
+    record_url = _folder(sweep, base).record
     record = files.read_json(record_url) if files.exists(record_url) else None
     tracker = Tracker.start(
-        training.tracking_uri(base),
+        tracking_uri(base),
         base.track.experiment,
         sweep.name,
         record["mlflow_run_id"] if record else None,
@@ -265,8 +260,8 @@ def _conclude(
         "picture": str(picture),
     }
     (local / "summary.json").write_text(json.dumps(summary, indent=1))
-    files.write_json(files.join(_url(sweep, base), "summary.json"), summary)
-    tracker = Tracker(training.tracking_uri(base), run_id)
+    files.write_json(_folder(sweep, base).summary, summary)
+    tracker = Tracker(tracking_uri(base), run_id)
     for artifact in (picture, local / "trials.json"):
         tracker.artifact(artifact, "")
     tracker.close(timeout_s=60)
@@ -277,7 +272,7 @@ def _conclude(
 def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial) -> dict[str, Any]:
     job = training.resolve(trial_of(base, best.name, best.point))
     track = job.track.model_copy(update={"model": sweep.name, "register_model": True})
-    record = files.read_json(files.join(run_url(job), "run.json"))
+    record = files.read_json(job.folder.record)
     return evaluation.finalise(job.model_copy(update={"track": track}), record["mlflow_run_id"])
 
 

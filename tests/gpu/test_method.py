@@ -23,7 +23,7 @@ def trained(device, dtype, updates, precision="float32"):
 
 
 def test_five_updates_equal_the_cpus_in_float64():
-    """1e-9 as between ranks (FACTS §4): only the order of sums differs."""
+    """1e-9 as between ranks (tests/system/test_equivalence.py): only the order of sums differs."""
     ours, losses = trained("cuda", torch.float64, 5)
     theirs, expected = trained("cpu", torch.float64, 5)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)

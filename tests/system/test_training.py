@@ -38,6 +38,10 @@ def points(env, run_id, key):
     return [(m.step, m.value) for m in MlflowClient(env["MLFLOW_TRACKING_URI"]).get_metric_history(run_id, key)]
 
 
+def status(env, run):
+    return MlflowClient(env["MLFLOW_TRACKING_URI"]).get_run(run["mlflow_run_id"]).info.status
+
+
 @pytest.fixture(scope="module")
 def left_alone(place):
     """The summary of an uninterrupted run, with its whole outcome registered."""
@@ -83,6 +87,7 @@ def test_a_finished_run_shows_its_summary_again(place, left_alone):
     again = Driver(folder, env, name="alone")
     assert again.end() == 0, again.output
     assert "starting" not in again.output
+    assert status(env, left_alone) == "FINISHED", "showing it does not open it again"
     assert left_alone["mlflow_run_id"] in again.output
 
 
@@ -101,6 +106,7 @@ def test_interrupted_killed_and_resumed_it_ends_in_the_same_state(place, left_al
     first.until("checkpoint 0")
     first.signal(signal.SIGINT)
     assert first.end() == 130, first.output
+    assert status(env, files.read_json(f"{bucket}/runs/tried/run.json")) == "KILLED"
     newest = checkpoints(bucket, "tried")[-1]
     assert f"{newest} stands" in first.output
 

@@ -51,7 +51,7 @@ def test_a_checkpoint_is_scored_once_and_everything_is_told(job: TrainJob, run_i
     assert history(job, run_id, key) == [(2000, values["fd_classifier"])]
     artifacts = {a.path for a in client(job.track.uri or "").list_artifacts(run_id, "protocols")}
     assert artifacts == {f"protocols/{record.score.protocol.id8}.json"}
-    picture = Image.open(evaluate.grid_url(job, record.checkpoint))
+    picture = Image.open(job.folder.grid(record.checkpoint))
     assert picture.width > picture.height / 4
 
     fileset.remove(url)  # so that scoring once more could only fail

@@ -1,4 +1,5 @@
-"""The networks are SAGAN's: sizes, parameter counts and costs as published (FACTS §1.9 to §1.11)."""
+"""The networks are SAGAN's: sizes, parameter counts and costs as counted for the published systems (at 128 px the official code's;
+others: StudioGAN's, mmgeneration's and BigGAN-PyTorch's widths)."""
 
 import pytest
 import torch
