@@ -1,4 +1,6 @@
-"""Batch norm over groups of the global batch, conditional and plain (de Vries et al. 2017; as in brain-research/self-attention-gan).
+"""Batch norm over groups of the global batch, conditional and plain.
+
+Conditional after de Vries et al. 2017, as in brain-research/self-attention-gan.
 
 Statistics belong to images, not to machines: a group may be the whole batch over all ranks, or every n-th image of it.
 Per image and channel the mean and the variance over its pixels are taken first; groups, ranks and unequal shares are

@@ -1,5 +1,7 @@
-"""The networks are SAGAN's: sizes, parameter counts and costs as counted for the published systems (at 128 px the official code's;
-others: StudioGAN's, mmgeneration's and BigGAN-PyTorch's widths)."""
+"""The networks are SAGAN's: sizes, parameter counts and costs as counted for the published systems.
+
+At 128 px those of the official code; elsewhere with the widths of StudioGAN, mmgeneration and BigGAN-PyTorch.
+"""
 
 import pytest
 import torch
