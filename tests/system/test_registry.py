@@ -36,6 +36,15 @@ from sagan.state import TrainState
 
 pytestmark = pytest.mark.system
 
+
+@pytest.fixture(autouse=True)
+def _nothing_left_in_the_module_table() -> Iterator[None]:
+    """Registering in several threads at once can leave MLflow's stand-in for a module behind, at which hypothesis
+    stumbles in whichever test comes next."""
+    yield
+    sys.modules.pop("dbutils", None)
+
+
 SAMPLE = """
 import sys
 sys.path.insert(0, sys.argv[1] + "/code")

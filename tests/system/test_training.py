@@ -192,3 +192,14 @@ def test_a_job_brings_its_code_as_a_working_dir(place, tmp_path):
     run = Driver(folder, env, command=submit, job=Path("jobs/quickstart.yaml"), name="carried", **{"train.kimg": 0.32})
     assert run.end() == 0, run.output
     assert files.read_json(f"{env['SAGAN_BUCKET']}/runs/carried/summary.json")["images"] == 320
+
+
+@pytest.mark.slow
+def test_what_diverged_ends_the_run_and_is_never_saved(place):
+    folder, bucket, env = place
+    run = Driver(folder, env, name="diverged", **{"optim.lr_d": 1e30, "optim.lr_g": 1e30})
+    assert run.end() == 1, run.output
+    assert "training diverged at" in run.output
+    assert "Traceback" not in run.output
+    assert checkpoints(bucket, "diverged") == []
+    assert status(env, files.read_json(f"{bucket}/runs/diverged/run.json")) == "FAILED"
