@@ -1,4 +1,4 @@
-"""Self-attention over a feature map (Zhang et al. 2019, as in the released code)."""
+"""Self-attention over a feature map (Zhang et al. 2019), as released and in the two forms its papers write."""
 
 from __future__ import annotations
 
@@ -6,38 +6,58 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sagan.spectral_norm import Conv2d
+from sagan.config import AttentionForm
+from sagan.spectral_norm import Conv2d, Spectral
+
+
+def value_channels(form: AttentionForm, channels: int) -> int:
+    """Channels of g."""
+    return channels // {"released": 2, "icml": 8, "first": 1}[form]
 
 
 class SelfAttention(nn.Module):
-    """y = x + γ · W_o(softmax(θ(x) φ(x)ᵀ) g(x)), keys and values max-pooled 2×2, γ starting at 0.
+    """y = x + γ · o(softmax(θ(x) φ(x)ᵀ) g(x)), γ starting at 0; no biases and no 1/√d.
 
-    θ and φ have C/8 channels, g has C/2; no biases and no 1/√d. C must be divisible by 8, H and W even.
+    θ and φ have C/8 channels. The other parts by `form`:
+
+    released: φ and g max-pooled 2×2, g of C/2, o a 1×1 convolution (the official code).
+    icml: nothing pooled, g of C/8, o a 1×1 convolution (paper, section 3).
+    first: nothing pooled, g of C, no o (the paper's first version, and what most tutorials show).
+
+    C must be divisible by 8.
     """
 
-    def __init__(self, channels: int, *, spectral_norm: bool = True) -> None:
+    def __init__(self, channels: int, spectral: Spectral | None, form: AttentionForm = "released") -> None:
         super().__init__()
         if channels % 8:
             raise ValueError(f"self-attention needs a multiple of 8 channels, got {channels}")
 
         def conv(in_: int, out: int) -> Conv2d:
-            return Conv2d(in_, out, 1, bias=False, spectral_norm=spectral_norm)
+            return Conv2d(in_, out, 1, spectral, bias=False)
 
+        values = value_channels(form, channels)
+        self.pooled = form == "released"
         self.theta = conv(channels, channels // 8)
         self.phi = conv(channels, channels // 8)
-        self.g = conv(channels, channels // 2)
-        self.out = conv(channels // 2, channels)
+        self.g = conv(channels, values)
+        self.out = conv(values, channels) if form != "first" else None
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
-        values = F.max_pool2d(self.g(x), 2).flatten(2)  # [b, C/2, HW/4]
-        attended = torch.bmm(values, self.maps(x).to(values.dtype).transpose(1, 2))
-        return torch.addcmul(x, self.gamma.to(x.dtype), self.out(attended.view(b, -1, h, w)))
+        values = self._pool(self.g(x)).flatten(2)  # [b, C_g, keys]
+        attended = torch.bmm(values, self.maps(x).to(values.dtype).transpose(1, 2)).view(b, -1, h, w)
+        return torch.addcmul(x, self.gamma.to(x.dtype), attended if self.out is None else self.out(attended))
 
     def maps(self, x: Tensor) -> Tensor:
-        """[b, HW, HW/4], float32 at least: how each position attends to the pooled ones; rows sum to one."""
+        """[b, HW, keys], float32 at least: how each position attends to every key; rows sum to one.
+
+        Keys are the positions, pooled (HW / 4) in the released form.
+        """
         queries = self.theta(x).flatten(2)
-        keys = F.max_pool2d(self.phi(x), 2).flatten(2)
+        keys = self._pool(self.phi(x)).flatten(2)
         energy = torch.bmm(queries.transpose(1, 2), keys)
         return energy.softmax(dim=-1, dtype=torch.promote_types(energy.dtype, torch.float32))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2) if self.pooled else x

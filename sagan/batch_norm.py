@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sagan.world import World
+from sagan.world import World, on_device
 
-EPS = 1e-5
 # Decay of the running averages, per generator update (official code)
 DECAY, LAST_DECAY = 0.999, 0.9999
 
@@ -24,12 +23,19 @@ class Groups:
 
     `membership` is float32 [count, b] with a single 1 per column. `world` is a world of one where every group lies
     inside its rank, so that no collective is called.
+
+    Raises ValueError where a group spans ranks and `world` does not promise that all of them take part.
     """
 
     def __init__(self, positions: range, count: int, world: World, device: torch.device) -> None:
         self.world = world if count % world.size else World()
-        index = torch.tensor([p % count for p in positions], device=device)
-        self.membership = torch.nn.functional.one_hot(index, count).t().float()
+        if self.world.size > 1 and not world.joint:
+            raise ValueError(
+                f"a batch-norm group spans {world.size} ranks, so every rank must run this forward: pass "
+                "world.joined() on all of them. For images on one rank alone leave `groups` out (running statistics)"
+            )
+        index = torch.tensor([p % count for p in positions])
+        self.membership = on_device((torch.arange(count)[:, None] == index).float(), device)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -37,9 +43,8 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, membership: Tensor, world: World, eps: float):  # type: ignore[no-untyped-def]
-        stats = torch.promote_types(x.dtype, torch.float32)
-        membership = membership.to(stats)
-        mean, variance = image_statistics(x.to(stats))
+        mean, variance = image_statistics(x)
+        membership = membership.to(mean.dtype)
         count, group_mean, group_var = _combine_images(mean, variance, membership)
         if world.size > 1:
             packed = torch.cat([count[:, None], group_mean, group_var], dim=1)
@@ -47,7 +52,7 @@ class _GroupNorm(torch.autograd.Function):
         # a group without a local image has no column in `membership`: its values are never used
         mean, rstd = membership.t() @ group_mean, membership.t() @ (group_var + eps).rsqrt()
         factor = rstd * scale
-        y = torch.addcmul((shift - mean * factor).to(x.dtype)[..., None, None], x, factor.to(x.dtype)[..., None, None])
+        y = _affine(x, factor, shift - mean * factor)
         ctx.save_for_backward(x, scale, mean, rstd, membership, membership.t() @ count)
         ctx.world = world
         weights = count / count.sum()
@@ -58,26 +63,30 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
         x, scale, mean, rstd, membership, count = ctx.saved_tensors
-        stats, pixels = mean.dtype, x.shape[2] * x.shape[3]
-        centred = x.to(stats) - mean[..., None, None]
-        dshift = dy.sum((2, 3), dtype=stats)
-        dscale = (dy.to(stats) * centred).sum((2, 3)) * rstd
+        pixels = x.shape[2] * x.shape[3]
+        dshift = dy.sum((2, 3), dtype=mean.dtype)
+        dscale = (x - mean[..., None, None]).mul_(dy).sum((2, 3)) * rstd
         sums = torch.stack([membership @ (scale * dshift), membership @ (scale * dscale)])
         ctx.world.sum_(sums)
         d_mean, d_var = (membership.t() @ s / (count[:, None] * pixels) for s in sums)
-        dx = (dy.to(stats) * scale[..., None, None] - d_mean[..., None, None]).sub_(
-            centred.mul_((rstd * d_var)[..., None, None])
-        )
-        return dx.mul_(rstd[..., None, None]).to(x.dtype), dscale, dshift, None, None, None
+        # dx = rstd · (scale · dy − d_mean − x̂ · d_var), as one affine function of dy and x
+        slope = -rstd.square() * d_var
+        dx = _affine(x, slope, -rstd * d_mean - slope * mean)
+        return dx.addcmul_(dy, (rstd * scale).to(dy.dtype)[..., None, None]), dscale, dshift, None, None, None
+
+
+def _affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """factor · x + offset with [b, C] coefficients."""
+    return torch.addcmul(offset.to(x.dtype)[..., None, None], x, factor.to(x.dtype)[..., None, None])
 
 
 def image_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[b, C] mean and biased variance over the pixels of each image, x [b, C, H, W].
+    """[b, C] mean and biased variance over the pixels of each image, float32 at least, x [b, C, H, W].
 
     In two passes: torch.var_mean takes five to eighteen times as long on channels-last maps (CPU, torch 2.13).
     """
-    mean = x.mean((2, 3))
-    return mean, (x - mean[..., None, None]).square().mean((2, 3))
+    mean = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, (x - mean[..., None, None]).square_().mean((2, 3))
 
 
 def _combine_images(mean: Tensor, variance: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,9 +119,9 @@ class BatchNorm(nn.Module):
     batch_mean: Tensor
     batch_var: Tensor
 
-    def __init__(self, channels: int, decay: float = DECAY) -> None:
+    def __init__(self, channels: int, eps: float, decay: float = DECAY) -> None:
         super().__init__()
-        self.decay = decay
+        self.eps, self.decay = eps, decay
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self._add_affine(channels)
@@ -129,12 +138,11 @@ class BatchNorm(nn.Module):
         """x [b, C, H, W], labels y int64 [b] or None; `groups` in training, None in evaluation."""
         scale, shift = self._affine(x, y)
         if groups is None:
-            factor = scale * (self.running_var + EPS).rsqrt()
-            offset = shift - self.running_mean * factor
-            return torch.addcmul(offset.to(x.dtype)[..., None, None], x, factor.to(x.dtype)[..., None, None])
+            factor = scale * (self.running_var + self.eps).rsqrt()
+            return _affine(x, factor, shift - self.running_mean * factor)
         with torch.autocast(x.device.type, enabled=False):  # statistics stay float32
             y_, self.batch_mean, self.batch_var = _GroupNorm.apply(
-                x, scale, shift, groups.membership, groups.world, EPS
+                x, scale, shift, groups.membership, groups.world, self.eps
             )
         return y_
 
@@ -142,9 +150,9 @@ class BatchNorm(nn.Module):
 class ConditionalBatchNorm(BatchNorm):
     """Batch norm whose scale and shift are looked up by class; the tables are never spectrally normalised."""
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, eps: float) -> None:
         self.classes = classes
-        super().__init__(channels)
+        super().__init__(channels, eps)
 
     def _add_affine(self, channels: int) -> None:
         self.weight = nn.Parameter(torch.ones(self.classes, channels))
@@ -155,22 +163,25 @@ class ConditionalBatchNorm(BatchNorm):
         return self.weight[y], self.bias[y]
 
 
-def conditional(channels: int, classes: int) -> BatchNorm:
+def conditional(channels: int, classes: int, eps: float) -> BatchNorm:
     """Conditional batch norm where there are classes, else plain."""
-    return ConditionalBatchNorm(channels, classes) if classes else BatchNorm(channels)
+    return ConditionalBatchNorm(channels, classes, eps) if classes else BatchNorm(channels, eps)
 
 
 def layers(network: nn.Module) -> list[BatchNorm]:
     return [module for module in network.modules() if isinstance(module, BatchNorm)]
 
 
+def used(network: nn.Module) -> Tensor:
+    """What the last training forward of every layer normalised with, as one vector: means and variances in turn."""
+    return torch.cat([statistic for norm in layers(network) for statistic in (norm.batch_mean, norm.batch_var)])
+
+
 @torch.no_grad()
-def track(network: nn.Module, world: World) -> None:
-    """Move every layer's running averages by what its last training forward used, averaged over ranks."""
-    norms = layers(network)
-    used = [statistic for norm in norms for statistic in (norm.batch_mean, norm.batch_var)]
-    flat = world.sum_(torch.cat(used)) / world.size
-    statistics = iter(flat.split([len(s) for s in used]))
-    for norm in norms:
-        for average in (norm.running_mean, norm.running_var):
-            average.lerp_(next(statistics).to(average), 1 - norm.decay)
+def track(network: nn.Module, statistics: Tensor, world: World) -> None:
+    """Move every layer's running averages by `statistics` as of `used`, averaged over ranks."""
+    flat = world.sum_(statistics) / world.size
+    averages = [average for norm in layers(network) for average in (norm.running_mean, norm.running_var)]
+    decays = [norm.decay for norm in layers(network) for _ in range(2)]
+    for average, decay, now in zip(averages, decays, flat.split([len(a) for a in averages]), strict=True):
+        average.lerp_(now.to(average), 1 - decay)

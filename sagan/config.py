@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from sagan.spectral_norm import Spectral
 
 RESOLUTIONS = (32, 64, 128, 256)
 
 # Feature-map size that gets self-attention unless a job says otherwise.
 _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
+
+AttentionForm = Literal["released", "icml", "first"]
 
 _SEQUENCES = ("attention", "multipliers_g", "multipliers_d")
 
@@ -56,8 +60,31 @@ class ModelConfig:
     """Multiples of `channels_d`: the output of each block. Default by resolution."""
     attention: tuple[int, ...] | None = None
     """Sizes of the feature maps that get self-attention, in both networks; [] for none. Default by resolution."""
+    attention_form: AttentionForm = "released"
+    """released: pooled keys and values, values of C/2, output convolution. icml: no pooling, values of C/8, output
+    convolution. first: no pooling, values of C, no output convolution."""
+    slope_g: float = 0.0
+    """Negative slope of the generator's rectifiers; 0 is ReLU."""
+    slope_d: float = 0.0
+    """Negative slope of the discriminator's rectifiers."""
+    thin_d: bool = False
+    """Discriminator blocks as wide inside as their input (SNGAN-projection) instead of their output."""
+    spectral_norm_g: bool = True
+    """Spectral norm on the generator's layers; never on its class tables."""
+    spectral_norm_d: bool = True
+    """Spectral norm on the discriminator's layers, its class embedding included."""
+    spectral_norm_gradient: Literal["constant", "through"] = "constant"
+    """Gradients hold the power iteration's vectors constant, or flow through them (official code)."""
+    spectral_norm_start: Literal["converged", "cold"] = "converged"
+    """Before the first step: thirty power iterations, or one from a random vector (official code)."""
+    spectral_norm_eps: float = 1e-12
+    """Least length that the power iteration divides by."""
     batch_norm_group: int = 0
     """Images per batch-norm group; 0 takes statistics over the whole global batch."""
+    batch_norm_eps: float = 1e-5
+    """Added to variances."""
+    init_gain: float = 1.0
+    """Gain of the Glorot initialisation of the blocks' 3×3 convolutions (SNGAN-projection: √2)."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution not in RESOLUTIONS:
@@ -65,6 +92,12 @@ class ModelConfig:
         for name, least in (("z_dim", 1), ("channels_g", 1), ("channels_d", 1), ("batch_norm_group", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("spectral_norm_eps", "batch_norm_eps", "init_gain"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("slope_g", "slope_d"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.classes is not None and self.classes < 0:
             raise ValueError(f"model.classes is {self.classes}; it must be 0 (no labels) or more")
         for name in _SEQUENCES:
@@ -118,6 +151,11 @@ class ModelConfig:
         return self.classes
 
     @property
+    def spectral(self) -> Spectral:
+        """How the layers that are normalised are normalised."""
+        return Spectral(self.spectral_norm_eps, self.spectral_norm_gradient == "through")
+
+    @property
     def attention_sizes(self) -> tuple[int, ...]:
         return _ATTENTION[self.size] if self.attention is None else self.attention
 
@@ -159,6 +197,8 @@ class OptimConfig:
     eps: float = 1e-8
     n_dis: int = 1
     """Discriminator updates per generator update."""
+    lr_decay_kimg: tuple[float, float] | None = None
+    """Both learning rates fall linearly to zero between these two positions, in thousands of images."""
     ema_decay: float = 0.999
     """Decay, per generator update, of the average that is evaluated and exported."""
     ema_start_kimg: float = 0.0
@@ -173,8 +213,20 @@ class OptimConfig:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.n_dis < 1:
             raise ValueError(f"optim.n_dis is {self.n_dis}; it must be at least 1")
+        if self.lr_decay_kimg is not None:
+            start, end = self.lr_decay_kimg
+            object.__setattr__(self, "lr_decay_kimg", (start, end))
+            if not 0 <= start < end:
+                raise ValueError(f"optim.lr_decay_kimg is {[start, end]}; it must be [start, end] with 0 ≤ start < end")
         if self.ema_start_kimg < 0:
             raise ValueError(f"optim.ema_start_kimg is {self.ema_start_kimg}; it must be 0 or more")
+
+    def lr_factor(self, images: int) -> float:
+        """What both learning rates are multiplied with in the step that starts at `images`."""
+        if self.lr_decay_kimg is None:
+            return 1.0
+        start, end = self.lr_decay_kimg
+        return min(1.0, max(0.0, (end - images / 1000) / (end - start)))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

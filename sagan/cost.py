@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from sagan.config import ModelConfig
+from sagan.attention import value_channels
+from sagan.config import AttentionForm, ModelConfig
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
 
@@ -30,24 +31,29 @@ def forward_macs(config: ModelConfig) -> tuple[int, int]:
     for in_, out in pairwise(config.widths_g):
         size *= 2
         generator += size**2 * (9 * in_ * out + 9 * out * out + in_ * out)
-        generator += _attention(out, size) if size in config.attention_sizes else 0
+        generator += _attention(config.attention_form, out, size) if size in config.attention_sizes else 0
     generator += size**2 * 9 * config.widths_g[-1] * 3
 
     discriminator, in_ = 0, 3
     for i, (out, down) in enumerate(config.widths_d):
-        discriminator += size**2 * (9 * in_ * out + 9 * out * out)
+        hidden = in_ if config.thin_d and i else out
+        discriminator += size**2 * (9 * in_ * hidden + 9 * hidden * out)
         after = size // 2 if down else size
         if down or in_ != out:
             discriminator += (after if i == 0 else size) ** 2 * in_ * out
         in_, size = out, after
-        discriminator += _attention(out, size) if down and size in config.attention_sizes else 0
+        if down and size in config.attention_sizes:
+            discriminator += _attention(config.attention_form, out, size)
     return generator, discriminator + in_ * (2 if config.labels else 1)
 
 
-def _attention(channels: int, size: int) -> int:
-    positions, keys = size**2, size**2 // 4
-    projections = positions * channels * (channels // 8 + channels // 8 + channels // 2 + channels // 2)
-    return projections + positions * keys * (channels // 8 + channels // 2)
+def _attention(form: AttentionForm, channels: int, size: int) -> int:
+    positions = size**2
+    keys = positions // 4 if form == "released" else positions
+    values = value_channels(form, channels)
+    output = 0 if form == "first" else values
+    projections = positions * channels * (channels // 8 + channels // 8 + values + output)
+    return projections + positions * keys * (channels // 8 + values)
 
 
 def step_flop_per_image(config: ModelConfig, n_dis: int = 1) -> float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sagan.attention import SelfAttention
-from sagan.blocks import DiscriminatorBlock
+from sagan.blocks import DiscriminatorBlock, rectify
 from sagan.config import ModelConfig
 from sagan.spectral_norm import Embedding, Linear
 
@@ -15,22 +14,24 @@ from sagan.spectral_norm import Embedding, Linear
 class Discriminator(nn.Module):
     """Image (and its class) → one logit, by projection where there are classes. No batch norm anywhere."""
 
-    def __init__(self, config: ModelConfig, *, spectral_norm: bool = True) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        spectral = config.spectral if config.spectral_norm_d else None
+        self.slope = config.slope_d
         blocks: list[nn.Module] = []
         in_, size = 3, config.size
         for out, down in config.widths_d:
-            blocks.append(DiscriminatorBlock(in_, out, down=down, first=not blocks, spectral_norm=spectral_norm))
+            blocks.append(DiscriminatorBlock(in_, out, config, spectral, down=down, first=not blocks))
             in_, size = out, size // 2 if down else size
             if down and size in config.attention_sizes:
-                blocks.append(SelfAttention(out, spectral_norm=spectral_norm))
+                blocks.append(SelfAttention(out, spectral, config.attention_form))
         self.blocks = nn.Sequential(*blocks)
-        self.linear = Linear(in_, 1, spectral_norm=spectral_norm)
-        self.embedding = Embedding(config.labels, in_, spectral_norm=spectral_norm) if config.labels else None
+        self.linear = Linear(in_, 1, spectral)
+        self.embedding = Embedding(config.labels, in_, spectral) if config.labels else None
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
         """x float [b, 3, H, W] in [−1, 1], y int64 [b] (None when unconditional) → logits, float32 at least, [b]."""
-        h = F.relu(self.blocks(x))
+        h = rectify(self.blocks(x), self.slope)
         with torch.autocast(x.device.type, enabled=False):
             features = h.sum((2, 3), dtype=torch.promote_types(h.dtype, torch.float32))
             logits = self.linear(features).squeeze(1)

@@ -19,7 +19,7 @@ from sagan.random import Purpose, labels, latents
 from sagan.state import TrainState
 from sagan.world import World
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, FACTS = "generator.safetensors", "config.json"
 STANDING_GROUP = 128  # images that are normalised together while standing statistics are taken
 
@@ -47,13 +47,13 @@ class Model:
         `standing_images` latents from `seed`.
         """
         device = next(state.generator.parameters()).device
-        live = Generator(state.model).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        live = Generator(state.model).to(device)
         live.load_state_dict(state.generator.state_dict())
         if weights == "ema":
             live.load_state_dict({**state.generator.state_dict(), **state.average})
         spectral_norm.warm_up(live)
         take_standing_statistics(live, state.model, standing_images, seed)
-        generator = Generator(state.model, spectral_norm=False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        generator = Generator(state.model, folded=True).to(device)
         generator.load_state_dict(spectral_norm.fold(live))
         return cls(state.model, generator, class_names)
 
@@ -130,9 +130,9 @@ class Model:
         if facts["format"] != FORMAT:
             raise ValueError(f"{folder / FACTS} has format {facts['format']}; this version reads format {FORMAT}")
         config = ModelConfig.from_dict(facts["model"])
-        generator = Generator(config, spectral_norm=False)
+        generator = Generator(config, folded=True)
         generator.load_state_dict(load_file(folder / TENSORS))
-        generator.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        generator.to(device)
         return cls(config, generator, facts["class_names"])
 
 

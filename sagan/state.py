@@ -16,7 +16,7 @@ from sagan.config import ModelConfig, OptimConfig
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
@@ -31,15 +31,15 @@ class TrainState:
     """
 
     def __init__(self, model: ModelConfig, optim: OptimConfig, seed: int, device: torch.device | str = "cpu") -> None:
-        """A fresh state: Glorot uniform weights from `seed`, u converged on them."""
+        """A fresh state: Glorot uniform weights from `seed`, u converged on them unless the model says otherwise."""
         self.model, self.optim, self.seed, self.images = model, optim, seed, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.generator = Generator(model)
             self.discriminator = Discriminator(model)
         for network in self._networks.values():
-            spectral_norm.warm_up(network)
-            network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(device)
+        self._start_spectral_norm()
         self._restart_optimizers()
         self.average = ema.copy_of(self.generator)
 
@@ -68,9 +68,13 @@ class TrainState:
             network.to(dtype)
         self._restart_optimizers()
         self.average = {name: tensor.to(dtype) for name, tensor in self.average.items()}
-        for network in self._networks.values():
-            spectral_norm.warm_up(network)
+        self._start_spectral_norm()
         return self
+
+    def _start_spectral_norm(self) -> None:
+        iterations = 1 if self.model.spectral_norm_start == "cold" else spectral_norm.WARM_UP_ITERATIONS
+        for network in self._networks.values():
+            spectral_norm.warm_up(network, iterations)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the state with a name that is unique in it."""
