@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pipeline.storage import files
 from pipeline.storage.run_folder import RunFolder
 from sagan.config import RESOLUTIONS, ModelConfig, OptimConfig
+from sagan.step import passes
 
 
 def _absolute(url: str) -> str:
@@ -91,6 +92,9 @@ class TrainSection(Section):
     """Ray Train workers, one per device."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 is autocast: statistics, σ, softmax and losses stay float32."""
+    micro_batch: int | None = Field(None, ge=1)
+    """At most so many images of a worker are in memory at once; gradients add up to the same step. Needs
+    model.batch_norm_group at most as large. Default: a worker's whole share."""
     log_kimg: float = Field(1.0, gt=0)
     """Metrics go to the tracker this often."""
     max_failures: int = Field(3, ge=-1)
@@ -201,6 +205,8 @@ class TrainJob(Section):
         group = self.model.batch_norm_group
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")
+        groups = self.train.batch // (group or self.train.batch)
+        passes(self.train.batch, self.train.workers, groups, self.train.micro_batch)  # raises where it cannot be exact
         return self
 
     @property

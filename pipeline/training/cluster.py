@@ -11,18 +11,10 @@ from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault
 from pipeline.storage import files
 from pipeline.storage.run_folder import images_of
+from sagan.machine import ALLOCATOR
 
 if TYPE_CHECKING:
     from pipeline.training.run import Evaluation, Run
-
-# glibc returns every large activation to the kernel by default and pays for it in page faults: a step of 128 px takes
-# 16 s instead of 10 s on two cores. Must stand before a process starts.
-_CPU_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30),
-    "MALLOC_TOP_PAD_": str(256 * 2**20),
-}
-_CUDA_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def connect(least_cpus: float = 1) -> None:
@@ -110,7 +102,7 @@ def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
         evaluation is not None,
     )
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
-    env = {**threads, **(_CUDA_ALLOCATOR if gpu else _CPU_ALLOCATOR), **job.resources.env}
+    env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **job.resources.env}
     TorchTrainer(
         train,
         train_loop_config={"assignment": assignment},

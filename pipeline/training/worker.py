@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from pipeline.training import checkpoints, consistency
 from pipeline.training.checkpoints import FACTS, METRICS
 from pipeline.training.decisions import StepBorder, at_border
 from pipeline.training.status import Rate
+from sagan import machine
 from sagan.attention import SelfAttention
 from sagan.state import TrainState
 from sagan.step import METRICS as STEP_METRICS
@@ -82,7 +82,7 @@ class Worker:
         self.train_seconds = 0.0
         self.collection = Collection.open(job.data.train)
         self.state = self._restore()
-        self.step = Step(self.state, job.train.batch, self.world, job.train.precision)
+        self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
         self.stream = Stream(self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data)
         self.tracker = Tracker(assignment.tracking_uri, assignment.run_id) if self.leads else None
         self._replay_metrics()
@@ -238,11 +238,6 @@ def _validation(name: str | None) -> ray.train.ValidationTaskConfig:
 
 
 def _prepare_device() -> torch.device:
-    if ray.get_gpu_ids():
-        device = ray.train.torch.get_device()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        return device
-    # Ray forces one OpenMP thread per CPU it reserved; denormals cost four times as much as other numbers
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    torch.set_flush_denormal(True)
-    return torch.device("cpu")
+    device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
+    machine.prepare(device)
+    return device

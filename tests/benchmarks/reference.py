@@ -189,6 +189,19 @@ def copy_from(ours: nn.Module, theirs: nn.Module) -> None:
         layer.power_iteration()
 
 
+def gradients(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:
+    """All gradients of both as one vector each, in the same order and layout."""
+    expected = dict(theirs.named_parameters())
+    pairs = []
+    for name, layer in ours.named_modules():
+        for kind, parameter in layer.named_parameters(name, recurse=False):
+            grad, other = parameter.grad, expected[kind].grad
+            assert grad is not None
+            assert other is not None
+            pairs.append(((plain(layer, grad) if kind.endswith("weight") else grad).flatten(), other.flatten()))
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+
+
 class Step:
     """`step(real, y)`: one discriminator and one generator update, with fresh latents and labels for each."""
 
