@@ -2,9 +2,9 @@
 
 A narrow model on 5 000 CIFAR-10 images (SAGAN_TEST_DATA), a fixed number of images, seeds paired: one seed gives every
 arm the same order of images, latents and, where shapes agree, weights. The score is the Fréchet distance of averaged
-weights in the features of ResNet-56 (fd_resnet56-cifar10, 2 000 samples). Differences are to the full method, with a 95 %
-interval over the seeds. A short run says who learns quickly, not who ends better: the paper's equal rates are ahead
-until they collapse.
+weights in the features of ResNet-56 (fd_resnet56-cifar10, 2 000 samples). Differences are to the full method, with a
+95 % interval over the seeds. A short run says who learns quickly, not who ends better: the paper's equal rates are
+ahead until they collapse.
 
 What must hold for every seed: trained with true labels, at least twice as many samples are recognised as what they were
 asked for as after training with shuffled labels. Not a benchmark of speed; half an hour on two cores.
@@ -31,7 +31,7 @@ from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.data.index import Collection
 from pipeline.data.pack import pack
 from pipeline.data.stream import read_images
-from pipeline.evaluation.measure import load_extractor, score_model
+from pipeline.evaluation.measure import score_model
 from sagan import Model, ModelConfig, OptimConfig, Step, TrainState, machine
 
 BATCH = 32
@@ -106,7 +106,7 @@ def train(name: str, seed: int, kimg: float, url: str, judge: str) -> dict[str, 
     machine.prepare(torch.device("cpu"))
     arm, collection = ARMS[name], Collection.open(url)
     data = DataSection(train=url)
-    real = torch.cat(list(read_images(collection, collection.ids("train"), data.cache, data.cache_gb, 1)))
+    real = torch.cat(list(read_images(collection, np.array(collection.ids("train")), data.cache, data.cache_gb, 1)))
     labels = torch.from_numpy(np.asarray(collection.labels)).long()
     if arm.shuffled:
         labels = labels[torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))]
@@ -116,7 +116,6 @@ def train(name: str, seed: int, kimg: float, url: str, judge: str) -> dict[str, 
         ids = torch.from_numpy(order(seed, state.images, len(real)))
         step([(real[ids].float() * (2 / 255) - 1, labels[ids])])
     section = EvaluateSection(extractor=judge, samples=2000, standing_images=512)
-    load_extractor(section, collection, data, 0)
     model = Model.from_state(state, standing_images=section.standing_images)
     score = score_model(model, section, collection, data=data, seed=0, samples=section.samples, judge_seed=0)
     gammas = {f"gamma_{k}": p.item() for k, p in _gammas(state)}
@@ -126,8 +125,8 @@ def train(name: str, seed: int, kimg: float, url: str, judge: str) -> dict[str, 
 def order(seed: int, start: int, images: int) -> np.ndarray:
     """Which images stand at positions [start, start + BATCH): every epoch a permutation."""
     positions = np.arange(start, start + BATCH)
-    epochs = {epoch: np.random.default_rng((seed, epoch)).permutation(images) for epoch in set(positions // images)}
-    return np.array([epochs[p // images][p % images] for p in positions])
+    epochs = {e: np.random.default_rng([seed, e]).permutation(images) for e in {int(p) // images for p in positions}}
+    return np.array([epochs[int(p) // images][p % images] for p in positions])
 
 
 def _gammas(state: TrainState) -> list[tuple[str, torch.Tensor]]:

@@ -5,7 +5,7 @@ without synchronisation differs by more than 1e-5. In float32 only the gradients
 wrong: biases before a batch norm have zero true gradient, and Adam turns their rounding noise into whole steps.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,92 +18,197 @@ from sagan.batch_norm import Groups
 from sagan.random import Purpose, labels, latents
 
 BATCH, UPDATES = 32, 5
+RATES = OptimConfig(ema_decay=0.9)
 CONDITIONAL = ModelConfig(resolution=32, classes=10, channels_g=4, channels_d=4, z_dim=16)
 
 
-def real(start, world, classes):
-    share = world.share(start, start + BATCH)
+@dataclass(frozen=True)
+class Case:
+    """A system, and how it is trained by every rank."""
+
+    model: ModelConfig = CONDITIONAL
+    optim: OptimConfig = RATES
+    batch: int = BATCH
+    dtype: torch.dtype = torch.float64
+    updates: int = UPDATES
+    micro_batch: int | None = None
+    disturbed: bool = False  # u of rank 1's discriminator is moved after the first update
+
+
+SYSTEMS = {
+    "conditional": Case(),
+    "unconditional": Case(replace(CONDITIONAL, classes=0)),
+    "five discriminator updates": Case(optim=OptimConfig(n_dis=5, ema_decay=0.9), updates=3),
+    "unequal on four": Case(batch=30),
+    "groups of 8": Case(replace(CONDITIONAL, batch_norm_group=8)),
+    "groups of 16": Case(replace(CONDITIONAL, batch_norm_group=16)),
+    "SNGAN-projection": Case(
+        replace(CONDITIONAL, thin_d=True, attention=()), OptimConfig(n_dis=2, lr_decay_kimg=(0, 1))
+    ),
+    "norm on D only": Case(replace(CONDITIONAL, spectral_norm_g=False)),
+    "official norm": Case(replace(CONDITIONAL, spectral_norm_gradient="through", spectral_norm_start="cold")),
+    "attention of the paper": Case(replace(CONDITIONAL, attention=(8, 16), attention_form="icml")),
+    "attention of the first version": Case(replace(CONDITIONAL, attention_form="first")),
+    "leaky": Case(replace(CONDITIONAL, classes=0, slope_g=0.02, slope_d=0.2)),
+}
+FAST = ("conditional", "unconditional", "groups of 8")
+EVERYWHERE = (
+    "conditional",
+    "unequal on four",
+    "unconditional",
+    "five discriminator updates",
+    "groups of 8",
+    "groups of 16",
+)
+MICRO = {"micro-batches": Case(replace(CONDITIONAL, batch_norm_group=4), micro_batch=4)}
+CONTROLS = {
+    "apart": Case(replace(CONDITIONAL, batch_norm_group=16)),  # statistics of each rank's own half
+    "disturbed": Case(disturbed=True),
+    "float32": Case(dtype=torch.float32, updates=1),
+}
+
+
+def real(start, world, classes, batch=BATCH):
+    share = world.share(start, start + batch)
     pixels = latents(1, Purpose.DEQUANTISE, share, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
     return pixels, labels(1, Purpose.DEQUANTISE, share, classes)
 
 
-def train(world, config, optim, dtype, updates):
-    """Everything that must agree, after `updates` steps, and the gradients of the first update."""
+def train(world, case):
+    """Everything that must agree, after the case's updates, and the gradients of the first."""
     torch.set_num_threads(1)
-    state = TrainState(config, optim, seed=3).to(dtype)
+    state = TrainState(case.model, case.optim, seed=3).to(case.dtype)
     with torch.no_grad():  # attention takes part from the first step on
         for network in (state.generator, state.discriminator):
             for name, parameter in network.named_parameters():
                 if name.endswith("gamma"):
                     parameter.fill_(0.5)
-    step = Step(state, BATCH, world)
+    step = Step(state, case.batch, world, micro_batch=case.micro_batch)
     found, losses = {}, []
-    for update in range(updates):
-        pairs = [real(state.images + k * BATCH, world, config.labels or 10) for k in range(optim.n_dis)]
-        losses.append(world.sum_(step([(pixels.to(dtype), y) for pixels, y in pairs])))
-        if update == 0:
-            for network in (state.generator, state.discriminator):
-                for name, parameter in network.named_parameters():
-                    # the discriminator is frozen in the generator's update and keeps the gradients of its own
-                    found[f"gradient/{type(network).__name__}/{name}"] = parameter.grad.clone()
+    keep = [_keep_gradients(state.generator, state.optimizer_g, found)]
+    keep.append(_keep_gradients(state.discriminator, state.optimizer_d, found))
+    for update in range(case.updates):
+        starts = [state.images + k * case.batch for k in range(case.optim.n_dis)]
+        pairs = [real(start, world, case.model.labels or 10, case.batch) for start in starts]
+        losses.append(world.sum_(step([(pixels.to(case.dtype), y) for pixels, y in pairs])))
+        for hook in keep:
+            hook.remove()
+        if case.disturbed and update == 0 and world.rank == 1:
+            state.discriminator.linear.u = -state.discriminator.linear.u.roll(1) + 0.1
+            layer = state.discriminator.blocks[0].conv1
+            layer.u = layer.u.roll(1)
+            layer.power_iteration()
     found |= {f"state/{name}": tensor.clone() for name, tensor in state.tensors()}
     found["losses"] = torch.stack(losses)
-    z, y = latents(4, Purpose.SAMPLE_Z, range(8), 16).to(dtype), torch.arange(8) if config.labels else None
+    z, y = latents(4, Purpose.SAMPLE_Z, range(8), 16).to(case.dtype), torch.arange(8) if case.model.labels else None
     with torch.no_grad():
         found["images"] = state.generator(z, y, Groups(range(8), 1, World(), torch.device("cpu")))
         found["logits"] = state.discriminator(found["images"], y)
     return found
 
 
-def _rank(rank, size, file, folder, arguments):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    torch.save(train(World.current(), *arguments), Path(folder) / f"{rank}.pt")
+def _keep_gradients(network, optimizer, found):
+    def keep(*_):
+        for name, parameter in network.named_parameters():
+            found.setdefault(f"gradient/{type(network).__name__}/{name}", parameter.grad.clone())
+
+    return optimizer.register_step_pre_hook(keep)
+
+
+def _rank(rank, size, folder, cases):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    for name, case in cases.items():
+        torch.save(train(World.current(), case), Path(folder) / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def ranks(size, tmp_path, *arguments):
-    mp.spawn(_rank, (size, tmp_path / "rendezvous", tmp_path, arguments), nprocs=size)
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(size, case names) → {name: what each rank found}. The ranks of a size start once for all its cases."""
+    every = SYSTEMS | MICRO | CONTROLS
+
+    def run(size, names):
+        folder = tmp_path_factory.mktemp(f"ranks{size}")
+        cases = {name: every[name] for name in names}
+        if size == 1:
+            return {name: [train(World(), case)] for name, case in cases.items()}
+        mp.spawn(_rank, (size, folder, cases), nprocs=size)
+        return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(size)] for name in names}
+
+    return run
 
 
 def largest_difference(a, b, part):
     return max((a[name] - b[name]).abs().max().item() for name in a if name.startswith(part) and a[name].numel())
 
 
-@pytest.mark.parametrize(
-    ("size", "config", "optim"),
-    [
-        pytest.param(2, CONDITIONAL, OptimConfig(ema_decay=0.9), id="conditional on 2 × 16"),
-        pytest.param(3, CONDITIONAL, OptimConfig(ema_decay=0.9), id="conditional on 3 unequal shares"),
-        pytest.param(2, replace(CONDITIONAL, classes=0), OptimConfig(), id="unconditional on 2 × 16"),
-        pytest.param(2, CONDITIONAL, OptimConfig(n_dis=2), id="two discriminator updates"),
-        pytest.param(2, replace(CONDITIONAL, batch_norm_group=8), OptimConfig(), id="groups inside a rank"),
-        pytest.param(3, replace(CONDITIONAL, batch_norm_group=16), OptimConfig(), id="groups across ranks"),
-    ],
-)
-def test_ranks_equal_one_process_in_float64(size, config, optim, tmp_path):
-    alone = train(World(), config, optim, torch.float64, UPDATES)
-    together = ranks(size, tmp_path, config, optim, torch.float64, UPDATES)
+def require_equal(alone, together):
     for part in ("state", "losses", "images", "logits", "gradient"):
         assert largest_difference(alone, together[0], part) < 1e-9, part
     for other in together[1:]:
         assert all(torch.equal(together[0][name], other[name]) for name in other)
 
 
-def test_the_comparison_sees_unsynchronised_batch_norm(tmp_path):
-    """The control: statistics of each rank's own half are another function, and it shows."""
-    optim = OptimConfig()
-    alone = train(World(), CONDITIONAL, optim, torch.float64, UPDATES)
-    apart, _ = ranks(2, tmp_path, replace(CONDITIONAL, batch_norm_group=16), optim, torch.float64, UPDATES)
-    assert largest_difference(alone, apart, "state/generator") > 1e-5
-    assert largest_difference(alone, apart, "images") > 1e-3
+def test_two_ranks_equal_one_process_and_the_comparison_sees_mistakes(trained):
+    names = (*FAST, *MICRO, *CONTROLS)
+    alone, together = trained(1, (*FAST, *MICRO, "float32")), trained(2, names)
+    for name in FAST:
+        require_equal(alone[name][0], together[name])
+    require_equal(alone["micro-batches"][0], together["micro-batches"])
 
+    # statistics of each rank's own half are another function
+    expected, apart = alone["conditional"][0], together["apart"][0]
+    assert largest_difference(expected, apart, "state/generator") > 1e-5
+    assert largest_difference(expected, apart, "images") > 1e-3
+    # one rank's u moved by hand: its σ is another for a step, and every rank's weights are wrong from then on
+    disturbed = together["disturbed"]
+    assert largest_difference(expected, disturbed[0], "state/discriminator") > 1e-5
 
-def test_first_gradients_agree_in_float32(tmp_path):
-    optim = OptimConfig()
-    alone = train(World(), CONDITIONAL, optim, torch.float32, 1)
-    together, _ = ranks(2, tmp_path, CONDITIONAL, optim, torch.float32, 1)
     for network, bound in (("Discriminator", 1e-3), ("Generator", 1e-2)):
-        names = [name for name in alone if name.startswith(f"gradient/{network}")]
-        ours, theirs = (torch.cat([x[name].flatten() for name in names]) for x in (together, alone))
+        one, two = alone["float32"][0], together["float32"][0]
+        gradients = [name for name in one if name.startswith(f"gradient/{network}")]
+        ours, theirs = (torch.cat([found[name].flatten() for name in gradients]) for found in (two, one))
         assert (ours - theirs).norm() / theirs.norm() < bound
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("size", "names"), [(2, tuple(SYSTEMS)), (3, EVERYWHERE), (4, EVERYWHERE)])
+def test_every_system_on_every_number_of_ranks(trained, size, names):
+    """2 × 16; 3 ranks with 11, 11 and 10 images; 4 × 8, and 4 ranks with 8, 8, 7 and 7."""
+    alone, together = trained(1, names), trained(size, names)
+    for name in names:
+        require_equal(alone[name][0], together[name])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_micro_batches_on_four_ranks(trained):
+    alone, together = trained(1, tuple(MICRO)), trained(4, tuple(MICRO))
+    require_equal(alone["micro-batches"][0], together["micro-batches"])
+
+
+def _lone_grid(rank, size, folder):
+    """Rank 0 alone draws grids; the other goes on to the next collective at once."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    world = World.current()
+    state = TrainState(CONDITIONAL, OptimConfig(), seed=3)
+    step = Step(state, BATCH, world)
+    step([real(0, world, 10)])
+    if rank == 0:
+        z, y = latents(4, Purpose.SAMPLE_Z, range(8), 16), torch.arange(8)
+        before = {name: tensor.clone() for name, tensor in state.tensors()}
+        grid = state.generator.train()(z, y)
+        state.discriminator.train()(grid, y)
+        assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors())
+        with pytest.raises(ValueError, match="every rank must run this forward"):
+            state.generator(z, y, Groups(range(0, 16, 2), 1, world, torch.device("cpu")))
+    step([real(state.images, world, 10)])
+    torch.save(dict(state.tensors()), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_grid_on_one_rank_moves_nothing_and_cannot_hang(tmp_path):
+    mp.spawn(_lone_grid, (2, tmp_path), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
