@@ -25,6 +25,16 @@ class RunFolder:
     def summary(self) -> str:
         return files.join(self.url, "summary.json")
 
+    @property
+    def trials(self) -> str:
+        """Of a sweep: how each trial ended."""
+        return files.join(self.url, "trials.json")
+
+    @property
+    def plane(self) -> str:
+        """Of a sweep: the picture of the score over its space."""
+        return files.join(self.url, "plane.png")
+
     def checkpoint(self, name: str) -> str:
         return files.join(self.url, "checkpoints", name)
 
