@@ -2,7 +2,6 @@
 // What moves on the page: sample grids over training, and the attention explorer.
 
 const HEAT = [255, 138, 0];
-const FULL = 8; // a cell gets its full colour from so many times an even share on
 
 function make(name, attributes = {}, ...content) {
   const element = document.createElement(name);
@@ -46,7 +45,8 @@ function flipbook(root) {
 
 // The explorer: an image, a point of it, and in the panel of each layer where that layer attends from there.
 function explorer(root) {
-  const { layers, images } = JSON.parse(root.querySelector("script").textContent);
+  const { scale, layers, images } = JSON.parse(root.querySelector("script").textContent);
+  const times = Array.from({ length: 256 }, (_, byte) => 2 ** ((byte - scale.even) / scale.doubling)); // an even share
   const finest = Math.max(...layers.map((layer) => layer.queries));
   const choices = images.map((image, i) => {
     const seen = make("img", { src: image.source, alt: "", class: "pixels" });
@@ -91,7 +91,7 @@ function explorer(root) {
     };
   }
 
-  // The same with the layer's map over it. The sum of a map stands for all of the attention.
+  // The same with the layer's map over it.
   function layerPanel({ title, queries, keys, gamma }, index) {
     const canvas = make("canvas", { width: keys, height: keys });
     const context = canvas.getContext("2d");
@@ -101,13 +101,12 @@ function explorer(root) {
       const [y, x] = [row, column].map((place) => Math.floor(place * queries / finest));
       const start = (y * queries + x) * keys * keys;
       const map = maps[index].subarray(start, start + keys * keys);
-      const even = map.reduce((sum, value) => sum + value, 0) / map.length;
       const pixels = context.createImageData(keys, keys);
-      map.forEach((value, i) => pixels.data.set([...HEAT, 217 * Math.min(1, value / even / FULL)], 4 * i));
+      map.forEach((byte, i) => pixels.data.set([...HEAT, 217 * Math.min(1, times[byte] / scale.full)], 4 * i));
       context.putImageData(pixels, 0, 0);
       const strongest = map.indexOf(Math.max(...map));
       const place = `row ${Math.floor(strongest / keys) + 1}, column ${strongest % keys + 1} of ${keys}`;
-      return `${title}, most to ${place}, ${(map[strongest] / even).toPrecision(2)} times an even share`;
+      return `${title}, most to ${place}, ${times[map[strongest]].toPrecision(2)} times an even share`;
     };
     return { ...below, draw };
   }

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.data.index import Collection
 from pipeline.errors import SaganError, UsageError
 from pipeline.evaluation import metrics
-from pipeline.report import attention, page, samples
-from pipeline.report.attention import Layer
+from pipeline.report import attention, explorer, page, samples
 from pipeline.report.page import Html, Section, element, joined
 from pipeline.report.subjects import Opened, Run, Subject
 from pipeline.storage import files
@@ -114,9 +111,8 @@ def _facts(subject: Subject) -> dict[str, object]:
         "score": _score(score),
         "final score, of other latents": _score(final),
         "class accuracy": summary.get("class_accuracy"),
-        "registered": f"{registered['model']} {registered['version']} {registered['alias'] or ''}"
-        if registered
-        else None,
+        "registered": f"models:/{registered['model']}/{registered['version']}" if registered else None,
+        "alias": registered.get("alias"),
         "restarts": summary.get("restarts"),
         "images lost": summary.get("images_lost"),
     }
@@ -222,10 +218,10 @@ def _flipbook(run: Run, frames: int) -> Html:
 
 
 def _plain(model: Model) -> Html:
-    images = model.sample(n=2 * STEPS, seed=SEED)
-    asked = model.labels(None, 2 * STEPS)
-    names = ["sample" if asked is None else samples.class_name(model, int(asked[i])) for i in range(2 * STEPS)]
-    return _tiles([samples.Row("", images[:STEPS], names[:STEPS]), samples.Row("", images[STEPS:], names[STEPS:])])
+    rows = 2
+    names = samples.names(model, rows * STEPS)
+    images = model.sample(n=rows * STEPS, seed=SEED).cpu().split(STEPS)
+    return _tiles([samples.Row("", part, names[row * STEPS :][:STEPS]) for row, part in enumerate(images)])
 
 
 def _interpolation(subjects: Sequence[Subject]) -> Section:
@@ -310,62 +306,22 @@ def _classes(model: Model, beside: samples.Beside, compared: int) -> Html:
 
 
 def _attention(subjects: Sequence[Subject]) -> Section:
-    columns = [(subject.name, _explorer(subject, MAP_BYTES // len(subjects))) for subject in subjects]
+    columns = [(subject.name, _explored(subject, MAP_BYTES // len(subjects))) for subject in subjects]
     return Section("Attention", page.side_by_side(columns))
 
 
-def _explorer(subject: Subject, budget: int) -> Html:
+def _explored(subject: Subject, budget: int) -> Html:
     model = subject.model
     if not model.config.attention_sizes:
         return element("p", "The networks have no self-attention.")
     z, y = latents(SEED, Purpose.SAMPLE_Z, range(EXPLORED), model.config.z_dim), model.labels(None, EXPLORED)
     layers, images = attention.of_generator(model, z, y), model.generate(z, y)
-    if subject.discriminator is not None:
-        asked = None if y is None else y.to(model.device)
-        layers += attention.of_discriminator(subject.discriminator, images, asked)
-    images = images.cpu()
-    maps = [attention.quantised(attention.coarse(layer.maps)) for layer in layers]
-    count = max(1, min(EXPLORED, budget // sum(part[0].numel() for part in maps)))
-    names = ["sample" if y is None else samples.class_name(model, int(y[i])) for i in range(count)]
-    said = (
-        "Choose an image, then a point of it, by pointing or with the arrow keys: colour shows where each layer "
-        f"attends from there, in full from {attention.FULL:g} times an even share on. The generator's layers as they "
-        "make the image"
-    )
-    at_hand = subject.discriminator is not None
-    said += ", the discriminator's as it looks at it." if at_hand else "; the discriminator is not at hand."
-    explored = {
-        "layers": [
-            {"title": layer.title, "queries": part.shape[1], "keys": part.shape[-1], "gamma": layer.gamma}
-            for layer, part in zip(layers, maps, strict=True)
-        ],
-        "images": [
-            {"name": names[i], "source": page.data_uri(images[i]), "maps": [_base64(part[i]) for part in maps]}
-            for i in range(count)
-        ],
-    }
-    return joined(
-        [
-            element("p", said),
-            element("div", page.data(explored), element("noscript", "Exploring needs scripts."), class_="explorer"),
-            _figure(layers, images[0], names[0]),
-        ]
-    )
-
-
-def _figure(layers: Sequence[Layer], image: Tensor, name: str) -> Html:
-    """The picture of each layer, for those who look instead of explore."""
-    shown = []
-    for layer in layers:
-        said = f"{layer.title}, γ = {layer.gamma:.3g}"
-        alt = f"{name}: five points in colour, then where the {layer.network} attends from each of them"
-        picture = page.picture(attention.picture(image, layer.maps[0]), alt)
-        shown.append(element("figure", picture, element("figcaption", said), class_="wide"))
-    return joined(shown)
-
-
-def _base64(values: Tensor) -> str:
-    return base64.b64encode(values.contiguous().numpy().tobytes()).decode()
+    if subject.discriminator is None:
+        said = "The generator's layers as they make the image; the discriminator is not at hand."
+    else:
+        said = "The generator's layers as they make the image, the discriminator's as it looks at it."
+        layers += attention.of_discriminator(subject.discriminator, images, y)
+    return joined([element("p", said), explorer.explorer(layers, images.cpu(), samples.names(model, EXPLORED), budget)])
 
 
 def _runs(subjects: Sequence[Subject]) -> Iterator[tuple[Subject, Run]]:

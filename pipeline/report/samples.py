@@ -206,6 +206,12 @@ def _nearest(
     return found
 
 
+def names(model: Model, n: int) -> list[str]:
+    """What the first n images of `model.sample` are: their classes, where there are any."""
+    y = model.labels(None, n)
+    return ["sample"] * n if y is None else [class_name(model, index) for index in y.tolist()]
+
+
 def class_name(model: Model, index: int) -> str:
     return model.class_names[index] if model.class_names else str(index)
 
