@@ -77,8 +77,9 @@ function explorer(root) {
       moveTo(Math.floor((event.clientY - box.top) / box.height * finest),
         Math.floor((event.clientX - box.left) / box.width * finest));
     };
-    map.addEventListener("pointerdown", pointed);
-    map.addEventListener("pointermove", (event) => { if (event.buttons) pointed(event); });
+    map.addEventListener("click", pointed);
+    // dragging a mouse; a finger that drags scrolls the page
+    map.addEventListener("pointermove", (event) => { if (event.buttons && event.pointerType === "mouse") pointed(event); });
     return {
       element: make("figure", {}, map, make("figcaption", {}, title)),
       show(source, name) { image.src = source; image.alt = name; },

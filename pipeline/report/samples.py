@@ -20,6 +20,7 @@ from sagan.random import Purpose, labels, latents
 from sagan.sampling import Model
 
 NEIGHBOURS = 4
+_CHUNK = 1024  # rows whose distances are in memory together
 LEAST_PER_CLASS = 10  # generated and real images of a class, below which its figures would be noise
 
 
@@ -137,11 +138,10 @@ def beside_real(
     features, logits, asked = (torch.cat([part[i].cpu() for part in parts]) for i in range(3))
     ids = spread(collection, data.split, samples)
     real = reference_features(collection, data.split, extractor, data, section.batch, samples)
-    distances = torch.cdist(features, real)
-    heldout = None
+    distances, heldout = to_nearest(features, real), None
     if "heldout" in collection.splits and data.split != "heldout":
         unseen = reference_features(collection, "heldout", extractor, data, section.batch, samples)
-        heldout = torch.cdist(unseen, real).amin(1).median().item()
+        heldout = to_nearest(unseen, real).median().item()
     speaks = speaks_of(model, reference(collection, section.split, extractor, data, section.batch))
     classes = []
     if model.config.labels:
@@ -149,8 +149,11 @@ def beside_real(
         classes = by_class(features, logits if speaks else None, asked, real, real_labels)
     return Beside(
         extractor=extractor.name,
-        nearest=_nearest(model, collection, data, section, ids, distances, rows),
-        generated=distances.amin(1).median().item(),
+        nearest=[
+            _nearest(model, collection, data, section, sample, torch.cdist(features[sample : sample + 1], real)[0], ids)
+            for sample in distances.argsort()[:rows].tolist()
+        ],
+        generated=distances.median().item(),
         heldout=heldout,
         training_images=len(real),
         classes=classes,
@@ -181,29 +184,31 @@ def mean_distance(a: Moments, b: Moments) -> float:
     return float(((a.mean - b.mean).square().sum() - chance).clamp(min=0).sqrt())
 
 
+def to_nearest(features: Tensor, real: Tensor) -> Tensor:
+    """float32 [N]: Euclidean distance of each row of features [N, D] to the nearest row of real [M, D]."""
+    return torch.cat([torch.cdist(part, real).amin(1) for part in features.split(_CHUNK)])
+
+
 def _nearest(
     model: Model,
     collection: Collection,
     data: DataSection,
     section: EvaluateSection,
-    ids: np.ndarray,
+    sample: int,
     distances: Tensor,
-    rows: int,
-) -> list[Row]:
-    """`distances` are those of all samples, a row each, to the real images `ids`."""
-    classes, found = model.config.labels, []
-    for sample in distances.amin(1).argsort()[:rows].tolist():
-        position = range(sample, sample + 1)
-        y = labels(section.seed, Purpose.SAMPLE_Y, position, max(classes, 1))
-        generated = model.generate(latents(section.seed, Purpose.SAMPLE_Z, position, model.config.z_dim), y).cpu()
-        values, places = distances[sample].topk(min(NEIGHBOURS, len(ids)), largest=False)
-        chosen = ids[places.numpy()]
-        real = torch.cat(list(read_images(collection, chosen, data.cache, data.cache_gb, data.threads)))
-        name = class_name(model, int(y)) if classes else ""
-        names = [collection.class_names[label] if collection.classes else "" for label in collection.labels[chosen]]
-        captions = [f"{n} {v:.3g}".strip() for n, v in zip(names, values.tolist(), strict=True)]
-        found.append(Row(name, torch.cat([generated, real]), [f"generated {name}".strip(), *captions]))
-    return found
+    ids: np.ndarray,
+) -> Row:
+    """Sample number `sample` of a score, then the real images nearest to it; `distances` are those to `ids`."""
+    position, classes = range(sample, sample + 1), model.config.labels
+    y = labels(section.seed, Purpose.SAMPLE_Y, position, max(classes, 1))
+    generated = model.generate(latents(section.seed, Purpose.SAMPLE_Z, position, model.config.z_dim), y).cpu()
+    values, places = distances.topk(min(NEIGHBOURS, len(ids)), largest=False)
+    chosen = ids[places.numpy()]
+    real = torch.cat(list(read_images(collection, chosen, data.cache, data.cache_gb, data.threads)))
+    name = class_name(model, int(y)) if classes else ""
+    their_names = [collection.class_names[label] if collection.classes else "" for label in collection.labels[chosen]]
+    captions = [f"{n} {v:.3g}".strip() for n, v in zip(their_names, values.tolist(), strict=True)]
+    return Row(name, torch.cat([generated, real]), [f"generated {name}".strip(), *captions])
 
 
 def names(model: Model, n: int) -> list[str]:

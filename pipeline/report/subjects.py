@@ -93,7 +93,10 @@ class Opened:
 def _of_model(where: str) -> Subject:
     if files.exists(files.join(where, FACTS)):
         return Subject(files.name(where), *_networks(where, EvaluateSection()), None)
-    return Subject(files.name(where), open_model(where, _device()), None, None)
+    try:
+        return Subject(files.name(where), open_model(where, _device()), None, None)
+    except UsageError as error:
+        raise UsageError(f"{where} is neither run, sweep nor model: {error.message}", _HOW) from None
 
 
 def _of_run(folder: RunFolder, record: dict[str, Any]) -> Subject:
@@ -120,6 +123,12 @@ def _networks(checkpoint: str, section: EvaluateSection) -> tuple[Model, Discrim
     state, names = state_of(checkpoint, _device())
     model = Model.from_state(state, standing_images=section.standing_images, seed=section.seed, class_names=names)
     return model, state.discriminator
+
+
+_HOW = (
+    "the folder of a run or a sweep is <checkpoint.root>/<name>; a checkpoint's URL, models:/NAME@ALIAS and a folder "
+    "that `sagan pull` wrote will do too"
+)
 
 
 def _device() -> str:

@@ -21,7 +21,12 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab"
 
 
 class Browser:
-    """One page. `profile` is an empty folder of its own."""
+    """One page. `profile` is an empty folder of its own.
+
+    Attributes:
+        requested: URLs that the page has asked for since it was opened.
+        failures: errors that its scripts did not catch.
+    """
 
     def __init__(self, profile: Path) -> None:
         chromium = shutil.which("chromium")
@@ -36,8 +41,9 @@ class Browser:
         os.close(commands)
         os.close(events)
         self._reader = os.fdopen(self._events, "rb")
-        self._last, self._session = 0, None
+        self._last, self._session, self._phone = 0, None, False
         self.requested: list[str] = []
+        self.failures: list[str] = []
         self._happened: set[str | None] = set()
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -55,10 +61,12 @@ class Browser:
 
     def open(self, path: Path, width: int, height: int) -> None:
         """Load a file in a window of that many pixels; a narrow one is a phone's."""
-        self._call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
+        self._phone = width < 600
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": self._phone}
+        self._call("Emulation.setDeviceMetricsOverride", **screen)
+        self._call("Emulation.setTouchEmulationEnabled", enabled=self._phone)
         self.requested.clear()
+        self.failures.clear()
         self._happened.clear()
         self._call("Page.navigate", url=path.as_uri())
         while "Page.loadEventFired" not in self._happened:
@@ -71,12 +79,18 @@ class Browser:
         return found["result"].get("value")
 
     def click(self, x: float, y: float) -> None:
-        """At a point of the window."""
-        for kind in ("mousePressed", "mouseReleased"):
-            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+        """At a point of the window; on a phone with a finger. Returns once the page has had it."""
+        self.evaluate('clicked = new Promise((had) => addEventListener("click", had, { once: true })); null')
+        if self._phone:
+            self._call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+            self._call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        else:
+            for kind in ("mousePressed", "mouseReleased"):
+                self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+        self.evaluate("clicked.then(() => null)")
 
     def press(self, key: str) -> None:
-        code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        code: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
         if key == "Enter":
             code["text"] = "\r"
         self._call("Input.dispatchKeyEvent", type="keyDown", **code)
@@ -108,4 +122,6 @@ class Browser:
         self._happened.add(message.get("method"))
         if message.get("method") == "Network.requestWillBeSent":
             self.requested.append(message["params"]["request"]["url"])
+        if message.get("method") == "Runtime.exceptionThrown":
+            self.failures.append(message["params"]["exceptionDetails"]["text"])
         return message

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.data.index import Collection
 from pipeline.errors import UsageError
 from pipeline.report import page, report
@@ -82,7 +84,10 @@ def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(run: Run, tmp_pat
 
 def test_a_model_alone_shows_the_generator_and_says_so(model: Model, tmp_path: Path) -> None:
     model.save(tmp_path / "pulled")
-    text = written([str(tmp_path / "pulled")], tmp_path)
+    out = tmp_path / "alone.html"
+    said = CliRunner().invoke(app, ["report", str(tmp_path / "pulled"), "--out", str(out)], catch_exceptions=False)
+    text = out.read_text()
+    assert f"{out}: {len(text.encode()) / MEGABYTE:.1f} MB" in said.output
     assert "the discriminator is not at hand" in text
     (data,) = explored(text)
     assert [layer["title"] for layer in data["layers"]] == ["generator, 16×16"]
@@ -99,6 +104,14 @@ def test_what_cannot_be_compared_is_left_out_and_said(run: Run, digits: Collecti
     record["data"]["train"], record["method"]["data.collection"] = digits.url, "another"
     files.write_json(f"{url}/run.json", record)
     assert "another collection" in written([url], tmp_path)
+
+
+def test_what_is_no_run_is_told_what_is_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither run, sweep nor model") as caught:
+        written([str(tmp_path)], tmp_path)
+    assert "<checkpoint.root>/<name>" in caught.value.remedy
+    with pytest.raises(UsageError, match="3 runs"):
+        CliRunner().invoke(app, ["report", "a", "b", "c"], catch_exceptions=False)
 
 
 def test_few_images_of_a_class_are_not_ranked(run: Run, tmp_path: Path) -> None:
