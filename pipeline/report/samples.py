@@ -207,7 +207,7 @@ def _nearest(
     real = torch.cat(list(read_images(collection, chosen, data.cache, data.cache_gb, data.threads)))
     name = class_name(model, int(y)) if classes else ""
     their_names = [collection.class_names[label] if collection.classes else "" for label in collection.labels[chosen]]
-    captions = [f"{n} {v:.3g}".strip() for n, v in zip(their_names, values.tolist(), strict=True)]
+    captions = [f"{n}, {v:.3g}".removeprefix(", ") for n, v in zip(their_names, values.tolist(), strict=True)]
     return Row(name, torch.cat([generated, real]), [f"generated {name}".strip(), *captions])
 
 

@@ -18,7 +18,7 @@ class RunFolder:
 
     @property
     def record(self) -> str:
-        """What must survive the driver: method, MLflow run, worker-group starts, images lost."""
+        """What must survive the driver: method, MLflow run, worker-group starts, images lost, where the images are."""
         return files.join(self.url, "run.json")
 
     @property
