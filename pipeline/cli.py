@@ -208,7 +208,7 @@ def report(
         typer.Argument(metavar="RUN|SWEEP [RUN]", help="Folder of a run or a sweep, a checkpoint, a model; or two."),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    samples: Annotated[int, typer.Option(help="Generated images that are compared with as many real ones.")] = 2000,
+    samples: Annotated[int, typer.Option(help="Generated images, compared with as many real ones.", min=1)] = 2000,
 ) -> None:
     """Write one page to look at: scores, samples, classes, nearest real images, attention to explore."""
     from pipeline.report import report as pages

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 EXACT = 64  # pixels per side up to which an image is kept exactly, as PNG; larger ones as WebP
-WEBP_QUALITY = 80
+WEBP_QUALITY = 70
 COLOURS = ("#1f6feb", "#c2410c")  # of two runs in one plot
 
 

@@ -25,7 +25,7 @@ from sagan.sampling import Model
 # What bounds the file, over all that it shows together
 MAP_BYTES = 2 << 20
 EXPLORED = 6  # images of the attention explorer, where their maps fit
-FRAMES, FRAME_WIDTH = 8, 960  # sample grids over training, and pixels of each
+FRAMES, FRAME_WIDTH = 6, 960  # sample grids over training, and pixels of each
 ROWS, STEPS = 4, 8  # interpolations
 SHOWN_CLASSES = 5  # best and worst ones
 PER_CLASS = 4  # samples of each
@@ -35,8 +35,8 @@ SEED = 0
 def write(wheres: Sequence[str], out: Path, compared: int = 2000) -> int:
     """Write the page about one or two of what `Opened.add` takes.
 
-    `compared` generated images are held against as many real ones. Returns the file's
-    size in bytes. Raises UsageError, EnvironmentFault, CorruptError.
+    `compared` generated images are held against as many real ones. Returns the file's size in bytes.
+    Raises UsageError, EnvironmentFault, CorruptError.
     """
     opened = Opened()
     for where in wheres:
@@ -66,21 +66,14 @@ def _sweep(folder: RunFolder) -> Section:
     key = summary["score"]["key"]
     sign = -1.0 if metrics.higher_is_better(key) else 1.0
     space = list(trials[0]["point"])
-    rows = [
-        [
-            t["name"] or "–",
-            *t["point"].values(),
-            sign * t["score"] if t["score"] < WORST else None,
-            t["kimg"],
-            t["reason"],
-        ]
-        for t in sorted(trials, key=lambda trial: trial["score"])
-    ]
+    rows = []
+    for trial in sorted(trials, key=lambda trial: trial["score"]):
+        score = sign * trial["score"] if trial["score"] < WORST else None
+        rows.append([trial["name"] or "–", *trial["point"].values(), score, trial["kimg"], trial["reason"]])
     with Image.open(io.BytesIO(files.read_bytes(folder.plane))) as plane:
         shown = page.picture(plane.convert("RGB"), f"{key} of every trial over {' and '.join(space)}", class_="plane")
-    said = (
-        f"{len(trials)} trials, {summary['stopped_early']} stopped early. Below, the best: {summary['best']['trial']}."
-    )
+    best = summary["best"]["trial"]
+    said = f"{len(trials)} trials, {summary['stopped_early']} stopped early. Below, the best: {best}."
     table = page.table(["trial", *space, key, "kimg", "ended"], rows, "trials, the best first")
     return Section(f"Sweep {summary['name']}", joined([element("p", said), shown, table]))
 
@@ -123,9 +116,9 @@ _TOLD = ("loss", "gamma")
 
 
 def _score(score: dict[str, Any]) -> str | None:
-    return (
-        f"{score['key']}/{score['protocol']['id']} = {score['value']:.4g}" if score.get("value") is not None else None
-    )
+    if score.get("value") is None:
+        return None
+    return f"{score['key']}/{score['protocol']['id']} = {score['value']:.4g}"
 
 
 def _scores(subjects: Sequence[Subject]) -> Section:
@@ -143,8 +136,8 @@ def _scores(subjects: Sequence[Subject]) -> Section:
         best = {name: better(line, key=lambda point: point[1]) for name, line in of_runs.items()}
         said = "; ".join(f"{name}: best {value:.4g} at {kimg:g} kimg" for name, (kimg, value) in best.items())
         plots.append(element("p", said, "; higher is better." if better is max else "; lower is better."))
-    runs = list(_runs(subjects))
-    if len(runs) > 1 and not any(len(of_runs) > 1 for of_runs in lines.values()):
+    scored = {name for of_runs in lines.values() for name in of_runs}
+    if len(scored) > 1 and not any(len(of_runs) > 1 for of_runs in lines.values()):
         plots.insert(0, element("p", NOT_COMPARED, class_="warning"))
     return Section("Scores", joined(plots))
 
@@ -175,7 +168,7 @@ def _compared_rows(columns: Sequence[Mapping[str, Any]]) -> list[list[object]]:
     for key in dict.fromkeys(key for column in columns for key in column):
         values = [column.get(key) for column in columns]
         differs = any(value != values[0] for value in values)
-        rows.append([key.replace("_", " "), *(element("mark", value) if differs else value for value in values)])
+        rows.append([key, *(element("mark", value) if differs else value for value in values)])
     return rows
 
 
