@@ -37,7 +37,7 @@ from pipeline.storage import files
 from pipeline.storage.run_folder import images_of
 from pipeline.tracking import registry
 from pipeline.tracking.tracker import tracking_uri
-from sagan.sampling import Model
+from sagan.sampling import Model, statistics_name
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def run(job: EvaluateJob) -> dict[str, Any]:
     """Score one model; returns `score` and all `values` by short name."""
     section, collection = job.evaluate, Collection.open(job.reference)
     data, device = DataSection(train=job.reference), _device(section)
-    uri, images, seed = job.track.uri, section.standing_images, section.seed
-    model = open_model(job.model, device, tracking_uri=uri, standing_images=images, seed=seed)
+    seed = section.seed
+    model = open_model(job.model, device, tracking_uri=job.track.uri, **_generator(section))
     score = score_model(model, section, collection, data=data, seed=seed, samples=section.samples, judge_seed=seed)
     return {
         "name": job.name,
@@ -132,7 +132,8 @@ def _prepared(job: TrainJob, judge_seed: int) -> tuple[Collection, Extractor]:
 def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, extractor: Extractor) -> ScoreRecord:
     """The record of a checkpoint, taken now unless it stands."""
     section, key = job.evaluate, ranking(extractor, job.evaluate)
-    protocol = protocol_of(extractor, section, collection, seed=section.seed, samples=section.samples)
+    kind = (section.generator, statistics_name(section.standing_images))
+    protocol = protocol_of(extractor, section, collection, kind, seed=section.seed, samples=section.samples)
     known = records.read(job, checkpoint)
     if known and known.score.protocol == protocol and (key in known.score.values or not known.score.values):
         return replace(known, score=replace(known.score, key=key))
@@ -159,9 +160,12 @@ def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, 
 
 
 def _model(job: TrainJob, checkpoint: str, device: str) -> Model:
-    section = job.evaluate
-    url = job.folder.checkpoint(checkpoint)
-    return of_checkpoint(url, device, standing_images=section.standing_images, seed=section.seed)
+    return of_checkpoint(job.folder.checkpoint(checkpoint), device, **_generator(job.evaluate))
+
+
+def _generator(section: EvaluateSection) -> dict[str, Any]:
+    """Which generator of a checkpoint a section means."""
+    return {"weights": section.generator, "standing_images": section.standing_images, "seed": section.seed}
 
 
 def _picture(job: TrainJob, record: ScoreRecord, model: Model, collection: Collection) -> Image.Image:
@@ -211,7 +215,8 @@ def _final_score(job: TrainJob, model: Model, collection: Collection) -> tuple[S
     samples = section.final_samples or section.samples
     if section.extractor == "classifier":
         samples = min(samples, collection.size(section.split))
-    protocol = protocol_of(extractor, section, collection, seed=seed, samples=samples)
+    kind = (model.weights, model.batch_norm)
+    protocol = protocol_of(extractor, section, collection, kind, seed=seed, samples=samples)
     score = measure(model, extractor, protocol, section, collection, job.data)
     real = reference(collection, section.split, extractor, job.data, section.batch)
     accuracy, between_real = None, None

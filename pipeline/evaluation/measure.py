@@ -68,7 +68,8 @@ def score_model(
             "compare it with a collection of its own resolution",
         )
     extractor = load_extractor(section, collection, data, judge_seed, str(model.device))
-    protocol = protocol_of(extractor, section, collection, seed=seed, samples=samples)
+    kind = (model.weights, model.batch_norm)
+    protocol = protocol_of(extractor, section, collection, kind, seed=seed, samples=samples)
     return measure(model, extractor, protocol, section, collection, data)
 
 
@@ -86,8 +87,16 @@ def load_extractor(
 
 
 def protocol_of(
-    extractor: Extractor, section: EvaluateSection, collection: Collection, *, seed: int, samples: int
+    extractor: Extractor,
+    section: EvaluateSection,
+    collection: Collection,
+    kind: tuple[str, str],
+    *,
+    seed: int,
+    samples: int,
 ) -> Protocol:
+    """`kind`: weights and batch-norm statistics of the model, as it names them."""
+    weights, batch_norm = kind
     return Protocol(
         extractor=extractor.name,
         extractor_digest=extractor.digest,
@@ -96,7 +105,8 @@ def protocol_of(
         split=section.split,
         samples=samples,
         seed=seed,
-        batch_norm=f"standing {section.standing_images}",
+        weights=weights,
+        batch_norm=batch_norm,
     )
 
 
