@@ -127,6 +127,8 @@ class EvaluateSection(Section):
     """Generated images per score."""
     final_samples: int | None = Field(None, ge=2)
     """Generated images of the final score; default as many as `samples`."""
+    repeats: int = Field(3, ge=1)
+    """The final score is the mean, with its standard deviation, over so many ranges of samples."""
     score: str = "auto"
     """Metric that ranks checkpoints and moves `champion`; auto: the Fréchet distance of the extractor."""
     precision_recall: bool = False

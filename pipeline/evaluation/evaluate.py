@@ -96,7 +96,8 @@ def protected(job: TrainJob) -> set[str]:
 def finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
     """Score what is due and unscored, register the best, move `champion`, and score the best once more.
 
-    The last score is an independent one: other latents and, with the classifier, another judge (seed + 1 for both).
+    The last score is an independent one: other latents and, with the classifier, another judge (seed + 1 for both);
+    the mean over `evaluate.repeats` ranges of samples.
 
     Returns the summary's part: `score` (that ranked), `final` (the independent one), `class_accuracy` (over 1 000
     samples), `fd_classifier`, `fd_classifier_real` (held-out against training images), `registered`, `grid`,
@@ -216,12 +217,12 @@ def _final_score(job: TrainJob, model: Model, collection: Collection) -> tuple[S
     if section.extractor == "classifier":
         samples = min(samples, collection.size(section.split))
     kind = (model.weights, model.batch_norm)
-    protocol = protocol_of(extractor, section, collection, kind, seed=seed, samples=samples)
+    protocol = protocol_of(extractor, section, collection, kind, seed=seed, samples=samples, repeats=section.repeats)
     score = measure(model, extractor, protocol, section, collection, job.data)
     real = reference(collection, section.split, extractor, job.data, section.batch)
     accuracy, between_real = None, None
     if speaks_of(model, real):
-        parts = list(sampled(model, extractor, seed, ACCURACY_SAMPLES, section.batch))
+        parts = list(sampled(model, extractor, seed, range(ACCURACY_SAMPLES), section.batch))
         _, logits, asked = (torch.cat(column) for column in zip(*parts, strict=True))
         accuracy = metrics.class_accuracy(logits.cpu(), asked)
     if section.extractor == "classifier" and "heldout" in collection.splits:

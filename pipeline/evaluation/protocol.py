@@ -30,6 +30,8 @@ class Protocol:
     """Generator weights: `ema` or `raw`."""
     batch_norm: str
     """Batch-norm statistics: `standing` and over how many images, or `running`."""
+    repeats: int = 1
+    """Ranges of `samples` images whose scores are averaged."""
 
     @property
     def id8(self) -> str:

@@ -88,6 +88,8 @@ def test_the_end_of_a_run(job: TrainJob, run_id: str, checkpoint: Commit) -> Non
     ranked, final = summary["score"]["protocol"], summary["final"]["protocol"]
     assert final["seed"] == ranked["seed"] + 1
     assert final["extractor_digest"] != ranked["extractor_digest"]
+    assert (ranked["repeats"], final["repeats"]) == (1, job.evaluate.repeats)
+    assert 0 < summary["final"]["deviation"] < summary["final"]["value"]
     registered = {files.name(url) for url in registry.checkpoints(job.track.uri or "", job.name)}
     assert evaluate.protected(job) == registered | {files.name(summary["checkpoint"])}
     assert not any(name.startswith(f"{3000:012d}") for name in registered)
