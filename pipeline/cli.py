@@ -163,6 +163,8 @@ def evaluate(
     weights: Annotated[str | None, typer.Option(help="Weights file of inception.")] = None,
     samples: Annotated[int, typer.Option(help="Generated images.")] = 50_000,
     seed: Annotated[int, typer.Option(help="Seed of latents and labels.")] = 0,
+    generator: Annotated[str, typer.Option(help="Weights of a checkpoint: ema or raw.")] = "ema",
+    running: Annotated[bool, typer.Option("--running", help="A checkpoint's running averages in batch norm.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model against a collection."""
@@ -170,6 +172,7 @@ def evaluate(
     from pipeline.jobs import execute
 
     section: dict[str, Any] = {"extractor": extractor, "weights": weights, "samples": samples, "seed": seed}
+    section |= {"generator": generator} | ({"standing_images": None} if running else {})
     values = {"kind": "evaluate", "name": "evaluate", "model": model, "reference": reference, "evaluate": section}
     _show(execute(parse(values, "sagan evaluate")), as_json, "scores")
 
