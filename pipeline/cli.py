@@ -177,15 +177,23 @@ def evaluate(
     _show(execute(parse(values, "sagan evaluate")), as_json, "scores")
 
 
-@app.command(epilog="Example: `sagan pull models:/quickstart@champion champion/`")
+@app.command(
+    epilog="Examples: `sagan pull models:/quickstart@champion champion/` · "
+    "`sagan pull models:/quickstart@champion state/ --checkpoint`"
+)
 def pull(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="The training state it was made from.")] = False,
 ) -> None:
     """Bring a registered model into a folder that torch and safetensors alone can load."""
     from pipeline.tracking import registry
     from pipeline.tracking.tracker import default_uri
 
+    if checkpoint:
+        folder = registry.pull_checkpoint(default_uri(), model, destination)
+        print(f"the training state behind {model} is in {folder}; load it with: sagan.TrainState.load({str(folder)!r})")
+        return
     folder = registry.pull(default_uri(), model, destination)
     print(f"{model} is in {folder}; load it with: sagan.load({str(folder)!r})")
 
