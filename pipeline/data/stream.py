@@ -53,12 +53,22 @@ class Stream:
     Raises UsageError where there is no such split, or where the cache cannot hold what is read side by side.
     """
 
-    def __init__(self, collection: Collection, split: str, *, seed: int, world: World, data: DataSection) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        split: str,
+        *,
+        seed: int,
+        world: World,
+        data: DataSection,
+        note: Callable[[str], None] = print,
+    ) -> None:
+        """`note` is told what is waited for."""
         self._collection, self._world, self._data = collection, world, data
         self._first_id = collection.ids(split).start
         self._order = Order(collection.shard_sizes(split), seed, data.lanes, data.window)
         _check_room(collection, split, data)
-        self._cache = ShardCache(data.cache, data.cache_gb)
+        self._cache = ShardCache(data.cache, data.cache_gb, data.patience_s, note)
         self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, start: int, batch: int) -> Iterator[Batch]:
