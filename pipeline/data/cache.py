@@ -29,7 +29,7 @@ from pipeline.storage import files
 
 _OPEN = 128  # shards that a process keeps open: those of all lanes' windows, with some to spare
 _TRIES = 3  # of what should not get better by trying again: wrong bytes, a missing object, no access
-_LONGEST_PAUSE_S = 8.0
+_LONGEST_PAUSE_S = 5.0
 _UNNOTED_S, _NOTE_EVERY_S = 1.0, 10.0  # seconds of waiting that go without saying; and between two notes
 
 

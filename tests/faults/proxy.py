@@ -147,7 +147,7 @@ class FaultProxy:
         """It has begun, and goes on for `seconds`."""
         with self._changed:
             self._counts[fault] += 1
-            self._last = time.monotonic() + seconds
+            self._last = max(self._last, time.monotonic() + seconds)
             self._changed.notify_all()
 
     def refuse(self, seconds: float) -> None:
