@@ -103,6 +103,7 @@ class ShardCache:
                 "data.cache must name a folder on a disk in order, which we may write to",
             ) from error
         with self._lock:
+            self._failing_since.pop(shard.sha256, None)
             self._open[shard.sha256] = cached
             while len(self._open) > _OPEN:
                 self._open.popitem(last=False)
@@ -153,16 +154,13 @@ class ShardCache:
             if self._closed.is_set():
                 raise EnvironmentFault(f"{url} was not fetched: the cache has been closed")
             try:
-                cached = self._fetch(url, shard)
+                return self._fetch(url, shard)
             except (CorruptError, LastingFault) as error:
                 tries += 1
                 if tries == _TRIES:
                     raise type(error)(f"{error.message}; tried {_TRIES} times", error.remedy) from error
             except EnvironmentFault as fault:
                 self._wait_on(url, shard, fault)
-            else:
-                self._failing_since.pop(shard.sha256, None)
-                return cached
             # Jitter, so that the ranks of a cluster do not come back to a recovering storage all at once.
             self._closed.wait(min(0.2 * 2.0**attempt, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))
             attempt += 1
@@ -174,7 +172,10 @@ class ShardCache:
         part.unlink(missing_ok=True)  # we have its lock: who began it is dead
         try:
             self._reserve(part, url, shard)
-            files.download(url, part, attempts=1)
+            try:
+                files.download(url, part, attempts=1)
+            except FileNotFoundError:
+                raise CorruptError(f"{url} is missing, though its manifest names it", "pack it again") from None
             cached = CachedShard(os.open(part, os.O_RDONLY))
             if not self._is_right(cached, shard):
                 raise CorruptError(
@@ -184,8 +185,6 @@ class ShardCache:
                 )
             part.replace(self._folder / shard.sha256)
             return cached
-        except FileNotFoundError:
-            raise CorruptError(f"{url} is missing, though its manifest names it", "pack it again") from None
         finally:
             part.unlink(missing_ok=True)
 

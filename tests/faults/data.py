@@ -134,13 +134,13 @@ class Delivery:
     first: float
 
 
-def deliver(place: Place, cache: Path, patience_s: float = 300.0) -> Delivery:
-    """One epoch and a bit, by the two workers of a node side by side. Raises what a worker raises."""
+def deliver(place: Place, cache: Path, patience_s: float = 300.0, workers: int = WORKERS) -> Delivery:
+    """One epoch and a bit, by the workers of a node side by side. Raises what a worker raises."""
     batches = math.ceil(place.collection.size("train") / BATCH) + 1
     firsts = []
 
     def work(rank: int) -> str:
-        data, world = place.section(cache, patience_s), World(rank, WORKERS)
+        data, world = place.section(cache, patience_s), World(rank, workers)
         digest = hashlib.sha256()
         with closing(
             Stream(place.collection, "train", seed=SEED, world=world, data=data, note=place.notes.append)
@@ -152,8 +152,8 @@ def deliver(place: Place, cache: Path, patience_s: float = 300.0) -> Delivery:
                 digest.update(batch.labels.numpy().tobytes())
         return digest.hexdigest()
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return Delivery("".join(pool.map(work, range(WORKERS))), firsts[0])
+    with ThreadPoolExecutor(workers) as pool:
+        return Delivery("".join(pool.map(work, range(workers))), firsts[0])
 
 
 # --- a fault that passes ---------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path | None]:
 
 
 def lasting(place: Place, fault: str, patience_s: float) -> Outcome:
-    """Meet it until the stream gives up."""
+    """Meet it until a stream gives up."""
     place.proxy.clear()
     if fault != "cache_disk_full":
         place.proxy.inject(fault, f"*/{place.victim}", math.inf, 600.0 if fault in SLOW else 0.0)
@@ -247,7 +247,7 @@ def lasting(place: Place, fault: str, patience_s: float) -> Outcome:
 def _refusal(place: Place, cache: Path, patience_s: float, named: str, cause: str | None) -> Outcome:
     began = time.monotonic()
     try:
-        deliver(place, cache, patience_s)
+        deliver(place, cache, patience_s, workers=1)
     except SaganError as error:
         clear = named in error.message and cause is not None and bool(re.search(cause, error.message))
         return Outcome(clear, f"{type(error).__name__}: {error.message}", time.monotonic() - began)

@@ -44,6 +44,12 @@ def test_a_fault_that_lasts_ends_with_an_error_that_names_the_object_and_the_cau
     check(data.lasting(place, fault, patience_s=0.5))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", SLOW)
+def test_silence_and_trickling_are_given_up(place: Place, fault: str) -> None:
+    check(data.lasting(place, fault, patience_s=0.5))
+
+
 def test_an_outage_is_fed_from_the_cache_and_then_waited_for_visibly(place: Place) -> None:
     """One lane, no window: a shard after the other, in batches of a tenth of one."""
     place.proxy.clear()
