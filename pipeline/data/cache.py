@@ -2,7 +2,8 @@
 
 A shard's file is named by its SHA-256. It is fetched to a temporary name, hashed and only then renamed, under a lock
 that makes the processes of a node fetch it once; the kernel lets go of the locks of a process that dies. Who needs room
-deletes what was used longest ago; whoever has that open reads on, and lets go of it when next it fetches.
+deletes what was used longest ago; whoever is reading that reads on. Nobody keeps a file open for longer than a batch,
+since the disk would not get its room back, and a process that waits for others would never let go.
 
 What fails is tried again: storage that is down or silent for as long as the patience lasts, wrong bytes and refusals a
 few times. Here alone, so that no layer below multiplies the waiting.
@@ -18,7 +19,6 @@ import random
 import shutil
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +27,6 @@ from pipeline.data.index import Shard
 from pipeline.errors import CorruptError, EnvironmentFault, LastingFault
 from pipeline.storage import files
 
-_OPEN = 128  # shards that a process keeps open: those of all lanes' windows, with some to spare
 _TRIES = 3  # of what should not get better by trying again: wrong bytes, a missing object, no access
 _LONGEST_PAUSE_S = 5.0
 _UNNOTED_S, _NOTE_EVERY_S = 1.0, 10.0  # seconds of waiting that go without saying; and between two notes
@@ -61,10 +60,6 @@ class CachedShard:
         stat = os.fstat(self._fd)
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    @property
-    def evicted(self) -> bool:
-        return os.fstat(self._fd).st_nlink == 0
-
 
 class ShardCache:
     """Shards under `folder`, at most `gigabytes` of them.
@@ -81,7 +76,6 @@ class ShardCache:
         self._patience_s, self._note = patience_s, note
         self._noted = -math.inf
         self._failing_since: dict[str, float] = {}  # SHA-256 of a shard that does not come → when that began
-        self._open: OrderedDict[str, CachedShard] = OrderedDict()
         self._verified: dict[str, tuple[int, ...]] = {}  # SHA-256 → identity of the file that had it
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -92,49 +86,36 @@ class ShardCache:
         Raises CorruptError where its bytes are not the manifest's however often they are fetched, or it is gone;
         EnvironmentFault where the storage cannot be reached for too long or does not let us in, or there is no room.
         """
-        if (cached := self._held(shard.sha256)) is not None:
-            return cached
         try:
-            with self._exclusive(shard.sha256):
-                cached = self._held(shard.sha256) or self._from_disk(shard) or self._fetched(url, shard)
+            cached = self._on_disk(shard)
+            if cached is None or cached.identity != self._verified.get(shard.sha256):
+                with self._exclusive(shard.sha256):
+                    cached = self._verified_on_disk(shard) or self._fetched(url, shard)
         except OSError as error:
             raise EnvironmentFault(
                 f"the cache {self._folder} cannot be used for {url}: {error.strerror or error}",
                 "data.cache must name a folder on a disk in order, which we may write to",
             ) from error
-        with self._lock:
-            self._failing_since.pop(shard.sha256, None)
-            self._open[shard.sha256] = cached
-            while len(self._open) > _OPEN:
-                self._open.popitem(last=False)
+        self._failing_since.pop(shard.sha256, None)
+        cached.touch()
         return cached
 
     def close(self) -> None:
-        """Let go of all shards and end waiting fetches, with EnvironmentFault."""
+        """End waiting fetches, with EnvironmentFault."""
         self._closed.set()
-        with self._lock:
-            self._open.clear()
 
-    def _held(self, sha256: str) -> CachedShard | None:
-        with self._lock:
-            cached = self._open.get(sha256)
-            if cached is None or cached.identity != self._verified[sha256]:
-                return None
-            self._open.move_to_end(sha256)
-            cached.touch()
-            return cached
-
-    def _from_disk(self, shard: Shard) -> CachedShard | None:
-        """The shard where the disk has it; hashed once per process, and again whenever the file has been touched."""
-        path = self._folder / shard.sha256
+    def _on_disk(self, shard: Shard) -> CachedShard | None:
         try:
-            cached = CachedShard(os.open(path, os.O_RDONLY))
+            return CachedShard(os.open(self._folder / shard.sha256, os.O_RDONLY))
         except FileNotFoundError:
             return None
-        if not self._is_right(cached, shard):
-            path.unlink(missing_ok=True)
+
+    def _verified_on_disk(self, shard: Shard) -> CachedShard | None:
+        """The shard where the disk has it; hashed once per process, and again whenever the file has been touched."""
+        cached = self._on_disk(shard)
+        if cached is not None and not self._is_right(cached, shard):
+            (self._folder / shard.sha256).unlink(missing_ok=True)
             return None
-        cached.touch()
         return cached
 
     def _is_right(self, cached: CachedShard, shard: Shard) -> bool:
@@ -212,19 +193,14 @@ class ShardCache:
 
         Raises EnvironmentFault where nothing is left to evict.
         """
-        try:
-            with self._exclusive("room"):
-                missing = shard.size - self._room()
-                oldest = iter(self._by_age())
-                while missing > 0:
-                    if (path := next(oldest, None)) is None:
-                        raise self._no_room(url, shard)
-                    missing -= _evict(path)
-                part.touch()
-        finally:
-            with self._lock:  # the disk gets its room back when nobody has the file open any more
-                for sha256 in [sha256 for sha256, cached in self._open.items() if cached.evicted]:
-                    del self._open[sha256]
+        with self._exclusive("room"):
+            missing = shard.size - self._room()
+            oldest = iter(self._by_age())
+            while missing > 0:
+                if (path := next(oldest, None)) is None:
+                    raise self._no_room(url, shard)
+                missing -= _evict(path)
+            part.touch()
 
     def _room(self) -> int:
         """Bytes that another shard may have: of the bound, and of what the disk has beside those on their way."""

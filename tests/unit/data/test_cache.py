@@ -101,7 +101,7 @@ def test_a_shard_is_fetched_once_and_then_read_from_disk(origin: Origin, folder:
     opened = first.open(origin.of(1), shard(1))
     assert opened.read(0, SIZE) == contents(1)
     assert opened.read(700, 30) == contents(1)[700:730]
-    assert first.open(origin.of(1), shard(1)) is opened
+    assert first.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
     assert read(folder, origin.of(1), 1) == contents(1)
     assert origin.fetches == ["/1.tar"]
     assert cached(folder) == {shard(1).sha256}
@@ -312,14 +312,16 @@ class TestBound:
         assert shard(1).sha256 not in cached(folder)
         assert used.read(0, SIZE) == contents(1)
         assert theirs.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
-        assert len(origin.fetches) == 4
+        assert len(origin.fetches) == 5
 
-    def test_an_evicted_file_is_let_go_of_with_the_next_fetch(self, origin: Origin, folder: Path) -> None:
-        """Else its bytes would stay on the disk, and nobody would count them."""
-        mine = cache(folder, shards=1)
-        for number in range(5):
-            mine.open(origin.of(number), shard(number))
-        assert files_open_in(folder) == [folder / shard(4).sha256]
+    def test_what_nobody_reads_is_not_kept_open(self, origin: Origin, folder: Path) -> None:
+        """Else the bytes of an evicted file would stay on the disk, and nobody would count them."""
+        mine = cache(folder, shards=3)
+        reading = mine.open(origin.of(0), shard(0))
+        mine.open(origin.of(1), shard(1))
+        assert files_open_in(folder) == [folder / shard(0).sha256]
+        del reading
+        assert files_open_in(folder) == []
 
     def test_a_shard_beyond_the_bound_is_refused_at_once(self, origin: Origin, folder: Path) -> None:
         with pytest.raises(EnvironmentFault, match="no room"):
