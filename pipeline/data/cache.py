@@ -2,8 +2,8 @@
 
 A shard's file is named by its SHA-256. It is fetched to a temporary name, hashed and only then renamed, under a lock
 that makes the processes of a node fetch it once; the kernel lets go of the locks of a process that dies. Who needs room
-deletes what was used longest ago; whoever is reading that reads on. Nobody keeps a file open for longer than a batch,
-since the disk would not get its room back, and a process that waits for others would never let go.
+deletes what was used longest ago; whoever is reading that reads on. Nobody keeps a file open while waiting for another,
+since a full disk would not get its room back.
 
 What fails is tried again: storage that is down or silent for as long as the patience lasts, wrong bytes and refusals a
 few times. Here alone, so that no layer below multiplies the waiting.
@@ -33,13 +33,17 @@ _UNNOTED_S, _NOTE_EVERY_S = 1.0, 10.0  # seconds of waiting that go without sayi
 
 
 class CachedShard:
-    """An open, verified shard; `read` works from any thread, also after the file has been evicted."""
+    """An open, verified shard; `read` works from any thread until `close`, also after the file has been evicted."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def __del__(self) -> None:  # when the last batch that reads from it is done
-        os.close(self._fd)
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    __del__ = close
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._fd, length, offset)

@@ -127,7 +127,7 @@ class Stream:
 
     def _open(self, number: int) -> None:
         shard = self._collection.shards[number]
-        self._cache.open(self._collection.shard_url(shard), shard)
+        self._cache.open(self._collection.shard_url(shard), shard).close()
 
 
 def _check_room(collection: Collection, split: str, data: DataSection) -> None:
@@ -222,4 +222,5 @@ def _read(collection: Collection, cache: ShardCache, ids: np.ndarray) -> tuple[t
             except ValueError as reason:
                 where = f"{collection.shard_url(shard)}: image at byte {offsets[row]}"
                 raise CorruptError(f"{where}: {reason}", "sagan verify the collection") from reason
+        cached.close()  # before the next is waited for: a full disk could not evict it
     return images.permute(0, 3, 1, 2), torch.from_numpy(collection.labels[ids])

@@ -291,7 +291,9 @@ def _cells(name: str, fault: Fault, passed: Outcome, lasted: Outcome | None) -> 
 
 
 def _seconds(outcome: Outcome) -> str:
-    return "–" if math.isnan(outcome.seconds) else f"{outcome.seconds:.1f} s"
+    if math.isnan(outcome.seconds):
+        return "–"
+    return f"{outcome.seconds:.1f} s" if outcome.seconds >= 0 else f"{-outcome.seconds:.1f} s before its end"
 
 
 def _public(message: str) -> str:
