@@ -75,6 +75,8 @@ class DataSection(Section):
     """Folder on each node that keeps verified shards."""
     cache_gb: float = Field(100.0, gt=0)
     """Bound of that folder, in gigabytes."""
+    patience_s: float = Field(300.0, ge=0)
+    """How long a worker waits for storage that fails, trying again and saying so, before the run does."""
     threads: int = Field(2, ge=1)
     """Decoding threads per worker."""
     ahead: int = Field(4, ge=1)

@@ -83,7 +83,9 @@ class Worker:
         self.collection = Collection.open(job.data.train)
         self.state = self._restore()
         self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
-        self.stream = Stream(self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data)
+        self.stream = Stream(
+            self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._note
+        )
         self.tracker = Tracker(assignment.tracking_uri, assignment.run_id) if self.leads else None
         self._replay_metrics()
 
