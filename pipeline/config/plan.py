@@ -15,7 +15,7 @@ from sagan.config import ModelConfig
 
 @dataclass(frozen=True)
 class CollectionFacts:
-    """What a plan needs to know of a packed collection's split. fetches: of shards, in an epoch, over the job's workers."""
+    """What a plan needs to know of a collection's split. fetches: of shards, in an epoch, over the job's workers."""
 
     digest: str
     resolution: int
