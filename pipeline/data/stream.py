@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from time import perf_counter
 from typing import Self
 
@@ -28,9 +30,10 @@ from pipeline.data.threads import map_ahead
 from pipeline.errors import CorruptError, SaganError, UsageError
 from sagan.world import World
 
-_FETCHES = 4  # shards that are fetched side by side
+_FETCHES = 8  # shards that are fetched side by side, so that a slow answer delays none of the others
 _ROWS = 64  # the order is walked ahead in strides of so many rows of lanes
 _CHUNK = 256  # images per tensor of `read_images`
+_BLOCK = 2**24  # bytes of memory that are asked for at a time, for as many batches as they hold
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,10 @@ class Stream:
 
     def _run(self, start: int, batch: int) -> Generator[Batch, None, None]:
         shares = (self._world.share(first, first + batch) for first in itertools.count(start, batch))
+        memory = _Memory(-(-batch // self._world.size), self._collection.resolution)
         with (
             _Prefetch(self._shards, self._open, start, self._stride, self._horizon) as prefetch,
-            closing(map_ahead(self._read, shares, self._data.threads, self._data.ahead)) as read,
+            closing(map_ahead(partial(self._read, memory), shares, self._data.threads, self._data.ahead)) as read,
         ):
             while True:
                 began = perf_counter()
@@ -93,8 +97,8 @@ class Stream:
                 prefetch.reached(positions.start)
                 yield Batch(positions, images, labels, perf_counter() - began)
 
-    def _read(self, positions: range) -> tuple[range, torch.Tensor, torch.Tensor]:
-        return positions, *_read(self._collection, self._cache, self._ids(positions))
+    def _read(self, memory: _Memory, positions: range) -> tuple[range, torch.Tensor, torch.Tensor]:
+        return positions, *_read(self._collection, self._cache, memory, self._ids(positions))
 
     def _ids(self, positions: range) -> np.ndarray:
         return self._first_id + self._order.samples(positions)
@@ -165,15 +169,21 @@ class _Prefetch:
             self._changed.notify()
 
     def _walk(self) -> None:
+        for _ in map_ahead(self._fetch, self._needed(), _FETCHES, _FETCHES):
+            pass
+
+    def _fetch(self, shard: int) -> None:
+        with suppress(SaganError):
+            self._open(shard)
+
+    def _needed(self) -> Iterator[int]:
         before: set[int] = set()
-        with ThreadPoolExecutor(_FETCHES, "fetch") as pool:
-            for first in itertools.count(self._start, self._stride):
-                if not self._may_fetch(first):
-                    return
-                shards = self._shards(first)
-                with suppress(SaganError):
-                    list(pool.map(self._open, [shard for shard in shards if shard not in before]))
-                before = set(shards)
+        for first in itertools.count(self._start, self._stride):
+            if not self._may_fetch(first):
+                return
+            shards = self._shards(first)
+            yield from (shard for shard in shards if shard not in before)
+            before = set(shards)
 
     def _may_fetch(self, first: int) -> bool:
         """Wait until `first` is near enough. False where the stream has ended meanwhile."""
@@ -189,27 +199,56 @@ def read_images(
 
     Raises CorruptError, EnvironmentFault.
     """
-    shards = ShardCache(cache, cache_gb)
+    shards, memory = ShardCache(cache, cache_gb), _Memory(_CHUNK, collection.resolution)
     chunks = (ids[first : first + _CHUNK] for first in range(0, len(ids), _CHUNK))
-    with closing(shards), closing(map_ahead(partial(_read, collection, shards), chunks, threads, threads + 1)) as read:
+    read_chunk = partial(_read, collection, shards, memory)
+    with closing(shards), closing(map_ahead(read_chunk, chunks, threads, threads + 1)) as read:
         for images, _ in read:
             yield images
 
 
-def _read(collection: Collection, cache: ShardCache, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+class _Memory:
+    """Room for batches of up to `images` of `side` pixels; used again once nobody holds a batch any more.
+
+    Into memory of small pages decoding is a tenth slower. NumPy asks the kernel for huge ones where it needs 4 MB or
+    more, so it is asked for several batches at a time.
+    """
+
+    def __init__(self, images: int, side: int) -> None:
+        self._shape = (images, side, side, 3)
+        self._free: list[np.ndarray] = []
+
+    def take(self, n: int) -> torch.Tensor:
+        """uint8 [n, side, side, 3], holding anything."""
+        if (
+            torch.cuda.is_available()
+        ):  # page-locked, so that the copy overlaps with computing; torch uses it again itself
+            return torch.empty((n, *self._shape[1:]), dtype=torch.uint8, pin_memory=True)
+        try:
+            room = self._free.pop()
+        except IndexError:
+            room, *more = np.empty((max(1, _BLOCK // math.prod(self._shape)), *self._shape), dtype=np.uint8)
+            self._free += more
+        pixels = room[:n]
+        weakref.finalize(pixels, self._free.append, room)  # tensors and their views keep `pixels`
+        return torch.from_numpy(pixels)
+
+
+def _read(
+    collection: Collection, cache: ShardCache, memory: _Memory, ids: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Images, uint8 [n, 3, H, W] channels-last, and labels, int64 [n], of samples."""
-    side = collection.resolution
-    # Page-locked where there is a GPU, so that the copy to it overlaps with computing.
-    images = torch.empty((len(ids), side, side, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    pixels, numbers = images.numpy(), collection.shard[ids]
-    offsets, lengths = collection.offset[ids].tolist(), collection.length[ids].tolist()
-    for number in np.unique(numbers):  # one shard after the other, so that no thread needs more than one at a time
+    images = memory.take(len(ids))
+    pixels = images.numpy()
+    places = (collection.shard[ids], collection.offset[ids], collection.length[ids], np.arange(len(ids)))
+    # One shard after the other, so that no thread needs more than one at a time.
+    for number, inside in groupby(sorted(zip(*(column.tolist() for column in places), strict=True)), itemgetter(0)):
         shard = collection.shards[number]
         cached = cache.open(collection.shard_url(shard), shard)
-        for row in np.flatnonzero(numbers == number).tolist():
+        for _, offset, length, row in inside:
             try:
-                decode_into(cached.read(offsets[row], lengths[row]), pixels[row])
+                decode_into(cached.read(offset, length), pixels[row])
             except ValueError as reason:
-                where = f"{collection.shard_url(shard)}: image at byte {offsets[row]}"
+                where = f"{collection.shard_url(shard)}: image at byte {offset}"
                 raise CorruptError(f"{where}: {reason}", "sagan verify the collection") from reason
     return images.permute(0, 3, 1, 2), torch.from_numpy(collection.labels[ids])

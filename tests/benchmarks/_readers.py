@@ -14,7 +14,7 @@ import os
 import resource
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,18 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(start: Callable[[], Batches], images: int, epochs: int) -> dict[str, Any]:
-    """Seconds to the first batch, then wall and CPU seconds of each epoch of `images`, children's among them.
+def measure(batches: Batches, images: int, epochs: int) -> dict[str, Any]:
+    """Seconds to the first batch of a reader that has only been made, then wall and CPU seconds of each epoch of
+    `images`, processes below this one included, and by how many megabytes this one grew.
 
-    The first epoch begins before the reader exists. `content` is a digest of what the first one delivered where
-    `epochs` is 0, and only that is found then.
+    With 0 epochs only the `content` of the first one.
     """
     if epochs == 0:
-        return {"content": content(start(), images)}
-    idle_mb = peak_mb()
+        return {"content": content(batches, images)}
+    idle = memory_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
     began, used = time.perf_counter(), cpu()
-    batches, seen, laps, first_s = start(), 0, [], 0.0
+    seen, first_s, laps = 0, 0.0, list[tuple[float, float]]()
     for pixels, labels in batches:
         assert pixels.shape[1:] == (3, SIDE, SIDE)
         assert pixels.stride(1) == 1
@@ -52,7 +53,7 @@ def measure(start: Callable[[], Batches], images: int, epochs: int) -> dict[str,
             began, used = now, now_used
             if len(laps) == epochs:
                 break
-    return {"first_s": first_s, "laps": laps, "peak_mb": peak_mb() - idle_mb}
+    return {"first_s": first_s, "laps": laps, "grown_mb": memory_mb("VmHWM") - idle}
 
 
 def content(batches: Batches, images: int) -> int:
@@ -87,9 +88,9 @@ def _below(pid: int) -> Iterator[int]:
             yield from _below(child)
 
 
-def peak_mb() -> float:
-    """This process's largest resident set so far, in megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_mb(what: str) -> float:
+    """A line of this process's status, in megabytes."""
+    return int(Path("/proc/self/status").read_text().partition(f"{what}:")[2].split()[0]) / 1024
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def read_webdataset(source: str, workers: int, cache: str) -> Batches:
         .batched(BATCH, collation_fn=collate)
         .repeat()
     )
-    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers))
+    return _epochs(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers))
 
 
 def _shard_urls(pattern: str) -> list[str]:
@@ -220,10 +221,8 @@ def main() -> None:
     if given.what == "write":
         write(given.name, given.source, given.destination)
     else:
-        found = measure(
-            lambda: READERS[given.name](given.source, given.workers, given.destination), given.images, given.epochs
-        )
-        print(json.dumps(found))
+        reader = READERS[given.name](given.source, given.workers, given.destination)
+        print(json.dumps(measure(reader, given.images, given.epochs)))
 
 
 if __name__ == "__main__":
