@@ -16,14 +16,14 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from time import perf_counter
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from pipeline.config.schema import DataSection
 from pipeline.data.cache import ShardCache
-from pipeline.data.images import decode_into
+from pipeline.data.images import EXTENSIONS, decode_into
 from pipeline.data.index import Collection
 from pipeline.data.order import Order
 from pipeline.data.threads import map_ahead
@@ -57,12 +57,13 @@ class Stream:
     """
 
     def __init__(self, collection: Collection, split: str, *, seed: int, world: World, data: DataSection) -> None:
-        self._collection, self._world, self._data = collection, world, data
+        self._collection, self._split, self._world, self._data = collection, split, world, data
         self._first_id = collection.ids(split).start
         self._order = Order(collection.shard_sizes(split), seed, data.lanes, data.window)
         _check_room(collection, split, data)
         self._cache = ShardCache(data.cache, data.cache_gb)
-        self._running: Generator[Batch, None, None] | None = None
+        self._running: Generator[Any, None, None] | None = None
+        self._position = 0  # where the next batch of `batches` begins
 
     def batches(self, start: int, batch: int) -> Iterator[Batch]:
         """The shares of the global batches [start, start + batch), [start + batch, start + 2 batch), …, for ever.
@@ -71,8 +72,41 @@ class Stream:
         that cannot be had.
         """
         self._stop()
+        self._position = start
         self._running = self._run(start, batch)
         return self._running
+
+    def samples(self, start: int, batch: int) -> Iterator[dict[str, Any]]:
+        """What `batches` gives, one by one and still encoded: a first stage for webdataset's DataPipeline.
+
+            wds.DataPipeline(partial(stream.samples, 0, 64), wds.map(decode), wds.batched(64))
+
+        Samples are webdataset's: __key__ (the sample's id), __url__, jpg, png or webp, and cls where there are classes.
+        Of K processes of a DataLoader each gives every K-th batch; batched like here, they come in the order of
+        `batches`. One iteration at a time, errors as there.
+        """
+        self._stop()
+        self._running = self._run_samples(start, batch)
+        return self._running
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `resume` needs, on any number of workers and threads: one integer, and of what it is a position."""
+        order = {"split": self._split, "seed": self._order.seed, "lanes": self._data.lanes, "window": self._data.window}
+        return {"position": self._position, "collection": self._collection.digest, "order": order}
+
+    def resume(self, state: dict[str, Any], batch: int) -> Iterator[Batch]:
+        """`batches` from where a `state_dict` was taken.
+
+        Raises UsageError where it was taken of another collection or order: its position is another sample here.
+        """
+        ours = self.state_dict()
+        for what in ("collection", "order"):
+            if state[what] != ours[what]:
+                raise UsageError(
+                    f"the position was taken in {what} {state[what]}, this stream has {what} {ours[what]}",
+                    "open the stream with the same collection, split, seed, data.lanes and data.window, or begin anew",
+                )
+        return self.batches(state["position"], batch)
 
     def close(self) -> None:
         """End all threads and let go of the cache. The stream cannot be used any more."""
@@ -85,17 +119,38 @@ class Stream:
             self._running = None
 
     def _run(self, start: int, batch: int) -> Generator[Batch, None, None]:
-        shares = (self._world.share(first, first + batch) for first in itertools.count(start, batch))
         memory = _Memory(-(-batch // self._world.size), self._collection.resolution)
+        read_share = partial(self._read, memory)
         with (
-            _Prefetch(self._shards, self._open, start, self._stride, self._horizon) as prefetch,
-            closing(map_ahead(partial(self._read, memory), shares, self._data.threads, self._data.ahead)) as read,
+            self._prefetch(start) as prefetch,
+            closing(map_ahead(read_share, self._shares(start, batch), self._data.threads, self._data.ahead)) as read,
         ):
-            while True:
+            for first in itertools.count(start, batch):
                 began = perf_counter()
                 positions, images, labels = next(read)
-                prefetch.reached(positions.start)
+                prefetch.reached(first)
+                self._position = first + batch
                 yield Batch(positions, images, labels, perf_counter() - began)
+
+    def _run_samples(self, start: int, batch: int) -> Generator[dict[str, Any], None, None]:
+        process = torch.utils.data.get_worker_info()
+        number, processes = (process.id, process.num_workers) if process else (0, 1)
+        collection = self._collection
+        with self._prefetch(start) as prefetch:
+            for share in itertools.islice(self._shares(start, batch), number, None, processes):
+                prefetch.reached(share.start)
+                for i in self._ids(share).tolist():
+                    shard = collection.shards[collection.shard[i]]
+                    url = collection.shard_url(shard)
+                    image = self._cache.open(url, shard).read(int(collection.offset[i]), int(collection.length[i]))
+                    label = {"cls": str(collection.labels[i]).encode()} if collection.class_names else {}
+                    yield {"__key__": f"{i:08d}", "__url__": url, EXTENSIONS[collection.encoding]: image, **label}
+
+    def _shares(self, start: int, batch: int) -> Iterator[range]:
+        return (self._world.share(first, first + batch) for first in itertools.count(start, batch))
+
+    def _prefetch(self, start: int) -> _Prefetch:
+        return _Prefetch(self._shards, self._open, start, self._stride, self._horizon)
 
     def _read(self, memory: _Memory, positions: range) -> tuple[range, torch.Tensor, torch.Tensor]:
         return positions, *_read(self._collection, self._cache, memory, self._ids(positions))
