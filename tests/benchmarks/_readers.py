@@ -1,20 +1,21 @@
 """Readers of other libraries, and how a reader is measured: run by `tests.benchmarks.stream`.
 
-`python _readers.py write FORMAT SHARDS DESTINATION` puts the images of WebDataset shards into a library's own format,
-`python _readers.py read NAME SOURCE …` reads them and prints what it took as JSON. It runs in an environment of the
-peers' and imports nothing of this project. All give batches of 64, shuffled, uint8 [64, 3, 128, 128] channels-last with
-int64 labels, decoded by simplejpeg straight into the batch.
+`python _readers.py write NAME SHARDS DESTINATION` puts the images of WebDataset shards into a library's own format,
+`python _readers.py read NAME WORKERS` reads what it is asked to and says what that took (`serve`). It runs in an
+environment of the peers' and imports nothing of this project. All give batches of 64, shuffled, uint8 [64, 3, 128, 128]
+channels-last with int64 labels, decoded by simplejpeg straight into the batch.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
+import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +25,51 @@ import simplejpeg
 import torch
 
 BATCH, SIDE = 64, 128
+SKIPPED = 8  # batches that were read ahead while others had their turn
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(batches: Batches, images: int, epochs: int) -> dict[str, Any]:
-    """Seconds to the first batch of a reader that has only been made, then wall and CPU seconds of each epoch of
-    `images`, processes below this one included, and by how many megabytes this one grew.
+def serve(make: Callable[[str, str], Batches]) -> None:
+    """Answer every [what, source, cache, images] that comes as a line of JSON, until there are no more.
 
-    With 0 epochs only the `content` of the first one.
+    `content`: of an epoch, see below. `local`: an epoch somewhere in the middle of one long reading. `cold`: the first
+    and the second epoch of a new reader that has read its index and nothing else.
     """
-    if epochs == 0:
-        return {"content": content(batches, images)}
-    idle = memory_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
-    began, used = time.perf_counter(), cpu()
-    seen, first_s, laps = 0, 0.0, list[tuple[float, float]]()
-    for pixels, labels in batches:
-        assert pixels.shape[1:] == (3, SIDE, SIDE)
-        assert pixels.stride(1) == 1
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size is that of what follows
+    idle_mb, reading = memory_mb("VmRSS"), None
+    for line in sys.stdin:
+        what, source, cache, images = json.loads(line)
+        if what == "content":
+            answer: Any = content(make(source, cache), images)
+        elif what == "cold":
+            batches = make(source, cache)
+            answer = [epoch(batches, images), epoch(batches, images)]
+            del batches  # and its processes
+        else:
+            if reading is None:
+                reading = make(source, cache)
+                epoch(reading, images)  # processes start, ours hashes
+            for _ in range(SKIPPED):
+                next(reading)
+            answer = [epoch(reading, images)]
+        print(json.dumps({"answer": answer, "grown_mb": memory_mb("VmHWM") - idle_mb}), file=answers, flush=True)
+
+
+def epoch(batches: Batches, images: int) -> tuple[float, float, float]:
+    """Until `images` have come: seconds, CPU seconds of this process and those below it, seconds to the first batch."""
+    began, used, seen, first_s = time.perf_counter(), cpu(), 0, 0.0
+    while seen < images:
+        pixels, labels = next(batches)
         first_s = first_s or time.perf_counter() - began
         seen += len(labels)
-        if seen >= images * (len(laps) + 1):
-            now, now_used = time.perf_counter(), cpu()
-            laps.append((now - began, now_used - used))
-            began, used = now, now_used
-            if len(laps) == epochs:
-                break
-    return {"first_s": first_s, "laps": laps, "grown_mb": memory_mb("VmHWM") - idle}
+    assert pixels.shape[1:] == (3, SIDE, SIDE)
+    assert pixels.stride(1) == 1
+    return time.perf_counter() - began, cpu() - used, first_s
 
 
 def content(batches: Batches, images: int) -> int:
@@ -172,6 +188,7 @@ def _epochs(loader: Any) -> Batches:
         yield from loader
 
 
+@lru_cache
 def _without_torchvision_operators() -> None:
     """These libraries import torchvision, whose wheel is built for CUDA: without it its operators are missing."""
     for name in ("nms", "qnms"):
@@ -208,21 +225,12 @@ READERS = {"webdataset": read_webdataset, "mosaicml": read_mosaicml, "litdata": 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["write", "read"])
-    parser.add_argument("name", choices=list(READERS))
-    parser.add_argument("source")
-    parser.add_argument("destination", help="where to write; for a reader its cache")
-    parser.add_argument("--images", type=int)
-    parser.add_argument("--epochs", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0)
-    given = parser.parse_args()
+    what, name, *given = sys.argv[1:]
     torch.set_num_threads(1)
-    if given.what == "write":
-        write(given.name, given.source, given.destination)
+    if what == "write":
+        write(name, *given)
     else:
-        reader = READERS[given.name](given.source, given.workers, given.destination)
-        print(json.dumps(measure(reader, given.images, given.epochs)))
+        serve(lambda source, cache: READERS[name](source, int(given[0]), cache))
 
 
 if __name__ == "__main__":

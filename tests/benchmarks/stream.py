@@ -2,14 +2,13 @@
 
 The same 8 192 JPEG images of 128 px (crops of SAGAN_TEST_DATA's imagenette, quality 92, 4:2:0) in each library's own
 format: ours and webdataset read the same tars, mosaicml-streaming and litdata their own files. Every reader shuffles,
-decodes with simplejpeg into batches of 64, uint8 channels-last, is a process of its own and reads three epochs: from
-disk, and from an S3 server on the same cores with a cold cache. They take turns, round after round; a figure is the
-median over rounds, a ratio the median of the ratios round by round. First each must have delivered every image with its
-label. Peers run with no worker process and with two, and count with what is faster.
+decodes with simplejpeg into batches of 64, uint8 channels-last, and is a process of its own. Round after round they
+take turns: an epoch from disk, then two from an S3 server on the same cores with a cold cache. A figure is the median
+over rounds, a ratio the median of the ratios round by round. First each must have delivered every image with its label.
+Peers run with no worker process and with two, and count with what is faster.
 
-From disk the first epoch does not count (processes start, ours hashes); from S3 the first one alone counts, and begins
-with a reader that has read its index and nothing else. Ratios of CPU hold on a busy machine, those of wall time on a
-quiet one.
+Ratios of CPU hold on a busy machine, those of wall time on a quiet one. The peers' environment is made where `--peers`
+names none.
 """
 
 from __future__ import annotations
@@ -20,19 +19,20 @@ import io
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import venv
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
+from uuid import uuid4
 
 import numpy as np
 import safetensors.numpy
@@ -50,8 +50,9 @@ from pipeline.storage import files
 from sagan.world import World
 from tests.benchmarks import _readers
 from tests.benchmarks._readers import BATCH, SIDE, Batches
+from tests.faults.proxy import fault_proxy
 
-IMAGES, PER_SHARD, EPOCHS, THREADS = 8192, 512, 3, 2
+IMAGES, PER_SHARD, THREADS = 8192, 512, 2
 PATTERN = f"train-{{00000..{IMAGES // PER_SHARD - 1:05d}}}.tar"
 PEERS = {"webdataset": "webdataset==1.0.2", "litdata": "litdata==0.2.76", "mosaicml": "mosaicml-streaming==0.13.0"}
 BESIDE = ["torch==2.13.0", "torchvision==0.28.0", "simplejpeg==1.9.0"]
@@ -61,145 +62,177 @@ ORDER = {"lanes": 4, "window": 1024}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", type=Path, help="their virtual environment, made where there is none")
     parser.add_argument("--json", type=Path, help="write the figures as one object")
-    parser.add_argument("--read", nargs=3, metavar=("NAME", "SOURCE", "CACHE"), help=argparse.SUPPRESS)
-    parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.read:
-        name, source, cache = given.read
-        print(json.dumps(_readers.measure(OURS[name](source, cache), IMAGES, given.epochs)))
+    if given.serve:
+        _readers.serve(OURS[given.serve])
         return
     with tempfile.TemporaryDirectory(prefix="sagan-stream-") as folder:
-        bench = Bench(Path(folder), given.peers or Path(folder) / "peers")
-        figures = bench.run(given.rounds)
+        figures = compare(Path(folder), given.peers or Path(folder) / "peers", given.rounds)
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1))
 
 
-class Bench:
-    def __init__(self, folder: Path, peers: Path) -> None:
-        self.folder, self.python = folder, install(peers)
-        write_collection(folder / "wds")
-        for peer in ("litdata", "mosaicml"):
-            self.call(self.python, _readers.__file__, "write", peer, folder / "wds" / PATTERN, folder / peer)
+def compare(folder: Path, peers: Path, rounds: int) -> dict[str, float]:
+    """All figures, printed on the way."""
+    python = install(peers)
+    write_collection(folder / "wds")
+    for peer in ("litdata", "mosaicml"):
+        write: list[str | Path] = [python, _readers.__file__, "write", peer, folder / "wds" / PATTERN, folder / peer]
+        subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    with (
+        S3(folder / "s3") as server,
+        fault_proxy(server.url) as late,
+        fault_proxy(server.url) as failing,
+        ExitStack() as stack,
+    ):
+        os.environ.update(server.env)
+        bucket = server.bucket("stream")
+        for file in files.list_files(str(folder)):
+            if file.startswith(("wds/", "litdata/", "mosaicml/")):
+                files.upload(folder / file, files.join(bucket, file))
+        late.latency(0.2)
+        failing.random(0.01, seed=0)
 
-    def run(self, rounds: int) -> dict[str, float]:
-        """All figures, printed on the way."""
-        readers = ["decoder", "ours", *(f"{peer} {workers}" for peer in PEERS for workers in (0, 2))]
-        with S3(self.folder / "s3") as server:
-            os.environ.update(server.env)
-            self.bucket = server.bucket("stream")
-            for form in ("wds", "litdata", "mosaicml"):
-                for name in files.list_files(str(self.folder / form)):
-                    files.upload(self.folder / form / name, files.join(self.bucket, form, name))
-            self.check_equal(readers)
-            runs: dict[str, list[Run]] = defaultdict(list)
-            for _ in range(rounds):
-                for reader in readers:
-                    runs[reader].append(Run(self.read(reader, str(self.folder), EPOCHS)))
-                for reader in readers[1:]:
-                    runs[f"{reader} s3"].append(Run(self.read(reader, self.bucket, EPOCHS)))
-        show(runs)
-        return ratios(runs) | {"resume_seconds": self.resume_seconds()}
+        def start(name: str, *command: str | Path, endpoint: str = server.url) -> Reader:
+            return stack.enter_context(Reader(name, folder, bucket, command, endpoint))
 
-    def check_equal(self, readers: list[str]) -> None:
-        """An epoch of every reader is the same images with the same labels."""
-        found = {reader: self.read(reader, str(self.folder), 0)["content"] for reader in readers}
-        if len(set(found.values())) > 1:
-            sys.exit(f"not every reader delivers the same images: {found}; nothing was timed")
-
-    def read(self, reader: str, where: str, epochs: int) -> dict[str, Any]:
-        """One process of one reader, its cache cold unless it reads from disk."""
-        name, _, workers = reader.partition(" ")
-        form = {"litdata": "litdata", "mosaicml": "mosaicml"}.get(name, "wds")
-        source = files.join(where, form, *([PATTERN] if name == "webdataset" else []))
-        cache = self.folder / ("warm" if where == str(self.folder) else "cold")
-        if name in PEERS:
-            options = ["--images", IMAGES, "--epochs", epochs, "--workers", workers]
-            command = [self.python, _readers.__file__, "read", name, source, cache, *options]
-        else:
-            command = [sys.executable, "-m", __spec__.name, "--read", name, source, cache, "--epochs", epochs]
-        found = json.loads(self.call(*command).splitlines()[-1])
-        shutil.rmtree(self.folder / "cold", ignore_errors=True)
-        return found
-
-    def call(self, *command: object) -> str:
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
-        return done.stdout
-
-    def resume_seconds(self) -> float:
-        """From a stream's beginning to its first batch, at most over positions: nothing held, the cache on disk."""
-        collection, worst = Collection.open(str(self.folder / "wds")), 0.0
-        for share in (0.0, 0.5, 0.9):
-            taken = []
-            for _ in range(5):
-                began = perf_counter()
-                with closing(
-                    Stream(collection, "train", seed=0, world=World(), data=section(str(self.folder / "warm")))
-                ) as stream:
-                    next(iter(stream.batches(int(share * IMAGES), BATCH)))
-                    taken.append(perf_counter() - began)
-            print(f"first batch at {share:.0%} of an epoch: {statistics.median(taken):.3f} s")
-            worst = max(worst, statistics.median(taken))
-        return worst
-
-
-class Run:
-    """What one process took. Rates in images/s, CPU in µs per image."""
-
-    def __init__(self, found: dict[str, Any]) -> None:
-        (self.first_epoch_s, cpu_s), *later = found["laps"]
-        self.first_epoch_cpu = 1e6 * cpu_s / IMAGES
-        self.rate = IMAGES * len(later) / sum(seconds for seconds, _ in later)
-        self.cpu = 1e6 * sum(cpu_s for _, cpu_s in later) / (IMAGES * len(later))
-        self.first_batch_s, self.grown_mb = found["first_s"], found["grown_mb"]
-
-    @property
-    def cold_rate(self) -> float:
-        return IMAGES / self.first_epoch_s
-
-
-def show(runs: dict[str, list[Run]]) -> None:
-    print(f"{'':18}{'images/s':>9}{'CPU µs':>8}{'from S3, cold':>15}{'CPU µs':>8}{'first batch s':>15}")
-    for reader in (name for name in runs if not name.endswith(" s3")):
-        local, remote = runs[reader], runs.get(f"{reader} s3", [])
-        line = f"{reader:18}{median(local, 'rate'):9,.0f}{median(local, 'cpu'):8.0f}"
-        if remote:
-            line += f"{median(remote, 'cold_rate'):15,.0f}{median(remote, 'first_epoch_cpu'):8.0f}"
-            line += f"{median(remote, 'first_batch_s'):15.2f}"
-        print(line)
-
-
-def ratios(runs: dict[str, list[Run]]) -> dict[str, float]:
-    ours, remote, decoder = runs["ours"], runs["ours s3"], runs["decoder"]
-    figures = {
-        "local_decoder_share": ratio(ours, "rate", decoder, "rate"),
-        "decoder_cpu_ratio": ratio(ours, "cpu", decoder, "cpu"),
-        "s3_cpu_ratio": ratio(remote, "first_epoch_cpu", ours, "cpu"),
-        "second_epoch_share": ratio(remote, "rate", ours, "rate"),
-        "worker_memory_mb": median(ours, "grown_mb"),
-    }
-    for peer in PEERS:
-        best = max((f"{peer} 0", f"{peer} 2"), key=lambda name: median(runs[name], "rate"))
-        figures[f"{peer}_ratio"] = ratio(ours, "rate", runs[best], "rate")
-        best = max((f"{peer} 0 s3", f"{peer} 2 s3"), key=lambda name: median(runs[name], "cold_rate"))
-        figures[f"s3_{peer}_ratio"] = ratio(remote, "cold_rate", runs[best], "cold_rate")
+        ours = [sys.executable, "-m", "tests.benchmarks.stream", "--serve"]
+        readers = [start("decoder", *ours, "decoder"), start("ours", *ours, "ours")]
+        readers += [
+            start(f"{peer} {workers}", python, _readers.__file__, "read", peer, workers)
+            for peer in PEERS
+            for workers in ("0", "2")
+        ]
+        require_equal(readers)
+        readers.append(start("ours (1 % fail)", *ours, "ours", endpoint=failing.url()))
+        readers.append(start("ours (200 ms late)", *ours, "ours", endpoint=late.url()))
+        for _ in range(rounds):
+            for reader in readers:
+                reader.read_local()
+            for reader in readers[1:]:
+                reader.read_cold()
+    show(readers)
+    figures = ratios({reader.name: reader for reader in readers})
+    figures["resume_seconds"] = resume_seconds(folder)
     for name, value in figures.items():
-        print(f"{name:24}{value:8.2f}")
+        print(f"{name:28}{value:8.2f}")
     return figures
 
 
-def ratio(ours: list[Run], what: str, others: list[Run], of: str) -> float:
-    return statistics.median(getattr(a, what) / getattr(b, of) for a, b in zip(ours, others, strict=True))
+class Reader:
+    """A reader's process, and what its turns took: rates in images/s, CPU in µs per image, times in seconds."""
+
+    def __init__(self, name: str, folder: Path, bucket: str, command: Sequence[str | Path], endpoint: str) -> None:
+        self.name, self._folder, self._bucket, self._command = name, folder, bucket, command
+        self._environment = os.environ | {"AWS_ENDPOINT_URL": endpoint}
+        self.took = defaultdict[str, list[float]](list)
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+    def content(self) -> int:
+        return self._ask("content", str(self._folder))
+
+    def read_local(self) -> None:
+        ((seconds, cpu_s, _),) = self._ask("local", str(self._folder))
+        self.took["rate"].append(IMAGES / seconds)
+        self.took["cpu"].append(1e6 * cpu_s / IMAGES)
+
+    def read_cold(self) -> None:
+        (seconds, cpu_s, first_s), (second_s, _, _) = self._ask("cold", self._bucket)
+        self.took["cold_rate"].append(IMAGES / seconds)
+        self.took["cold_cpu"].append(1e6 * cpu_s / IMAGES)
+        self.took["first_batch"].append(first_s)
+        self.took["warm_rate"].append((IMAGES - BATCH) / (seconds - first_s))
+        self.took["second_rate"].append(IMAGES / second_s)
+
+    def _ask(self, what: str, where: str) -> Any:
+        library = self.name.split()[0]
+        source = files.join(where, library if library in ("litdata", "mosaicml") else "wds")
+        source = files.join(source, PATTERN) if library == "webdataset" else source
+        cache = self._folder / "cache" / library / (uuid4().hex if what == "cold" else "warm")
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps([what, source, str(cache), IMAGES]) + "\n")
+        self._process.stdin.flush()
+        if not (line := self._process.stdout.readline()):
+            sys.exit(f"{self.name} ended; what it said stands above")
+        found = json.loads(line)
+        self.took["grown_mb"].append(found["grown_mb"])
+        if what == "cold":
+            shutil.rmtree(cache, ignore_errors=True)
+        return found["answer"]
 
 
-def median(runs: list[Run], what: str) -> float:
-    return statistics.median(getattr(run, what) for run in runs)
+def require_equal(readers: list[Reader]) -> None:
+    """An epoch of every reader is the same images with the same labels."""
+    found = {reader.name: reader.content() for reader in readers}
+    if len(set(found.values())) > 1:
+        sys.exit(f"not every reader delivers the same images: {found}; nothing was timed")
+
+
+def show(readers: list[Reader]) -> None:
+    print(f"{'':20}{'images/s':>9}{'CPU µs':>8}{'from S3, cold':>15}{'CPU µs':>8}{'first batch s':>15}")
+    for reader in readers:
+        print(f"{reader.name:20}{median(reader.took['rate']):9,.0f}{median(reader.took['cpu']):8.0f}", end="")
+        if reader.took["cold_rate"]:
+            print(
+                f"{median(reader.took['cold_rate']):15,.0f}{median(reader.took['cold_cpu']):8.0f}{median(reader.took['first_batch']):15.2f}",
+                end="",
+            )
+        print()
+
+
+def ratios(readers: dict[str, Reader]) -> dict[str, float]:
+    ours, decoder = readers["ours"], readers["decoder"]
+    figures = {
+        "local_decoder_share": ratio(ours.took["rate"], decoder.took["rate"]),
+        "decoder_cpu_ratio": ratio(ours.took["cpu"], decoder.took["cpu"]),
+        "s3_cpu_ratio": ratio(ours.took["cold_cpu"], ours.took["cpu"]),
+        "second_epoch_share": ratio(ours.took["second_rate"], ours.took["rate"]),
+        "failing_share": ratio(readers["ours (1 % fail)"].took["warm_rate"], ours.took["warm_rate"]),
+        "late_share": ratio(readers["ours (200 ms late)"].took["warm_rate"], ours.took["warm_rate"]),
+        "worker_memory_mb": max(ours.took["grown_mb"]),
+    }
+    for peer in PEERS:
+        both = readers[f"{peer} 0"], readers[f"{peer} 2"]
+        figures[f"{peer}_ratio"] = min(ratio(ours.took["rate"], other.took["rate"]) for other in both)
+        figures[f"s3_{peer}_ratio"] = min(ratio(ours.took["cold_rate"], other.took["cold_rate"]) for other in both)
+    return figures
+
+
+def ratio(ours: list[float], others: list[float]) -> float:
+    return median([a / b for a, b in zip(ours, others, strict=True)])
+
+
+def resume_seconds(folder: Path) -> float:
+    """From a stream's beginning to its first batch, at most over positions: nothing held, the shards on disk."""
+    collection, worst = Collection.open(str(folder / "wds")), 0.0
+    for share in (0.0, 0.5, 0.9):
+        taken = []
+        for _ in range(5):
+            began = perf_counter()
+            stream = Stream(
+                collection, "train", seed=0, world=World(), data=section(str(folder / "cache" / "ours" / "warm"))
+            )
+            next(iter(stream.batches(int(share * IMAGES), BATCH)))
+            taken.append(perf_counter() - began)
+            stream.close()
+        print(f"first batch at {share:.0%} of an epoch: {median(taken):.3f} s")
+        worst = max(worst, median(taken))
+    return worst
 
 
 # --- readers in this environment -------------------------------------------------------------------------------------
