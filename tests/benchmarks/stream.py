@@ -133,9 +133,16 @@ class Reader:
         self.took = defaultdict[str, list[float]](list)
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
-        )
+        self._log = self._folder / f"{self.name}.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self._environment,
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +175,7 @@ class Reader:
         self._process.stdin.write(json.dumps([what, source, str(cache), IMAGES]) + "\n")
         self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
-            sys.exit(f"{self.name} ended; what it said stands above")
+            sys.exit(f"{self.name} ended:\n{self._log.read_text()}")
         found = json.loads(line)
         self.took["grown_mb"].append(found["grown_mb"])
         if what == "cold":
