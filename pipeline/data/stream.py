@@ -83,7 +83,7 @@ class Stream:
 
         Samples are webdataset's: __key__ (the sample's id), __url__, jpg, png or webp, and cls where there are classes.
         Of K processes of a DataLoader each gives every K-th batch; batched like here, they come in the order of
-        `batches`. One iteration at a time, errors as there.
+        `batches`. One iteration at a time, errors as there; a stream that runs threads cannot be forked.
         """
         self._stop()
         self._running = self._run_samples(start, batch)
@@ -160,7 +160,7 @@ class Stream:
 
     @property
     def _stride(self) -> int:
-        return _ROWS * self._data.lanes
+        return max(1, min(_ROWS * self._data.lanes, self._horizon))
 
     @property
     def _horizon(self) -> int:

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("simplejpeg")
 
-from pipeline.data.device import to_device  # noqa: E402
-from pipeline.data.stream import Batch  # noqa: E402
+from pipeline.data.device import to_device
+from pipeline.data.stream import Batch
 
 
 def batch_at(start):

@@ -130,24 +130,25 @@ def test_webdataset_composes_with_the_order(
     def decode(sample: dict[str, Any]) -> tuple[np.ndarray, int, str]:
         pixels = np.empty((32, 32, 3), dtype=np.uint8)
         decode_into(sample["png"], pixels)
-        return pixels, int(sample["cls"]), sample["__url__"]
+        return pixels, int(sample["cls"]), f"{sample['__url__']} {sample['__key__']}"
+
+    order = Order(packed.shard_sizes("train"), SEED, LANES, WINDOW)
 
     with streaming(packed, section, rank=rank, size=size) as stream:
         wanted = take(stream, 7, 8, 12)
-        ids = packed.splits["train"].start + Order(packed.shard_sizes("train"), SEED, LANES, WINDOW).samples(
-            wanted[0].positions
-        )
-        pipeline = webdataset.DataPipeline(
-            partial(stream.samples, 7, 8), webdataset.map(decode), webdataset.batched(8 // size)
-        )
+    with streaming(packed, section, rank=rank, size=size) as stream:
+        stages = partial(stream.samples, 7, 8), webdataset.map(decode), webdataset.batched(8 // size)
         loader = torch.utils.data.DataLoader(
-            pipeline, batch_size=None, num_workers=processes, multiprocessing_context="fork" if processes else None
+            webdataset.DataPipeline(*stages),
+            batch_size=None,
+            num_workers=processes,
+            multiprocessing_context="fork" if processes else None,
         )
-        for batch, (pixels, labels, urls) in zip(wanted, loader, strict=False):
+        for batch, (pixels, labels, names) in zip(wanted, loader, strict=False):
             assert torch.equal(torch.as_tensor(pixels).permute(0, 3, 1, 2), batch.images)
             assert torch.equal(torch.as_tensor(labels), batch.labels)
-            assert all(url.startswith(packed.url) for url in urls)
-        assert next(iter(stream.samples(7, 8)))["__key__"] == f"{ids[0]:08d}"
+            ids = order.samples(batch.positions)
+            assert list(names) == [f"{packed.shard_url(packed.shards[packed.shard[i]])} {i:08d}" for i in ids]
 
 
 def test_memory_is_used_again_but_never_while_somebody_holds_the_batch(
