@@ -109,7 +109,7 @@ class FaultProxy:
         with self._changed:
             self._rules.clear()
             self._chances.clear()
-        self.latency_s = 0.0
+        self.latency_s = self._last = 0.0
 
     def counts(self) -> dict[str, int]:
         """How often each fault was met, and under "requests" how many requests there were."""
@@ -117,7 +117,7 @@ class FaultProxy:
             return dict(self._counts)
 
     def last(self) -> float:
-        """When the latest fault was met, or over where it lasts, on the clock of time.monotonic()."""
+        """When the latest fault since `clear` was met, or over where it lasts, on the clock of time.monotonic()."""
         return self._last
 
     def wait_for(self, fault: str, times: int = 1, timeout_s: float = 60.0) -> bool:
