@@ -130,10 +130,10 @@ class Reader:
     def __init__(self, name: str, folder: Path, bucket: str, command: Sequence[str | Path], endpoint: str) -> None:
         self.name, self._folder, self._bucket, self._command = name, folder, bucket, command
         self._environment = os.environ | {"AWS_ENDPOINT_URL": endpoint}
+        self._log = folder / f"{name}.log"
         self.took = defaultdict[str, list[float]](list)
 
     def __enter__(self) -> Self:
-        self._log = self._folder / f"{self.name}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -175,7 +175,12 @@ class Reader:
         self._process.stdin.write(json.dumps([what, source, str(cache), IMAGES]) + "\n")
         self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
-            sys.exit(f"{self.name} ended:\n{self._log.read_text()}")
+            said = self._log.read_text().strip()
+            if what == "content":  # its first turn
+                sys.exit(f"{self.name} ended:\n{said}")
+            print(f"{self.name} failed and is asked again: {said.splitlines()[-1]}", flush=True)
+            self.__exit__()
+            return self.__enter__()._ask(what, where)
         found = json.loads(line)
         self.took["grown_mb"].append(found["grown_mb"])
         if what == "cold":
