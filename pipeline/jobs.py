@@ -78,10 +78,15 @@ def dry_run(job: Job) -> plan.Plan | dict[str, Any]:
 
 def _collection_facts(job: TrainJob) -> plan.CollectionFacts | None:
     from pipeline.data.index import Collection
+    from pipeline.data.order import Order
 
     try:
         collection = Collection.open(job.data.train)
     except SaganError:
         return None
+    sizes = collection.shard_sizes(job.data.split)
     images = collection.size(job.data.split)
-    return plan.CollectionFacts(collection.digest, collection.resolution, collection.classes, images)
+    fetches = Order(sizes, job.seed, job.data.lanes, job.data.window).fetches(job.train.workers)
+    return plan.CollectionFacts(
+        collection.digest, collection.resolution, collection.classes, images, len(sizes), fetches
+    )

@@ -15,12 +15,14 @@ from sagan.config import ModelConfig
 
 @dataclass(frozen=True)
 class CollectionFacts:
-    """What a plan needs to know of a packed collection."""
+    """What a plan needs to know of a collection's split. fetches: of shards, in an epoch, over the job's workers."""
 
     digest: str
     resolution: int
     classes: int
     images: int
+    shards: int
+    fetches: int
 
 
 def complete(job: TrainJob, resolution: int, classes: int) -> TrainJob:
@@ -114,9 +116,10 @@ def plan(job: TrainJob, collection: CollectionFacts | None) -> Plan:
 def _notes(job: TrainJob, collection: CollectionFacts | None) -> tuple[str, ...]:
     notes = []
     if job.data.lanes % job.train.workers:
+        cost = f"{collection.fetches} fetches an epoch for {collection.shards}" if collection else "each reads more"
         notes.append(
-            f"{job.train.workers} workers do not divide data.lanes {job.data.lanes}: "
-            "the sequence is the same, but workers read more shards each"
+            f"{job.train.workers} workers do not divide data.lanes {job.data.lanes}: the sequence is the same, "
+            f"but workers share shards ({cost})"
         )
     if job.train.batch % job.train.workers:
         notes.append(f"{job.train.workers} workers do not divide the batch: shares differ by one image")

@@ -5,13 +5,15 @@ into L lanes [⌊lN/L⌋, ⌊(l+1)N/L⌋), and samples are permuted inside windo
 lanes 0 … L−1; the last, partial row visits the longer lanes only. The worker of position p is p mod W: neither the
 number of workers nor batches nor failures change the sequence, and a worker reads few lanes, each nearly shard after
 shard.
+
+All lanes are in the same window at a time, so an epoch is a sequence of slabs of window × L positions, and only the
+slabs that are asked for are ever computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
@@ -29,42 +31,57 @@ class Order:
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, lanes: int, window: int) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._ends = np.cumsum(self._sizes)
         self.samples_per_epoch = int(self._sizes.sum())
         if self.samples_per_epoch == 0:
             raise ValueError("there are no samples to order")
         self.seed, self._lanes, self._window = seed, lanes, window
-        self._epoch = lru_cache(maxsize=2)(self._arrange)  # a batch may span two epochs
+        self._bounds = np.arange(lanes + 1) * self.samples_per_epoch // lanes
+        self._slab = lru_cache(maxsize=4)(self._interleave)  # what is read, what is fetched ahead, the next epoch's
+        self._line = lru_cache(maxsize=2)(self._shuffle_shards)
 
     def samples(self, positions: range | np.ndarray) -> np.ndarray:
         """int64 [n]: the sample ids, 0 … N−1, at `positions` (any, of any epochs, all ≥ 0)."""
-        positions = np.asarray(positions, dtype=np.int64)
+        if isinstance(positions, range):
+            positions = np.arange(positions.start, positions.stop, positions.step)
         epochs, k = np.divmod(positions, self.samples_per_epoch)
+        slabs, places = np.divmod(k, self._window * self._lanes)
         ids = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            ids[here] = self._epoch(int(epoch))[k[here]]
+        for epoch, slab in set(zip(epochs.tolist(), slabs.tolist(), strict=True)):
+            here = (epochs == epoch) & (slabs == slab)
+            ids[here] = self._slab(epoch, slab)[places[here]]
         return ids
 
-    def _arrange(self, epoch: int) -> np.ndarray:
-        """int64 [N]: the sample ids of one epoch in the order in which they are visited."""
-        line = self._shuffled_shards(epoch)
-        total, lanes = len(line), self._lanes
-        bounds = np.arange(lanes + 1) * total // lanes
-        for lane, (start, stop) in enumerate(pairwise(bounds)):
-            for window, first in enumerate(range(start, stop, self._window)):
-                part = line[first : min(first + self._window, stop)]
-                part[:] = part[permutation(len(part), self.seed, WINDOW, epoch, lane, window)]
-        rows = total // lanes
-        full = line[bounds[:-1] + np.arange(rows)[:, None]].ravel()
-        longer = np.diff(bounds) > rows
-        return np.concatenate([full, line[bounds[1:][longer] - 1]])
+    def shards(self, positions: range | np.ndarray) -> np.ndarray:
+        """int64 [n]: the shards that hold the samples at `positions`."""
+        return np.searchsorted(self._ends, self.samples(positions), side="right")
 
-    def _shuffled_shards(self, epoch: int) -> np.ndarray:
-        """int64 [N]: the ids of all shards, one shard after the other, shards permuted."""
+    def fetches(self, workers: int) -> int:
+        """Shards that `workers` fetch in an epoch, summed over them: the first epoch's, and hardly another's."""
+        slab, needed = self._window * self._lanes, np.zeros((workers, len(self._sizes)), dtype=bool)
+        for first in range(0, self.samples_per_epoch, slab):
+            positions = np.arange(first, min(first + slab, self.samples_per_epoch))
+            needed[positions % workers, self.shards(positions)] = True
+        return int(needed.sum())
+
+    def _interleave(self, epoch: int, slab: int) -> np.ndarray:
+        """int64 [≤ window × L]: the ids of window number `slab` of all lanes, row by row."""
+        to_ids, ends = self._line(epoch)
+        windows = []
+        for lane in range(self._lanes):
+            start = self._bounds[lane] + slab * self._window
+            places = np.arange(start, min(start + self._window, self._bounds[lane + 1]))
+            ids = places + to_ids[np.searchsorted(ends, places, side="right")]
+            windows.append(ids[permutation(len(ids), self.seed, WINDOW, epoch, lane, slab)])
+        rows = min(map(len, windows))
+        full = np.stack([window[:rows] for window in windows], axis=1).ravel()
+        return np.concatenate([full, *(window[rows:] for window in windows)])
+
+    def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's shards in a line: of each, what leads from a place in it to a sample id, and where it ends."""
         shards = permutation(len(self._sizes), self.seed, SHARDS, epoch)
-        first_ids, sizes = (np.cumsum(self._sizes) - self._sizes)[shards], self._sizes[shards]
-        first_places = np.cumsum(sizes) - sizes
-        return np.repeat(first_ids - first_places, sizes) + np.arange(self.samples_per_epoch)
+        ends = np.cumsum(self._sizes[shards])
+        return self._ends[shards] - ends, ends
 
 
 def permutation(n: int, seed: int, purpose: int, *where: int) -> np.ndarray:

@@ -8,29 +8,32 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from time import perf_counter
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from pipeline.config.schema import DataSection
 from pipeline.data.cache import ShardCache
-from pipeline.data.images import decode_into
+from pipeline.data.images import EXTENSIONS, decode_into
 from pipeline.data.index import Collection
 from pipeline.data.order import Order
 from pipeline.data.threads import map_ahead
 from pipeline.errors import CorruptError, SaganError, UsageError
 from sagan.world import World
 
-_FETCHES = 4  # shards that are fetched side by side
+_FETCHES = 8  # shards that are fetched side by side, so that a slow answer delays none of the others
 _ROWS = 64  # the order is walked ahead in strides of so many rows of lanes
 _CHUNK = 256  # images per tensor of `read_images`
+_BLOCK = 2**24  # bytes of memory that are asked for at a time, for as many batches as they hold
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,13 @@ class Stream:
         note: Callable[[str], None] = print,
     ) -> None:
         """`note` is told what is waited for."""
-        self._collection, self._world, self._data = collection, world, data
+        self._collection, self._split, self._world, self._data = collection, split, world, data
         self._first_id = collection.ids(split).start
         self._order = Order(collection.shard_sizes(split), seed, data.lanes, data.window)
         _check_room(collection, split, data)
         self._cache = ShardCache(data.cache, data.cache_gb, data.patience_s, note)
-        self._running: Generator[Batch, None, None] | None = None
+        self._running: Generator[Any, None, None] | None = None
+        self._position = 0  # where the next batch of `batches` begins
 
     def batches(self, start: int, batch: int) -> Iterator[Batch]:
         """The shares of the global batches [start, start + batch), [start + batch, start + 2 batch), …, for ever.
@@ -78,8 +82,41 @@ class Stream:
         that cannot be had.
         """
         self._stop()
+        self._position = start
         self._running = self._run(start, batch)
         return self._running
+
+    def samples(self, start: int, batch: int) -> Iterator[dict[str, Any]]:
+        """What `batches` gives, one by one and still encoded: a first stage for webdataset's DataPipeline.
+
+            wds.DataPipeline(partial(stream.samples, 0, 64), wds.map(decode), wds.batched(64))
+
+        Samples are webdataset's: __key__ (the sample's id), __url__, jpg, png or webp, and cls where there are classes.
+        Of K processes of a DataLoader each gives every K-th batch; batched like here, they come in the order of
+        `batches`. One iteration at a time, errors as there; a stream that runs threads cannot be forked.
+        """
+        self._stop()
+        self._running = self._run_samples(start, batch)
+        return self._running
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `resume` needs, on any number of workers and threads: one integer, and of what it is a position."""
+        order = {"split": self._split, "seed": self._order.seed, "lanes": self._data.lanes, "window": self._data.window}
+        return {"position": self._position, "collection": self._collection.digest, "order": order}
+
+    def resume(self, state: dict[str, Any], batch: int) -> Iterator[Batch]:
+        """`batches` from where a `state_dict` was taken.
+
+        Raises UsageError where it was taken of another collection or order: its position is another sample here.
+        """
+        ours = self.state_dict()
+        for what in ("collection", "order"):
+            if state[what] != ours[what]:
+                raise UsageError(
+                    f"the position was taken in {what} {state[what]}, this stream has {what} {ours[what]}",
+                    "open the stream with the same collection, split, seed, data.lanes and data.window, or begin anew",
+                )
+        return self.batches(state["position"], batch)
 
     def close(self) -> None:
         """End all threads and let go of the cache. The stream cannot be used any more."""
@@ -92,26 +129,49 @@ class Stream:
             self._running = None
 
     def _run(self, start: int, batch: int) -> Generator[Batch, None, None]:
-        shares = (self._world.share(first, first + batch) for first in itertools.count(start, batch))
+        memory = _Memory(-(-batch // self._world.size), self._collection.resolution)
+        read_share = partial(self._read, memory)
         with (
-            _Prefetch(self._shards, self._open, start, self._stride, self._horizon) as prefetch,
-            closing(map_ahead(self._read, shares, self._data.threads, self._data.ahead)) as read,
+            self._prefetch(start) as prefetch,
+            closing(map_ahead(read_share, self._shares(start, batch), self._data.threads, self._data.ahead)) as read,
         ):
-            while True:
+            for first in itertools.count(start, batch):
                 began = perf_counter()
                 positions, images, labels = next(read)
-                prefetch.reached(positions.start)
+                prefetch.reached(first)
+                self._position = first + batch
                 yield Batch(positions, images, labels, perf_counter() - began)
 
-    def _read(self, positions: range) -> tuple[range, torch.Tensor, torch.Tensor]:
-        return positions, *_read(self._collection, self._cache, self._ids(positions))
+    def _run_samples(self, start: int, batch: int) -> Generator[dict[str, Any], None, None]:
+        process = torch.utils.data.get_worker_info()
+        number, processes = (process.id, process.num_workers) if process else (0, 1)
+        collection = self._collection
+        with self._prefetch(start) as prefetch:
+            for share in itertools.islice(self._shares(start, batch), number, None, processes):
+                prefetch.reached(share.start)
+                for i in self._ids(share).tolist():
+                    shard = collection.shards[collection.shard[i]]
+                    url = collection.shard_url(shard)
+                    with closing(self._cache.open(url, shard)) as cached:
+                        image = cached.read(int(collection.offset[i]), int(collection.length[i]))
+                    label = {"cls": str(collection.labels[i]).encode()} if collection.class_names else {}
+                    yield {"__key__": f"{i:08d}", "__url__": url, EXTENSIONS[collection.encoding]: image, **label}
+
+    def _shares(self, start: int, batch: int) -> Iterator[range]:
+        return (self._world.share(first, first + batch) for first in itertools.count(start, batch))
+
+    def _prefetch(self, start: int) -> _Prefetch:
+        return _Prefetch(self._shards, self._open, start, self._stride, self._horizon)
+
+    def _read(self, memory: _Memory, positions: range) -> tuple[range, torch.Tensor, torch.Tensor]:
+        return positions, *_read(self._collection, self._cache, memory, self._ids(positions))
 
     def _ids(self, positions: range) -> np.ndarray:
         return self._first_id + self._order.samples(positions)
 
     @property
     def _stride(self) -> int:
-        return _ROWS * self._data.lanes
+        return max(1, min(_ROWS * self._data.lanes, self._horizon))
 
     @property
     def _horizon(self) -> int:
@@ -175,15 +235,21 @@ class _Prefetch:
             self._changed.notify()
 
     def _walk(self) -> None:
+        for _ in map_ahead(self._fetch, self._needed(), _FETCHES, _FETCHES):
+            pass
+
+    def _fetch(self, shard: int) -> None:
+        with suppress(SaganError):
+            self._open(shard)
+
+    def _needed(self) -> Iterator[int]:
         before: set[int] = set()
-        with ThreadPoolExecutor(_FETCHES, "fetch") as pool:
-            for first in itertools.count(self._start, self._stride):
-                if not self._may_fetch(first):
-                    return
-                shards = self._shards(first)
-                with suppress(SaganError):
-                    list(pool.map(self._open, [shard for shard in shards if shard not in before]))
-                before = set(shards)
+        for first in itertools.count(self._start, self._stride):
+            if not self._may_fetch(first):
+                return
+            shards = self._shards(first)
+            yield from (shard for shard in shards if shard not in before)
+            before = set(shards)
 
     def _may_fetch(self, first: int) -> bool:
         """Wait until `first` is near enough. False where the stream has ended meanwhile."""
@@ -199,28 +265,55 @@ def read_images(
 
     Raises CorruptError, EnvironmentFault.
     """
-    shards = ShardCache(cache, cache_gb)
+    shards, memory = ShardCache(cache, cache_gb), _Memory(_CHUNK, collection.resolution)
     chunks = (ids[first : first + _CHUNK] for first in range(0, len(ids), _CHUNK))
-    with closing(shards), closing(map_ahead(partial(_read, collection, shards), chunks, threads, threads + 1)) as read:
+    read_chunk = partial(_read, collection, shards, memory)
+    with closing(shards), closing(map_ahead(read_chunk, chunks, threads, threads + 1)) as read:
         for images, _ in read:
             yield images
 
 
-def _read(collection: Collection, cache: ShardCache, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+class _Memory:
+    """Room for batches of up to `images` of `side` pixels; used again once nobody holds a batch any more.
+
+    Into memory of small pages decoding is a tenth slower. NumPy asks the kernel for huge ones where it needs 4 MB or
+    more, so it is asked for several batches at a time.
+    """
+
+    def __init__(self, images: int, side: int) -> None:
+        self._shape = (images, side, side, 3)
+        self._free: list[np.ndarray] = []
+
+    def take(self, n: int) -> torch.Tensor:
+        """uint8 [n, side, side, 3], holding anything."""
+        if torch.cuda.is_available():  # page-locked, so that the copy overlaps with computing; torch uses it again
+            return torch.empty((n, *self._shape[1:]), dtype=torch.uint8, pin_memory=True)
+        try:
+            room = self._free.pop()
+        except IndexError:
+            room, *more = np.empty((max(1, _BLOCK // math.prod(self._shape)), *self._shape), dtype=np.uint8)
+            self._free += more
+        pixels = room[:n]
+        weakref.finalize(pixels, self._free.append, room)  # tensors and their views keep `pixels`
+        return torch.from_numpy(pixels)
+
+
+def _read(
+    collection: Collection, cache: ShardCache, memory: _Memory, ids: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Images, uint8 [n, 3, H, W] channels-last, and labels, int64 [n], of samples."""
-    side = collection.resolution
-    # Page-locked where there is a GPU, so that the copy to it overlaps with computing.
-    images = torch.empty((len(ids), side, side, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    pixels, numbers = images.numpy(), collection.shard[ids]
-    offsets, lengths = collection.offset[ids].tolist(), collection.length[ids].tolist()
-    for number in np.unique(numbers):  # one shard after the other, so that no thread needs more than one at a time
+    images = memory.take(len(ids))
+    pixels = images.numpy()
+    places = (collection.shard[ids], collection.offset[ids], collection.length[ids], np.arange(len(ids)))
+    # One shard after the other, so that no thread needs more than one at a time.
+    for number, inside in groupby(sorted(zip(*(column.tolist() for column in places), strict=True)), itemgetter(0)):
         shard = collection.shards[number]
         cached = cache.open(collection.shard_url(shard), shard)
-        for row in np.flatnonzero(numbers == number).tolist():
+        for _, offset, length, row in inside:
             try:
-                decode_into(cached.read(offsets[row], lengths[row]), pixels[row])
+                decode_into(cached.read(offset, length), pixels[row])
             except ValueError as reason:
-                where = f"{collection.shard_url(shard)}: image at byte {offsets[row]}"
+                where = f"{collection.shard_url(shard)}: image at byte {offset}"
                 raise CorruptError(f"{where}: {reason}", "sagan verify the collection") from reason
         cached.close()  # before the next is waited for: a full disk could not evict it
     return images.permute(0, 3, 1, 2), torch.from_numpy(collection.labels[ids])

@@ -96,14 +96,47 @@ def test_seeds_and_epochs_differ(seed: int, other: int) -> None:
     assert seed == other or (first.samples(range(200)) != second.samples(range(200))).any()
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
-def test_the_workers_together_fetch_hardly_more_than_the_set(size: int) -> None:
-    """Where the world divides the lanes, a shard is read by two workers only at the seam of two lanes."""
-    shards, per_shard, lanes = 320, 50, 16
-    order = Order([per_shard] * shards, seed=5, lanes=lanes, window=100)
-    ids = order.samples(range(shards * per_shard))
-    fetches = sum(len(np.unique(ids[rank::size] // per_shard)) for rank in range(size))
-    assert shards <= fetches <= shards + lanes - 1
+@thorough
+@given(shard_sizes, st.integers(0, 2**63), st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 50))
+def test_the_workers_together_fetch_hardly_more_than_the_set(
+    sizes: list[int], seed: int, multiple: int, workers: int, window: int
+) -> None:
+    """Where the world divides the lanes, a shard has two workers only at a seam of lanes and in the last row."""
+    lanes = multiple * workers
+    order = Order(sizes, seed, lanes, window)
+    for epoch in (0, 3):
+        assert len(sizes) <= fetches(order, sizes, epoch, workers) <= len(sizes) + 2 * lanes
+
+
+@thorough
+@given(shard_sizes, st.integers(0, 2**63), st.integers(1, 20), st.integers(1, 12), st.integers(1, 50))
+def test_fetches_are_counted_for_any_world(sizes: list[int], seed: int, lanes: int, workers: int, window: int) -> None:
+    order = Order(sizes, seed, lanes, window)
+    assert order.fetches(workers) == fetches(order, sizes, 0, workers)
+
+
+def fetches(order: Order, sizes: list[int], epoch: int, workers: int) -> int:
+    """Pairs of a worker and a shard that it reads from in an epoch, found sample by sample."""
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    epoch_positions = range(epoch * order.samples_per_epoch, (epoch + 1) * order.samples_per_epoch)
+    shares = (World(rank, workers).share(epoch_positions.start, epoch_positions.stop) for rank in range(workers))
+    return sum(len(np.unique(shard_of[order.samples(share)])) for share in shares)
+
+
+@pytest.mark.parametrize(("lanes", "workers"), [(4, 1), (4, 4), (16, 8), (16, 16)])
+def test_forty_shards_a_lane_keep_the_fetches_below_a_tenth_more_than_the_set(lanes: int, workers: int) -> None:
+    shards = 40 * lanes
+    assert Order([50] * shards, seed=5, lanes=lanes, window=100).fetches(workers) <= 1.1 * shards
+
+
+@thorough
+@given(shard_sizes, st.data())
+def test_shards_are_those_of_the_samples(sizes: list[int], data: st.DataObject) -> None:
+    order = Order(sizes, seed=1, lanes=3, window=4)
+    start = data.draw(st.integers(0, 3 * order.samples_per_epoch), label="start")
+    positions = range(start, start + 20)
+    expected = np.repeat(np.arange(len(sizes)), sizes)[order.samples(positions)]
+    np.testing.assert_array_equal(order.shards(positions), expected)
 
 
 def test_a_lane_reads_nearly_shard_after_shard() -> None:

@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from tests.jobs import JOBS, shipped
 
 SHIPPED = shipped()
-IMAGENET = plan.CollectionFacts("d" * 64, 128, 1000, 1_281_167)
+IMAGENET = plan.CollectionFacts("d" * 64, 128, 1000, 1_281_167, 1_300, 3_900)
 
 
 def imagenet(**overrides):
@@ -116,4 +116,4 @@ def test_a_job_that_contradicts_its_collection_is_refused_with_both_values():
 def test_uneven_worlds_are_said_in_the_dry_run():
     planned = plan.plan(imagenet(**{"train.workers": 3}), IMAGENET)
     assert planned.images_per_worker == "85 to 86"
-    assert any("data.lanes" in note for note in planned.notes)
+    assert any("data.lanes" in note and "3900 fetches an epoch for 1300" in note for note in planned.notes)

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from pipeline.config.schema import DataSection, PackSection
 from pipeline.data.images import decode_into
@@ -37,7 +42,7 @@ def streaming(
 
 
 def take(stream: Stream, start: int, batch: int, count: int) -> list[Batch]:
-    return [taken for taken, _ in zip(stream.batches(start, batch), range(count), strict=False)]
+    return list(islice(stream.batches(start, batch), count))
 
 
 def expected(collection: Collection, positions: range, split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +56,7 @@ def expected(collection: Collection, positions: range, split: str = "train") -> 
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(collection.labels[ids])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("batch", [8, 25])
 def test_the_workers_of_any_world_read_what_the_order_says(
     packed: Collection, section: DataSection, size: int, batch: int
@@ -77,6 +82,86 @@ def test_resuming_anywhere_equals_the_uninterrupted_sequence(
         taken = take(stream, start, 8, 3)
     assert torch.equal(torch.cat([batch.images for batch in taken]), images)
     assert torch.equal(torch.cat([batch.labels for batch in taken]), labels)
+
+
+@pytest.mark.parametrize(("size", "threads"), [(1, 4), (2, 1), (3, 2), (8, 1)])
+def test_a_run_goes_on_in_the_middle_of_an_epoch_on_other_workers_and_threads(
+    packed: Collection, section: DataSection, size: int, threads: int
+) -> None:
+    with streaming(packed, section, rank=1, size=2) as stream:
+        take(stream, 0, 9, 5)
+        state = json.loads(json.dumps(stream.state_dict()))
+    assert state["position"] == 45
+    images, _ = expected(packed, range(45, 90))
+    changed = section.model_copy(update={"threads": threads})
+    for rank in range(size):
+        with streaming(packed, changed, rank=rank, size=size) as stream:
+            taken = list(islice(stream.resume(state, 9), 5))
+        seen = [position for batch in taken for position in batch.positions]
+        assert seen == [p for p in range(45, 90) if p % size == rank]
+        assert torch.equal(torch.cat([batch.images for batch in taken]), images[[p - 45 for p in seen]])
+
+
+def test_a_position_of_another_collection_or_order_is_refused_with_both(
+    packed: Collection, section: DataSection
+) -> None:
+    with streaming(packed, section) as stream:
+        state = stream.state_dict()
+        assert next(stream.resume(state, 8)).positions == range(8)
+    with (
+        streaming(replace(packed, digest="e" * 64), section) as stream,
+        pytest.raises(UsageError, match=f"{packed.digest}.* has collection e{{64}}"),
+    ):
+        stream.resume(state, 8)
+    with (
+        streaming(packed, section.model_copy(update={"lanes": 2})) as stream,
+        pytest.raises(UsageError, match=f"'lanes': {LANES}.*'lanes': 2"),
+    ):
+        stream.resume(state, 8)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
+def test_webdataset_composes_with_the_order(
+    packed: Collection, section: DataSection, rank: int, size: int, processes: int
+) -> None:
+    """Its map and its batched, in this process or in DataLoader's, give what `batches` gives."""
+
+    def decode(sample: dict[str, Any]) -> tuple[np.ndarray, int, str]:
+        pixels = np.empty((32, 32, 3), dtype=np.uint8)
+        decode_into(sample["png"], pixels)
+        return pixels, int(sample["cls"]), f"{sample['__url__']} {sample['__key__']}"
+
+    order = Order(packed.shard_sizes("train"), SEED, LANES, WINDOW)
+
+    with streaming(packed, section, rank=rank, size=size) as stream:
+        wanted = take(stream, 7, 8, 12)
+    with streaming(packed, section, rank=rank, size=size) as stream:
+        stages = partial(stream.samples, 7, 8), webdataset.map(decode), webdataset.batched(8 // size)
+        loader = torch.utils.data.DataLoader(
+            webdataset.DataPipeline(*stages),
+            batch_size=None,
+            num_workers=processes,
+            multiprocessing_context="fork" if processes else None,
+        )
+        for batch, (pixels, labels, names) in zip(wanted, loader, strict=False):
+            assert torch.equal(torch.as_tensor(pixels).permute(0, 3, 1, 2), batch.images)
+            assert torch.equal(torch.as_tensor(labels), batch.labels)
+            ids = order.samples(batch.positions)
+            assert list(names) == [f"{packed.shard_url(packed.shards[packed.shard[i]])} {i:08d}" for i in ids]
+
+
+def test_memory_is_used_again_but_never_while_somebody_holds_the_batch(
+    packed: Collection, section: DataSection
+) -> None:
+    images, _ = expected(packed, range(8))
+    with streaming(packed, section) as stream:
+        batches = stream.batches(0, 8)
+        held = next(batches).images[:, :1]
+        places = {next(batches).images.data_ptr() for _ in range(100)}
+        assert torch.equal(held, images[:, :1])
+        assert held.data_ptr() not in places
+        assert len(places) < 20
 
 
 @pytest.mark.parametrize("change", [{"threads": 1}, {"threads": 4}, {"ahead": 1}, {"ahead": 9}])
@@ -202,8 +287,6 @@ def test_a_damaged_shard_is_an_error_at_its_batch_and_not_before(
 
 def test_an_image_that_is_no_image_names_its_shard(packed: Collection, section: DataSection) -> None:
     """An index that points elsewhere, with a shard whose hash is right."""
-    from dataclasses import replace
-
     shifted = replace(packed, offset=packed.offset + 8)
     with streaming(shifted, section) as stream, pytest.raises(CorruptError, match=r"train-0000\d\.tar: image at byte"):
         next(stream.batches(0, 8))
