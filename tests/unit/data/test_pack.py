@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipeline.config.schema import PackSection
 from pipeline.data.index import Collection, read_shard
-from pipeline.data.pack import pack, verify
+from pipeline.data.pack import pack
+from pipeline.data.verify import verify
 from pipeline.errors import CorruptError, UsageError
 
 
@@ -25,8 +26,9 @@ def read_back(collection: Collection, split: str) -> list[dict[str, Any]]:
 
 
 def bytes_of(folder: str | Path) -> dict[str, bytes]:
-    """Everything but pack.json, which names the source."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "pack.json"}
+    """Everything but what names the source."""
+    named = {"pack.json", "keys.txt", "preview.png"}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in named}
 
 
 def test_webdataset_reads_every_image_with_its_label(packed: Collection, class_of: Callable[..., str]) -> None:
@@ -187,7 +189,7 @@ class TestVerify:
         with pytest.raises(CorruptError) as caught:
             verify(str(copied))
         assert f"{name}: its SHA-256 is not the manifest's" in caught.value.message
-        assert f"{name}: {sample.key}: " in caught.value.message
+        assert f"{name}: {sample.name}: " in caught.value.message
         assert packed.shards[2].name not in caught.value.message
 
     def test_missing_and_truncated_shards_are_all_named(self, packed: Collection, copied: Path) -> None:
@@ -231,17 +233,23 @@ def test_real_collections(
         pytest.skip("SAGAN_TEST_DATA names no folder with real collections")
     with tarfile.open(test_data / archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
+    index = test_data / "imagenet_class_index.json"
+    (tmp_path / index.name).write_bytes(index.read_bytes())  # beside the folder, as it stands beside the tar
+    name_of = dict(json.loads(index.read_text()).values())
     section = PackSection(source=str(test_data / archive), resolution=resolution, encoding="png")
     collection = pack(f"{tmp_path}/packed", section)
     unpacked = pack(f"{tmp_path}/again", section.model_copy(update={"source": f"{tmp_path}/unpacked"}))
     assert bytes_of(unpacked.url) == bytes_of(collection.url)
 
     originals = (tmp_path / "unpacked").rglob("*.*")
-    class_of = {np.asarray(Image.open(path).convert("RGB")).tobytes(): path.parent.name for path in originals}
+    class_of = {
+        np.asarray(Image.open(path).convert("RGB")).tobytes(): name_of.get(path.parent.name, path.parent.name)
+        for path in originals
+    }
     samples = read_back(collection, "train")
     assert len(samples) == sum(per_class)
     for sample in samples:
-        assert collection.class_names[sample["cls"]] == class_of[sample["png"].tobytes()]
+        assert collection.class_names[sample["cls"]] == class_of[sample["png"].tobytes()].replace("_", " ")
     assert np.bincount(collection.labels).tolist() == per_class
 
 
