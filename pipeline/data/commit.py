@@ -146,10 +146,8 @@ def commit(
     for note in notes:
         print(f"note: {note}")
     _summarise(collection)
-    for warning in [
-        *_oddities(collection),
-        *_duplicates(collection, np.concatenate([s.digests for s in shards]), keys),
-    ]:
+    digests = np.concatenate([shard.digests for shard in shards])
+    for warning in [*_oddities(collection), *_duplicates(collection, digests, keys)]:
         print(f"warning: {warning}")
     print(f"look at {files.join(destination, PREVIEW)}")
     print(f"next: {next_command(collection)}")
@@ -162,9 +160,15 @@ def _summarise(collection: Collection) -> None:
     shown = ", ".join(map(line_of, names[:5])) + (", …" if len(names) > 5 else "")
     print(f"{len(names)} classes: {shown}" if names else "no classes: a model of these trains without labels")
     for split in collection.splits:
-        print(f"{split}: {collection.size(split):,} images in {len(collection.shard_sizes(split)):,} shards")
+        print(
+            f"{split}: {_count(collection.size(split), 'image')} in {_count(len(collection.shard_sizes(split)), 'shard')}"
+        )
     megabytes = sum(shard.size for shard in collection.shards) / 1e6
     print(f"{collection.resolution} px, {collection.encoding}, {megabytes:,.1f} MB, digest {collection.digest[:8]}")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def next_command(collection: Collection) -> str:

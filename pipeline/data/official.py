@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data import tables
 from pipeline.data.index import label_of
-from pipeline.data.tree import Place, Row, Source, Tree, hidden, source_of, split_in, suffix
+from pipeline.data.tree import IMAGES, Place, Row, Source, Tree, hidden, source_of, split_in, suffix
 from pipeline.errors import UsageError
 from pipeline.storage import files
 
@@ -114,13 +114,18 @@ def webdataset(tree: Tree) -> Source | None:
     numbered = tree.tars and all(re.fullmatch(r"(.*[-_.])?\d+", tar) for tar in tree.tars)
     if not labels and not numbered:
         return None
+    if any(isinstance(label, str) for label in labels.values()):
+        names = sorted({str(label) for label in labels.values()})
+    elif "manifest.json" in tree.places:  # shards of ours
+        names = json.loads(tree.read("manifest.json"))["class_names"]
+    else:
+        names = [str(i) for i in range(max(map(int, labels.values()), default=-1) + 1)]
     rows = []
-    for path in tree.images():
-        label = labels.get(path.removesuffix(PurePosixPath(path).suffix))
-        split = split_in(path.rpartition("/")[0] or files.name(tree.url))
-        rows.append(Row(path, tree.places[path], None if label is None else str(label), split))
-    words = any(isinstance(label, str) for label in labels.values())
-    names = None if words else [str(i) for i in range(max(map(int, labels.values()), default=-1) + 1)]
+    for path, place in tree.places.items():
+        if place.offset is not None and suffix(path) in IMAGES:
+            label = labels.get(path.removesuffix(PurePosixPath(path).suffix))
+            split = split_in(path.rpartition("/")[0] or files.name(tree.url))
+            rows.append(Row(path, place, names[label] if isinstance(label, int) else label, split))
     return source_of("WebDataset", rows, names)
 
 

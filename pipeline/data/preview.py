@@ -26,13 +26,13 @@ def preview(collection: Collection) -> Image.Image:
     labels = collection.labels[ids.start : ids.stop]
     present = np.unique(labels)
     shown = present[np.unique(np.linspace(0, len(present) - 1, _ROWS).round().astype(int))]
-    per_row = _COLUMNS if collection.class_names else _COLUMNS * _COLUMNS
-    chosen = [ids.start + np.flatnonzero(labels == label)[:per_row] for label in shown]
+    most = _COLUMNS if collection.class_names else _COLUMNS * _COLUMNS
+    chosen = [ids.start + np.flatnonzero(labels == label)[:most] for label in shown]
     tiles = list(map_ahead(lambda i: _tile(collection, int(i)), np.concatenate(chosen), 8, 16))
     blank = np.full_like(tiles[0], 255)
-    rows, names = [], None
+    rows, names, per_row = [], None, _COLUMNS
     if collection.class_names:  # a class with fewer images leaves the rest of its row white
-        tile = iter(tiles)
+        tile, per_row = iter(tiles), max(map(len, chosen))
         for of_class in chosen:
             rows += [next(tile) for _ in of_class] + [blank] * (per_row - len(of_class))
         names = [_short(collection.class_names[label]) for label in shown for _ in range(per_row)]
@@ -40,7 +40,7 @@ def preview(collection: Collection) -> Image.Image:
     if len(shown) < len(collection.class_names):
         title += f" · {len(shown)} of {len(collection.class_names):,} classes"
     images = torch.from_numpy(np.stack(rows or tiles)).permute(0, 3, 1, 2)
-    return grid(images, names, _COLUMNS, title)
+    return grid(images, names, per_row, title)
 
 
 def _tile(collection: Collection, i: int) -> np.ndarray:

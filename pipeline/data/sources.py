@@ -132,7 +132,13 @@ def _empty_folders(tree: Tree) -> set[str]:
         return set()
     root = files.local_path(tree.url)
     beside = {(root / path).parent.parent for path in tree.images() if "/" in path}
-    folders = [folder for place in beside for folder in place.iterdir() if folder.is_dir() and not hidden(folder.name)]
+    folders = [
+        folder
+        for place in beside
+        if place.is_dir()
+        for folder in place.iterdir()
+        if folder.is_dir() and not hidden(folder.name)
+    ]
     return {folder.name for folder in folders if not any(folder.iterdir())}
 
 

@@ -160,9 +160,9 @@ def hidden(path: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
 
 
-def split_in(name: str) -> str:
-    """The split that the name of a file mentions (train-00000-of-00005.parquet), else train."""
-    return next((word for word in re.split(r"[-_.]", name.lower()) if word in SPLITS), "train")
+def split_in(path: str) -> str:
+    """The split that a path mentions (data/train-00000-of-00005.parquet), else train."""
+    return next((word for word in re.split(r"[-_./]", path.lower()) if word in SPLITS), "train")
 
 
 def _listed(url: str) -> dict[str, Place]:
