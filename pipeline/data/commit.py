@@ -160,9 +160,8 @@ def _summarise(collection: Collection) -> None:
     shown = ", ".join(map(line_of, names[:5])) + (", …" if len(names) > 5 else "")
     print(f"{len(names)} classes: {shown}" if names else "no classes: a model of these trains without labels")
     for split in collection.splits:
-        print(
-            f"{split}: {_count(collection.size(split), 'image')} in {_count(len(collection.shard_sizes(split)), 'shard')}"
-        )
+        shards = collection.shard_sizes(split)
+        print(f"{split}: {_count(sum(shards), 'image')} in {_count(len(shards), 'shard')}")
     megabytes = sum(shard.size for shard in collection.shards) / 1e6
     print(f"{collection.resolution} px, {collection.encoding}, {megabytes:,.1f} MB, digest {collection.digest[:8]}")
 

@@ -7,7 +7,7 @@ import json
 import pickle
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def colour(data: bytes) -> tuple[int, ...]:
     return tuple(int(value) for value in pixel)
 
 
-def write(folder: Path, contents: dict[str, bytes | str]) -> Path:
+def write(folder: Path, contents: Mapping[str, bytes | str]) -> Path:
     for name, data in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
@@ -218,7 +218,7 @@ class TestCifar:
     def test_cifar_100_has_its_fine_labels(self, tmp_path: Path) -> None:
         names = [f"class{i:03d}" for i in range(100)]
         batch = {"fine_labels": [99, 0], "coarse_labels": [1, 1], "filenames": ["a.png", "b.png"]}
-        batch["data"] = np.stack([np.full(3072, 7, np.uint8), np.full(3072, 8, np.uint8)])  # type: ignore[assignment]
+        batch["data"] = np.stack([np.full(3072, 7, np.uint8), np.full(3072, 8, np.uint8)])
         meta = {"fine_label_names": names, "coarse_label_names": ["x", "y"]}
         write(tmp_path / "cifar-100-python", {"train": pickle.dumps(batch), "meta": pickle.dumps(meta)})
         source = open_source(f"{tmp_path}/cifar-100-python")

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.config.schema import PackSection
+from pipeline.data.commit import next_command
 from pipeline.data.index import Collection, read_shard
 from pipeline.data.pack import pack
 from pipeline.data.verify import verify
@@ -109,6 +111,237 @@ def test_an_interrupted_packing_leaves_no_collection_and_can_be_repeated(images:
     with pytest.raises(UsageError, match="holds no packed collection"):
         Collection.open(f"{tmp_path}/set")
     assert pack(f"{tmp_path}/set", section).size("train") == 60
+
+
+def test_what_an_interrupted_packing_left_whole_is_kept(packed: Collection, images: Path, tmp_path: Path) -> None:
+    """A shard that was damaged meanwhile is packed again; the end is what an uninterrupted packing writes."""
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    section, folder = PackSection(source=str(images), resolution=32, shard_images=7), tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(folder), section, interrupt)
+    whole = {path: path.stat().st_mtime_ns for path in folder.glob("train-*.tar")}
+    damaged = folder / "train-00001.tar"
+    data = bytearray(damaged.read_bytes())
+    data[3000] ^= 1
+    damaged.write_bytes(data)
+    assert pack(str(folder), section).digest == packed.digest
+    assert bytes_of(folder) == bytes_of(packed.url)
+    del whole[damaged]
+    assert len(whole) >= 3
+    assert {path: path.stat().st_mtime_ns for path in whole} == whole
+    assert not (folder / ".packing").exists()
+
+
+def test_other_images_of_the_same_shard_are_not_taken_for_those(images: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    section = PackSection(source=str(images), resolution=32, shard_images=20)
+    for other in ({"seed": 1}, {"encoding": "jpeg"}, {"source": f"{images}/bee", "shard_images": 7}):
+        with pytest.raises(KeyboardInterrupt):
+            pack(f"{tmp_path}/set", section.model_copy(update=other), interrupt)
+    expected = pack(f"{tmp_path}/expected", section)
+    assert pack(f"{tmp_path}/set", section).digest == expected.digest
+
+
+class TestExclude:
+    def test_one_image_less_changes_its_own_shard_alone(self, packed: Collection, images: Path, tmp_path: Path) -> None:
+        names = Path(packed.url, "keys.txt").read_text().splitlines()
+        (tmp_path / "bad.txt").write_text(f"{names[10]}\n")
+        section = PackSection(source=str(images), resolution=32, shard_images=7, exclude=f"{tmp_path}/bad.txt")
+        collection = pack(f"{tmp_path}/set", section)
+        assert Path(collection.url, "keys.txt").read_text().splitlines() == names[:10] + names[11:]
+        assert [shard.sha256 for i, shard in enumerate(collection.shards) if i != 1] == [
+            shard.sha256 for i, shard in enumerate(packed.shards) if i != 1
+        ]
+        assert collection.shards[1].count == 6
+        with pytest.raises(UsageError, match="packed otherwise: exclude"):
+            pack(collection.url, section.model_copy(update={"exclude": None}))
+
+    def test_a_name_that_no_image_has_is_an_error(self, images: Path, tmp_path: Path) -> None:
+        (tmp_path / "bad.txt").write_text("ant/none.png\n")
+        section = PackSection(source=str(images), resolution=32, exclude=f"{tmp_path}/bad.txt")
+        with pytest.raises(UsageError, match=r"names 1 images that the source does not have: ant/none\.png"):
+            pack(f"{tmp_path}/set", section)
+        with pytest.raises(UsageError, match=r"gone\.txt does not exist"):
+            pack(f"{tmp_path}/set", section.model_copy(update={"exclude": f"{tmp_path}/gone.txt"}))
+
+    def test_what_verify_prints_is_what_it_takes(
+        self, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Shards of others with an image that cannot be decoded: indexed, found by verify, and indexed without it."""
+        shards = tmp_path / "shards"
+        shards.mkdir()
+        with webdataset.TarWriter(f"{shards}/train-000.tar") as sink:
+            for n, path in enumerate(sorted(images.rglob("*.png"))):
+                data = path.read_bytes()
+                sink.write({"__key__": f"{n:03d}", "png": data[:-900] if n in (4, 44) else data, "cls": n % 2})
+        section = PackSection(source=str(shards), index_only=True)
+        collection = pack(str(shards), section)
+        capsys.readouterr()
+        with pytest.raises(CorruptError, match=r"train-000\.tar: 044\.png: cannot be decoded"):
+            verify(collection.url)
+        printed = capsys.readouterr().out
+        assert printed == "train-000/004.png\ntrain-000/044.png\n"
+        (tmp_path / "bad.txt").write_text(printed)
+        (shards / "manifest.json").unlink()
+        assert pack(str(shards), section.model_copy(update={"exclude": f"{tmp_path}/bad.txt"})).size("train") == 58
+        verify(str(shards))
+        repacked = pack(
+            f"{tmp_path}/set", PackSection(source=str(shards), resolution=32, exclude=f"{tmp_path}/bad.txt")
+        )
+        assert repacked.size("train") == 58
+
+
+class TestIndexOnly:
+    @pytest.fixture
+    def shards(self, images: Path, tmp_path: Path) -> Path:
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        paths = sorted(images.rglob("*.png"))
+        for name, part in {
+            "set-val-0.tar": paths[:20],
+            "set-train-0.tar": paths[20:35],
+            "set-train-1.tar": paths[35:],
+        }.items():
+            with webdataset.TarWriter(f"{folder}/{name}") as sink:
+                for path in part:
+                    key = f"./{path.parent.name}.d/{path.stem}"
+                    sink.write({"__key__": key, "png": path.read_bytes(), "cls": path.parent.name})
+        return folder
+
+    def test_shards_of_others_become_a_collection_as_they_are(
+        self, shards: Path, class_of: Callable[..., str], images: Path
+    ) -> None:
+        before = {path.name: path.read_bytes() for path in shards.iterdir()}
+        collection = pack(str(shards), PackSection(source=str(shards), index_only=True))
+        assert {name: (shards / name).read_bytes() for name in before} == before
+        assert {split: len(ids) for split, ids in collection.splits.items()} == {"train": 40, "val": 20}
+        assert (collection.resolution, collection.encoding) == (32, "png")
+        assert collection.class_names == ["ant", "bee", "cow"]
+        seen = set()
+        for i, label in enumerate(collection.labels):
+            start = int(collection.offset[i])
+            data = (shards / collection.shards[collection.shard[i]].name).read_bytes()
+            pixels = np.asarray(Image.open(io.BytesIO(data[start : start + collection.length[i]])))
+            assert class_of(pixels) == collection.class_names[label]
+            seen.add(pixels.tobytes())
+        assert len(seen) == 60
+        verify(collection.url)
+
+    def test_images_of_another_size_are_broken(self, shards: Path) -> None:
+        with webdataset.TarWriter(f"{shards}/set-train-2.tar") as sink:
+            sink.write({"__key__": "odd", "png": png(40, 30), "cls": "ant"})
+        with pytest.raises(UsageError, match=r"set-train-2/odd\.png: 40 x 30 pixels, not 32 x 32"):
+            pack(str(shards), PackSection(source=str(shards), index_only=True))
+
+    def test_what_cannot_be_indexed_in_place_is_to_be_packed(self, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="no WebDataset shards") as caught:
+            pack(str(images), PackSection(source=str(images), index_only=True))
+        assert "pack them instead" in caught.value.remedy
+        (tmp_path / "shards").mkdir()
+        with webdataset.TarWriter(f"{tmp_path}/shards/0.tar") as sink:
+            sink.write({"__key__": "0", "png": png(500, 500), "cls": 0})
+        with pytest.raises(UsageError, match="500 pixels wide"):
+            pack(f"{tmp_path}/shards", PackSection(source=f"{tmp_path}/shards", index_only=True))
+
+
+def png(width: int, height: int, shade: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), (shade, shade, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+class TestWarnings:
+    @staticmethod
+    def warnings(folder: Path, contents: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> str:
+        for name, data in contents.items():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes(data)
+        pack(f"{folder}/set", PackSection(source=f"{folder}/source", resolution=32, max_broken=1))
+        return capsys.readouterr().out
+
+    def test_none_where_nothing_is_odd(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = self.warnings(
+            tmp_path,
+            {f"{name}/{n}.png": png(9, 9, n + 99 * k) for n in range(3) for k, name in enumerate("ab")},
+            capsys,
+        )
+        assert "warning" not in out
+        assert "note" not in out
+
+    def test_duplicates_within_and_across_splits(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        contents = {
+            "train/a/1.png": png(9, 9),
+            "train/a/2.png": png(20, 9),
+            "val/b/3.png": png(9, 9),
+            "train/b/4.png": png(9, 9, 5),
+        }
+        out = self.warnings(tmp_path, contents, capsys)
+        assert "2 images are there already, pixel for pixel" in out
+        assert "1 of them stand in two splits" in out
+        assert "1 of them have another label there" in out
+
+    def test_uneven_classes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = self.warnings(
+            tmp_path, {f"a/{n}.png": png(9, 9, n) for n in range(40)} | {"b/0.png": png(9, 9, 99)}, capsys
+        )
+        assert "'a' has 40 images, 'b' only 1" in out
+
+    def test_classes_without_images(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Never there, of a kind that is not read, or broken."""
+        (tmp_path / "source" / "empty").mkdir(parents=True)
+        contents = {"a/0.png": png(9, 9), "b/0.png": png(9, 9, 1), "phone/0.heic": b"x", "broken/0.png": b"x"}
+        out = self.warnings(tmp_path, contents, capsys)
+        assert "folder 'empty' holds no image" in out
+        assert "folder 'phone' holds no image" in out
+        assert "1 .heic files are of a kind that is not read" in out
+        assert "train: 1 classes have no images: broken" in out
+
+    def test_labels_that_are_all_equal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        contents = {"train/a/0.png": png(9, 9), "train/a/1.png": png(9, 9, 1), "val/b/0.png": png(9, 9, 2)}
+        assert "train: all images have the same label, 'a'" in self.warnings(tmp_path, contents, capsys)
+
+    def test_one_class(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "there is one class, 'a'" in self.warnings(tmp_path, {"a/0.png": png(9, 9)}, capsys)
+
+
+def test_the_preview_has_a_row_for_each_class_with_its_images(packed: Collection) -> None:
+    picture = np.asarray(Image.open(f"{packed.url}/preview.png"))
+    left = _first_tile_column(picture)
+    first_tiles = {picture[top : top + 64, left : left + 64].tobytes() for top in range(len(picture) - 64)}
+    for label in range(3):
+        i = int(np.flatnonzero(packed.labels == label)[0])
+        data = Path(packed.url, packed.shards[packed.shard[i]].name).read_bytes()[packed.offset[i] :][
+            : packed.length[i]
+        ]
+        tile = Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.NEAREST)
+        assert np.asarray(tile).tobytes() in first_tiles
+
+
+def _first_tile_column(picture: np.ndarray) -> int:
+    """Where the first column of tiles begins: the first column of pixels that is coloured."""
+    coloured = (picture.max(axis=2).astype(int) - picture.min(axis=2)).max(axis=0) > 50
+    return int(np.flatnonzero(coloured)[0])
+
+
+@pytest.mark.parametrize(
+    ("resolution", "classes", "job"),
+    [(32, 10, "cifar10"), (32, 0, "cifar10"), (128, 10, "imagenet128"), (256, 0, None), (64, 1000, None)],
+)
+def test_the_next_command_names_a_job_that_is_there(
+    packed: Collection, resolution: int, classes: int, job: str | None
+) -> None:
+    names = [str(i) for i in range(classes)]
+    command = next_command(replace(packed, resolution=resolution, class_names=names))
+    path = Path(command.split()[2])
+    assert (Path(__file__).parents[3] / path).exists()
+    assert job is None or path.stem == job
+    assert f"data.train={packed.url}" in command
 
 
 class TestBroken:
