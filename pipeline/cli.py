@@ -123,13 +123,13 @@ def pack(
 @app.command(epilog="Example: `sagan verify s3://bucket/imagenet128 > bad.txt`, which `sagan pack --exclude` takes")
 def verify(url: Annotated[str, typer.Argument(help="Shards, or a checkpoint.")]) -> None:
     """Check every hash, and every image of a packed collection: names of bad ones go to stdout, all else to stderr."""
-    from pipeline import jobs
     from pipeline.data.index import INDEX
     from pipeline.data.verify import verify as verify_collection
     from pipeline.storage import files, fileset
+    from pipeline.training import cluster
 
     if files.exists(files.join(url, INDEX)):
-        jobs.join_cluster()
+        cluster.join()
         collection = verify_collection(url)
         checked = f"{len(collection.labels):,} images in {len(collection.shards):,} shards"
     else:

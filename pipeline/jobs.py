@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,9 @@ def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:
 
 def _pack(job: PackJob) -> dict[str, Any]:
     from pipeline.data.pack import pack
+    from pipeline.training import cluster
 
-    join_cluster()
+    cluster.join()
     collection = pack(job.destination, job.pack)
     return {
         "name": job.name,
@@ -58,14 +58,6 @@ def _pack(job: PackJob) -> dict[str, Any]:
         "digest": collection.digest,
         "images": {split: collection.size(split) for split in collection.splits},
     }
-
-
-def join_cluster() -> None:
-    """Packing and verifying in buckets are done by the cluster's tasks, where there is a cluster."""
-    if os.environ.get("RAY_ADDRESS"):
-        from pipeline.training import cluster
-
-        cluster.connect()
 
 
 def dry_run(job: Job) -> plan.Plan | dict[str, Any]:

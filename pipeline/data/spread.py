@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from functools import lru_cache
@@ -30,12 +31,13 @@ def spread(
         return
     task = ray.remote(num_cpus=1)(_run)
     held = tuple(ray.put(value) for value in common)
-    ahead = 2 * int(ray.cluster_resources().get("CPU", 1))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    print(f"by tasks of the Ray cluster, which has {cpus} CPUs", file=sys.stderr, flush=True)
     pending: deque[Any] = deque()
     try:
         for item in items:
             pending.append(task.remote(function, item, held))
-            if len(pending) > ahead:
+            if len(pending) > 2 * cpus:
                 yield _result(pending.popleft())
         while pending:
             yield _result(pending.popleft())
