@@ -100,12 +100,15 @@ def _by_class(tree: Tree) -> Source:
         expected = f"{len(tree.places)} files, none ending in .jpg, .png, …"
         raise UsageError(f"{tree.url} holds no images ({expected})", _HOW)
     depth = _split_depth(images)
+    level = -1
+    if all(PurePosixPath(path).parent.name == "images" for path in images):
+        level = -2  # a folder that all classes have is none
     rows = []
     for path in images:
         folders = PurePosixPath(path).parts[:-1]
         split = "train" if depth is None else folders[depth]
         within = folders if depth is None else folders[depth + 1 :]
-        rows.append(Row(path, tree.places[path], within[-1] if within else None, split))
+        rows.append(Row(path, tree.places[path], within[level] if len(within) >= -level else None, split))
     return source_of("images in folders", rows, notes=_left_out(tree, {row.label for row in rows}))
 
 

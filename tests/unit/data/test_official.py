@@ -264,6 +264,8 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         (4, 0, 0): ("val", "goldfish"),
     }
     assert source.notes == ["1 images of the test set have no labels and are left out"]
+    expected = {(1, 0, 0): ("train", "goldfish"), (2, 0, 0): ("train", "fire salamander")}
+    assert by_colour(open_source(f"{root}/train")) == expected
 
 
 class TestCelebA:
