@@ -32,7 +32,7 @@ def adopt(
 
     Raises UsageError where they are elsewhere, no shards, or not of one resolution; EnvironmentFault.
     """
-    if section.source != url:
+    if not isinstance(section.source, str) or _place(section.source) != _place(url):
         raise UsageError(f"{section.source} would be indexed at {url}", "indexing is done in place: give one URL")
     source = open_source(url)
     if source.kind != "WebDataset":
@@ -53,6 +53,10 @@ def adopt(
         "class_names": source.class_names,
     }
     return commit(url, record, facts, done, source.notes)
+
+
+def _place(url: str) -> str:
+    return str(files.local_path(url)) if files.is_local(url) else url.rstrip("/")
 
 
 def _parts(source: Source, excluded: set[str]) -> list[Slice]:

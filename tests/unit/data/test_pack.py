@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from typer.testing import CliRunner
 
-from pipeline.config.schema import PackSection
+from pipeline.cli import app
+from pipeline.config.schema import DataSection, PackSection
 from pipeline.data.commit import next_command
 from pipeline.data.index import Collection, read_shard
 from pipeline.data.pack import pack
+from pipeline.data.stream import Stream
 from pipeline.data.verify import verify
 from pipeline.errors import CorruptError, UsageError
+from sagan.world import World
 
 
 def read_back(collection: Collection, split: str) -> list[dict[str, Any]]:
@@ -232,6 +236,11 @@ class TestIndexOnly:
             seen.add(pixels.tobytes())
         assert len(seen) == 60
         verify(collection.url)
+
+    def test_from_the_command_line_by_a_relative_path(self, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(shards.parent)
+        assert CliRunner().invoke(app, ["pack", "shards/", "--index-only"], catch_exceptions=False).exit_code == 0
+        assert Collection.open(str(shards)).size("train") == 40
 
     def test_images_of_another_size_are_broken(self, shards: Path) -> None:
         with webdataset.TarWriter(f"{shards}/set-train-2.tar") as sink:
@@ -456,7 +465,11 @@ class TestVerify:
 
 @pytest.mark.parametrize(
     ("archive", "resolution", "per_class"),
-    [("cifar10-train-5000.tar", 32, [500] * 10), ("imagenette128-train-1500.tar", 128, [150] * 10)],
+    [
+        ("cifar10-train-5000.tar", 32, [500] * 10),
+        ("imagenette128-val-250.tar", 128, [25] * 10),
+        pytest.param("imagenette128-train-1500.tar", 128, [150] * 10, marks=pytest.mark.slow),
+    ],
 )
 def test_real_collections(
     test_data: Path | None, tmp_path: Path, archive: str, resolution: int, per_class: list[int]
@@ -486,10 +499,42 @@ def test_real_collections(
     assert np.bincount(collection.labels).tolist() == per_class
 
 
-def test_originals_of_every_size_and_shape(test_data: Path | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("archive", "resolution", "images", "classes"),
+    [
+        ("imagenet-originals-30.tar", 128, 30, 30),
+        ("trashnet-24.tar", 256, 24, 6),
+        ("imagenette128-val-250.tar", 64, 250, 10),
+        pytest.param("cifar10-test-1017.tar", 32, 1017, 10, marks=pytest.mark.slow),
+        pytest.param("cifar10-train-5000.tar", 32, 5000, 10, marks=pytest.mark.slow),
+        pytest.param("imagenette128-train-1500.tar", 128, 1500, 10, marks=pytest.mark.slow),
+    ],
+)
+def test_real_collections_are_verified_previewed_and_streamed(
+    test_data: Path | None,
+    tmp_path: Path,
+    archive: str,
+    resolution: int,
+    images: int,
+    classes: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if test_data is None:
         pytest.skip("SAGAN_TEST_DATA names no folder with real collections")
-    collection = pack(f"{tmp_path}/set", PackSection(source=f"{test_data}/imagenet-originals-30.tar", resolution=64))
-    assert len(collection.class_names) == collection.size("train") == 30
-    assert all(sample["jpg"].shape == (64, 64, 3) for sample in read_back(collection, "train"))
+    collection = pack(f"{tmp_path}/set", PackSection(source=f"{test_data}/{archive}", resolution=resolution))
+    printed = capsys.readouterr().out
+    assert (collection.size("train"), collection.classes) == (images, classes)
+    assert "warning" not in printed, "no two images are equal, and classes are even"
+    assert len(Path(collection.url, "keys.txt").read_text().splitlines()) == images
     verify(collection.url)
+    assert Image.open(f"{collection.url}/preview.png").width > 200
+    stream = Stream(
+        collection, "train", seed=0, world=World(), data=DataSection(train=collection.url, cache=f"{tmp_path}/cache")
+    )
+    try:
+        batch = next(stream.batches(0, images))
+    finally:
+        stream.close()
+    assert batch.images.shape == (images, 3, resolution, resolution)
+    assert len({image.numpy().tobytes() for image in batch.images}) == images
+    assert np.bincount(batch.labels).tolist() == np.bincount(collection.labels).tolist()
