@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.schema import PackSection
-from pipeline.data.commit import Done, Slice, commit, gather, line_of
+from pipeline.data.commit import Done, Slice, commit, gather, line_of, taken
 from pipeline.data.images import EXTENSIONS
 from pipeline.data.index import Collection, read_shard
 from pipeline.data.progress import Report, reporting
@@ -42,6 +42,8 @@ def adopt(
     if resolution not in RESOLUTIONS:
         raise UsageError(f"the images are {resolution} pixels wide, not one of {RESOLUTIONS}", _REMEDY)
     parts = _parts(source, excluded)
+    if elsewhere := sorted({part.name for part in parts} - set(files.list_names(url))):
+        raise UsageError(f"{elsewhere[0]} does not stand in {url} itself", "give the folder that holds the shards")
     with reporting("indexing", progress) as report:
         shards = spread(_index_shard, parts, (source, url, resolution), files.is_local(url))
         done = gather(shards, sum(len(part.ids) for part in parts), section.max_broken, report)
@@ -63,10 +65,10 @@ def _parts(source: Source, excluded: set[str]) -> list[Slice]:
     """The shards, those of a split one after the other."""
     parts = []
     shard_of = np.array([key.partition("/")[0] for key in source.keys])
-    taken = np.array([line_of(key) not in excluded for key in source.keys])
+    wanted = taken(source, excluded)
     for split, ids in source.splits.items():
         for name in np.unique(shard_of[ids]):
-            mine = ids[(shard_of[ids] == name) & taken[ids]]
+            mine = ids[(shard_of[ids] == name) & wanted[ids]]
             if len(mine):
                 parts.append(Slice(f"{name}.tar", split, mine, mine))
     return parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
@@ -18,6 +19,7 @@ import safetensors.numpy
 from pipeline.data.index import FORMAT, INDEX, KEYS, MANIFEST, Collection, Sample, Shard
 from pipeline.data.preview import preview
 from pipeline.data.progress import Report
+from pipeline.data.tree import Source
 from pipeline.errors import UsageError
 from pipeline.storage import files
 from pipeline.storage.fileset import FileEntry
@@ -79,7 +81,20 @@ class Done:
 
 def line_of(key: str) -> str:
     """The name of an image on one line, for people and for `--exclude`: what cannot be printed is escaped."""
+    if key.isprintable():
+        return key
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in key)
+
+
+def taken(source: Source, excluded: set[str]) -> np.ndarray:
+    """bool [n]: which images are not left out. Raises UsageError for a name that no image has."""
+    lines = [line_of(key) for key in source.keys]
+    if unknown := sorted(excluded.difference(lines)):
+        raise UsageError(
+            f"{_count(len(unknown), 'image')} to leave out cannot be found in the source: {', '.join(unknown[:5])}",
+            "take the names as `sagan verify` and `sagan pack` print them",
+        )
+    return np.array([line not in excluded for line in lines])
 
 
 def gather(shards: Iterable[Done], total: int, max_broken: int, report: Report) -> list[Done]:
@@ -94,8 +109,9 @@ def gather(shards: Iterable[Done], total: int, max_broken: int, report: Report) 
             if len(broken) > max_broken + _LISTED:
                 break
     if len(broken) > max_broken:
+        found = f"{len(broken)}" if done == total else f"at least {len(broken)}"
         raise UsageError(
-            "\n  ".join([f"{len(broken)} images cannot be decoded, {max_broken} are tolerated:", *broken]),
+            "\n  ".join([f"{found} images cannot be decoded, {max_broken} are tolerated:", *broken]),
             f"mend or delete them, name them in a file for --exclude, or tolerate them: max_broken={len(broken)}",
         )
     if not any(shard.keys for shard in gathered):
@@ -177,7 +193,7 @@ def next_command(collection: Collection) -> str:
     present = {path.stem for path in (Path(__file__).parents[2] / "jobs").glob("*.yaml")}
     own = [name for name in [wanted, *reversed(fitting.values())] if name in present]
     name, extra = (own[0], "") if own else ("imagenet128", f" model.resolution={collection.resolution}")
-    return f"sagan run jobs/{name}.yaml data.train={collection.url}{extra}"
+    return f"sagan run jobs/{name}.yaml {shlex.quote(f'data.train={collection.url}')}{extra}"
 
 
 def _oddities(collection: Collection) -> list[str]:
@@ -211,8 +227,8 @@ def _duplicates(collection: Collection, digests: np.ndarray, keys: list[str]) ->
         return []
     split_of = np.concatenate([np.full(len(ids), n) for n, ids in enumerate(collection.splits.values())])
     original = first[group[again]]
-    examples = [f"{keys[i]} = {keys[j]}" for i, j in zip(again[:3], original[:3], strict=True)]
-    found = [f"{len(again):,} images are there already, pixel for pixel: {', '.join(examples)}"]
+    examples = [f"{keys[i]} = {keys[j]}" for i, j in zip(again[:2], original[:2], strict=True)]
+    found = [f"{_count(len(again), 'image')} had been there before, the same to the byte: {', '.join(examples)}, …"]
     if across := int((split_of[again] != split_of[original]).sum()):
         found.append(f"{across:,} of them stand in two splits: what is held out has been trained on")
     if differing := int((collection.labels[again] != collection.labels[original]).sum()):

@@ -159,7 +159,9 @@ def label_of(extension: str, data: bytes) -> int | str | None:
         value = stated.get("label", stated.get("cls")) if isinstance(stated, dict) else None
     else:
         value = data.decode().strip() if extension == ".cls" else None
-    return int(value) if isinstance(value, str) and value.isdigit() else value
+    if isinstance(value, str) and value.isdigit():
+        return int(value)
+    return value if isinstance(value, int | str) else None
 
 
 def _split_ranges(shards: list[Shard]) -> dict[str, range]:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from webdataset.tariterators import base_plus_ext
 
 from pipeline.data import tables
 from pipeline.data.index import label_of
@@ -107,12 +108,18 @@ def lsun(tree: Tree) -> Source | None:
 
 def webdataset(tree: Tree) -> Source | None:
     """Shards of others: images with a .cls or .json beside them, or tars that are numbered and not named."""
+    images: dict[str, str] = {}
     labels: dict[str, int | str] = {}
     for path, place in tree.places.items():
-        if place.data is not None and (label := label_of(suffix(path), place.data)) is not None:
-            labels[path.removesuffix(PurePosixPath(path).suffix)] = label
+        key, extension = base_plus_ext(path)
+        if place.offset is None or key is None:
+            continue
+        if f".{extension.lower()}" in IMAGES:
+            images[key] = path
+        elif place.data is not None and (label := _label(tree, path)) is not None:
+            labels[key] = label
     numbered = tree.tars and all(re.fullmatch(r"(.*[-_.])?\d+", tar) for tar in tree.tars)
-    if not labels and not numbered:
+    if not images or not (numbered or labels.keys() & images.keys()):
         return None
     if any(isinstance(label, str) for label in labels.values()):
         names = sorted({str(label) for label in labels.values()})
@@ -121,12 +128,18 @@ def webdataset(tree: Tree) -> Source | None:
     else:
         names = [str(i) for i in range(max(map(int, labels.values()), default=-1) + 1)]
     rows = []
-    for path, place in tree.places.items():
-        if place.offset is not None and suffix(path) in IMAGES:
-            label = labels.get(path.removesuffix(PurePosixPath(path).suffix))
-            split = split_in(path.rpartition("/")[0] or files.name(tree.url))
-            rows.append(Row(path, place, names[label] if isinstance(label, int) else label, split))
+    for key, path in images.items():
+        label = labels.get(key)
+        split = split_in(path.rpartition("/")[0] or files.name(tree.url))
+        rows.append(Row(path, tree.places[path], names[label] if isinstance(label, int) else label, split))
     return source_of("WebDataset", rows, names)
+
+
+def _label(tree: Tree, path: str) -> int | str | None:
+    try:
+        return label_of(suffix(path), tree.read(path))
+    except ValueError as error:
+        raise UsageError(f"{tree.url}: {path} is no label: {error}", "mend the shard, or delete it") from error
 
 
 def parquet(tree: Tree) -> Source | None:

@@ -21,7 +21,7 @@ from webdataset import TarWriter
 
 from pipeline.config.schema import PackSection
 from pipeline.data.adopt import adopt
-from pipeline.data.commit import SECTION, Done, Slice, commit, gather, line_of
+from pipeline.data.commit import SECTION, Done, Slice, commit, gather, line_of, taken
 from pipeline.data.images import EXTENSIONS, prepare
 from pipeline.data.index import MANIFEST, Collection, Shard, read_shard
 from pipeline.data.order import PACKING, permutation
@@ -124,20 +124,14 @@ def _standing(destination: str, record: dict[str, Any]) -> Collection:
 
 def _slices(source: Source, section: PackSection, excluded: set[str]) -> Iterator[Slice]:
     """All shards, images in the order in which they are written. Raises UsageError for a name that no image has."""
-    taken = np.array([line_of(key) not in excluded for key in source.keys])
-    if len(excluded) != (~taken).sum():
-        unknown = sorted(excluded - {line_of(key) for key in source.keys})
-        raise UsageError(
-            f"{section.exclude} names {len(unknown)} images that the source does not have: {', '.join(unknown[:5])}",
-            "take the names as `sagan verify` and `sagan pack` print them",
-        )
+    wanted = taken(source, excluded)
     first = 0
     for split_number, (split, ids) in enumerate(source.splits.items()):
         order = ids[permutation(len(ids), section.seed, PACKING, split_number)]
         numbers = first + np.arange(len(order))
         for shard_number, start in enumerate(range(0, len(order), section.shard_images)):
             part = slice(start, start + section.shard_images)
-            kept = taken[order[part]]
+            kept = wanted[order[part]]
             if kept.any():
                 yield Slice(f"{split}-{shard_number:05d}.tar", split, order[part][kept], numbers[part][kept])
         first += len(ids)

@@ -170,4 +170,5 @@ def _digits() -> Source:
         class_names=[str(digit) for digit in range(10)],
         splits={"train": np.sort(train), "heldout": np.sort(heldout)},
         read=read,
+        here=True,  # sooner packed than a cluster is asked
     )

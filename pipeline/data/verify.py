@@ -40,7 +40,10 @@ def verify(url: str, progress: Report | None = None) -> Collection:
         except FileNotFoundError:
             bad.append(f"{KEYS} is missing: which images these are is not known")
     if bad:
-        raise CorruptError("\n  ".join([f"{url} is damaged:", *bad]), "delete it and pack it again")
+        raise CorruptError(
+            "\n  ".join([f"{url} is damaged:", *bad]),
+            "pack it again; images that stay bad can be left out by --exclude",
+        )
     return collection
 
 

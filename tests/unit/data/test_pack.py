@@ -169,7 +169,7 @@ class TestExclude:
     def test_a_name_that_no_image_has_is_an_error(self, images: Path, tmp_path: Path) -> None:
         (tmp_path / "bad.txt").write_text("ant/none.png\n")
         section = PackSection(source=str(images), resolution=32, exclude=f"{tmp_path}/bad.txt")
-        with pytest.raises(UsageError, match=r"names 1 images that the source does not have: ant/none\.png"):
+        with pytest.raises(UsageError, match=r"1 image to leave out cannot be found in the source: ant/none\.png"):
             pack(f"{tmp_path}/set", section)
         with pytest.raises(UsageError, match=r"gone\.txt does not exist"):
             pack(f"{tmp_path}/set", section.model_copy(update={"exclude": f"{tmp_path}/gone.txt"}))
@@ -291,7 +291,7 @@ class TestWarnings:
             "train/b/4.png": png(9, 9, 5),
         }
         out = self.warnings(tmp_path, contents, capsys)
-        assert "2 images are there already, pixel for pixel" in out
+        assert "2 images had been there before, the same to the byte" in out
         assert "1 of them stand in two splits" in out
         assert "1 of them have another label there" in out
 
