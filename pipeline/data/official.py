@@ -188,15 +188,19 @@ def cifar(tree: Tree) -> Source | None:
 
 def cifar_archive(url: str) -> Source:
     """cifar-10-python.tar.gz or cifar-100-python.tar.gz. Raises UsageError for any other compressed tar."""
+    batches: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(files.read_bytes(url)), mode="r:gz") as tar:
-            members = {PurePosixPath(m.name).name: m for m in tar if m.isfile()}
-            contents = {name: tar.extractfile(members[name]) for name in members.keys() & _CIFAR}
-            batches = {name: file.read() for name, file in contents.items() if file}
+        with files.reading(url) as file, tarfile.open(fileobj=file, mode="r|gz") as tar:
+            for member in tar:
+                name, content = PurePosixPath(member.name).name, tar.extractfile(member)
+                if suffix(name) in IMAGES:
+                    break
+                if name in _CIFAR and content:
+                    batches[name] = content.read()
     except FileNotFoundError:
         raise UsageError(f"{url} does not exist", "correct the path or URL") from None
-    except (tarfile.ReadError, EOFError, OSError) as error:
-        raise UsageError(f"{url} cannot be read as a plain tar: {error}", "decompress it first, or check it") from None
+    except (tarfile.ReadError, EOFError) as error:
+        raise UsageError(f"{url} cannot be read as a tar: {error}", "decompress it first, or check it") from None
     if not batches:
         raise UsageError(f"{url} is compressed, so that its images cannot be read at random", "decompress it first")
     return _cifar(batches)
@@ -205,22 +209,25 @@ def cifar_archive(url: str) -> Source:
 _CIFAR = {*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta", "train", "test", "meta"}
 
 
-def _cifar(batches: dict[str, bytes]) -> Source:
+def _cifar(files_by_name: dict[str, bytes]) -> Source:
     """Rows of 3 072 bytes, planar; handed out as PPM, the plainest file there is."""
-    loaded = {name: _unpickle(data) for name, data in batches.items()}
-    meta = loaded.pop("batches.meta", None) or loaded.pop("meta")
-    names = meta.get("label_names") or meta["fine_label_names"]
-    pixels = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32) for batch in loaded.values()]
-    labels = [np.asarray(batch.get("labels") or batch["fine_labels"], np.int64) for batch in loaded.values()]
-    keys = [f"{name}/{file}" for name, batch in loaded.items() for file in batch["filenames"]]
-    is_test = np.repeat([name.startswith("test") for name in loaded], [len(part) for part in labels])
+    batches = {name: _unpickle(data) for name, data in sorted(files_by_name.items())}
+    try:
+        meta = batches.pop("batches.meta" if "batches.meta" in batches else "meta")
+        names = meta.get("label_names") or meta["fine_label_names"]
+        pixels = np.concatenate([np.asarray(b["data"], np.uint8).reshape(-1, 3, 32, 32) for b in batches.values()])
+        labels = np.concatenate([b["labels"] if "labels" in b else b["fine_labels"] for b in batches.values()])
+        keys = [f"{name}/{file}" for name, batch in batches.items() for file in batch["filenames"]]
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"this is not all of CIFAR: {error!r}", "get the original archive") from error
     order = np.argsort(keys, kind="stable")
-    stored, shown = np.concatenate(pixels)[order], is_test[order]
-    splits = {"test": np.flatnonzero(shown), "train": np.flatnonzero(~shown)}
+    is_test = np.array([key.startswith("test") for key in keys])[order]
+    stored = pixels[order]
+    splits = {"test": np.flatnonzero(is_test), "train": np.flatnonzero(~is_test)}
     return Source(
         f"CIFAR-{len(names)}",
         keys=[keys[i] for i in order],
-        labels=np.concatenate(labels)[order],
+        labels=labels[order].astype(np.int64),
         class_names=list(names),
         splits={split: ids for split, ids in splits.items() if len(ids)},
         read=lambda i: b"P6 32 32 255\n" + stored[i].transpose(1, 2, 0).tobytes(),

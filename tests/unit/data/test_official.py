@@ -147,6 +147,16 @@ class TestImageNet:
         printed = capsys.readouterr().out
         assert "val: " in printed
         assert "classes have no images" in printed, "100 images cannot show a thousand classes"
+        tars = {
+            split: f"{tmp_path}/set/ILSVRC2012_img_{name}.tar"
+            for split, name in {"train": "train", "heldout": "val"}.items()
+        }
+        source = open_source(tars)
+        assert source.class_names == collection.class_names
+        for split, ids in source.splits.items():
+            assert len(ids) == {"train": 2000, "heldout": 100}[split]
+            for i in ids[::50]:
+                assert colour(source.read(int(i)))[:2] == (source.labels[i] // 256, source.labels[i] % 256)
 
 
 def stored(collection: Collection, i: int) -> bytes:
@@ -235,11 +245,22 @@ class TestCifar:
         assert not (tmp_path / "harm").exists()
 
     def test_another_compressed_tar_is_refused(self, tmp_path: Path) -> None:
-        with tarfile.open(tmp_path / "set.tar.gz", "w:gz"):
-            pass
+        (tmp_path / "image.png").write_bytes(picture(1))
+        with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as file:
+            file.add(tmp_path / "image.png", "cat/image.png")
         with pytest.raises(UsageError, match="is compressed") as caught:
             open_source(f"{tmp_path}/set.tar.gz")
         assert "decompress it first" in caught.value.remedy
+        (tmp_path / "set.tar.gz").write_bytes(b"no tar at all")
+        with pytest.raises(UsageError, match="cannot be read as a tar"):
+            open_source(f"{tmp_path}/set.tar.gz")
+
+    def test_a_part_of_it_is_refused(self, tmp_path: Path) -> None:
+        write(
+            tmp_path / "set", {"batches.meta": pickle.dumps({"label_names": ["a"]}), "data_batch_1": pickle.dumps({})}
+        )
+        with pytest.raises(UsageError, match="not all of CIFAR: KeyError.'data'"):
+            open_source(f"{tmp_path}/set")
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
