@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -147,35 +147,39 @@ def parquet(tree: Tree) -> Source | None:
 
     Columns cannot be read at random in bounded time: images are copied to this machine's disk first.
     """
-    import pyarrow.parquet as pq
-
     paths = sorted(path for path in tree.places if suffix(path) == ".parquet" and not hidden(path))
     if not paths or tree.images():
         return None
     spool = tempfile.TemporaryDirectory(prefix="sagan-parquet-")
-    rows, names = [], None
-    with (Path(spool.name) / "images").open("wb") as out:
-        for path in paths:
-            with files.reading(tree.places[path].url) as file:
-                table = pq.ParquetFile(file)
-                image, label = tables.columns(tree.url, table.schema_arrow)
-                names = tables.class_names(table.schema_arrow, label)
-                number = 0
-                for batch in table.iter_batches(16, columns=[image, *filter(None, [label])]):
-                    for row in batch.to_pylist():
-                        value = row[image] if isinstance(row[image], dict) else {"bytes": row[image]}
-                        place = Place(f"{spool.name}/images", out.tell(), out.write(value["bytes"] or b""))
-                        key = f"{path}/{number:08d}" + (f" {value['path']}" if value.get("path") else "")
-                        given = None if label is None else row[label]
-                        known = names[given] if names and isinstance(given, int) else given
-                        rows.append(Row(key, place, None if known is None else str(known), split_in(path)))
-                        number += 1
+    with (Path(spool.name) / "images").open("wb") as copy:
+        rows = [row for path in paths for row in _parquet_rows(tree, path, copy)]
+    names = tables.class_names(tables.schema(tree.places[paths[0]].url))
+    names = names or tables.by_number(row.label for row in rows if row.label is not None)
     source = source_of("Parquet", rows, names, here=True)
 
     def read(i: int, _alive: object = spool) -> bytes:  # the copy goes when nobody can read from it any more
         return source.read(i)
 
     return replace(source, read=read)
+
+
+def _parquet_rows(tree: Tree, path: str, copy: IO[bytes]) -> Iterator[Row]:
+    """The images of a file, appended to `copy` one after the other."""
+    import pyarrow.parquet as pq
+
+    with files.reading(tree.places[path].url) as file:
+        table = pq.ParquetFile(file)
+        image, label = tables.columns(tree.url, table.schema_arrow)
+        names = tables.class_names(table.schema_arrow)
+        batches = table.iter_batches(16, columns=[image, *filter(None, [label])])
+        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            value = row[image] if isinstance(row[image], dict) else {"bytes": row[image]}
+            place = Place(copy.name, copy.tell(), copy.write(value["bytes"] or b""))
+            key = f"{path}/{number:08d}" + (f" {value['path']}" if value.get("path") else "")
+            given = None if label is None else row[label]
+            if isinstance(given, int):  # −1 is Hugging Face's for none
+                given = None if given < 0 else names[given] if names else given
+            yield Row(key, place, None if given is None else str(given), split_in(path))
 
 
 def cifar(tree: Tree) -> Source | None:

@@ -124,9 +124,11 @@ def _left_out(tree: Tree, classes: set[str | None]) -> list[str]:
     others = [path for path in tree.places if suffix(path) not in IMAGES and not hidden(path)]
     unknown = Counter(suffix(path) for path in others if suffix(path) in _UNKNOWN_IMAGES)
     empty = ({PurePosixPath(path).parent.name for path in others} | _empty_folders(tree)) - classes - SPLITS - {""}
-    return [f"{count:,} {kind} files are of a kind that is not read" for kind, count in sorted(unknown.items())] + [
-        f"folder {name!r} holds no image: no class is made of it" for name in sorted(empty)
-    ]
+    notes = [f"{count:,} {kind} files are of a kind that is not read" for kind, count in sorted(unknown.items())]
+    if empty:
+        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
+        notes.append(f"folders without any image are no classes: {', '.join(sorted(empty)[:5])}{more}")
+    return notes
 
 
 def _empty_folders(tree: Tree) -> set[str]:
@@ -134,15 +136,9 @@ def _empty_folders(tree: Tree) -> set[str]:
     if not (files.is_local(tree.url) and files.local_path(tree.url).is_dir()):
         return set()
     root = files.local_path(tree.url)
-    beside = {(root / path).parent.parent for path in tree.images() if "/" in path}
-    folders = [
-        folder
-        for place in beside
-        if place.is_dir()
-        for folder in place.iterdir()
-        if folder.is_dir() and not hidden(folder.name)
-    ]
-    return {folder.name for folder in folders if not any(folder.iterdir())}
+    above = {(root / path).parent.parent for path in tree.images() if "/" in path}
+    folders = [path for folder in above if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
+    return {path.name for path in folders if not hidden(path.name) and not any(path.iterdir())}
 
 
 def _digits() -> Source:

@@ -23,15 +23,15 @@ def spread(
     Ray's tasks do it where this process is joined to a cluster, unless it must be done `here`: where data lies on this
     machine its threads keep all cores busy. An exception comes out at its item.
     """
-    import ray
-
-    if here or not ray.is_initialized():
+    if here or not _joined_to_a_cluster():
         cpus = os.cpu_count() or 1
         yield from map_ahead(lambda item: function(item, *common), items, cpus, 2 * cpus)
         return
+    import ray
+
     task = ray.remote(num_cpus=1)(_run)
     held = tuple(ray.put(value) for value in common)
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     print(f"by tasks of the Ray cluster, which has {cpus} CPUs", file=sys.stderr, flush=True)
     pending: deque[Any] = deque()
     try:
@@ -44,6 +44,12 @@ def spread(
     finally:
         for reference in pending:
             ray.cancel(reference)
+
+
+def _joined_to_a_cluster() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 def _run(function: Callable[..., R], item: T, held: tuple[Any, ...]) -> R:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -25,7 +26,7 @@ def is_table(url: str) -> bool:
     name, _, column = url.partition("#")
     if suffix(name) != ".parquet":
         return suffix(name) in (".csv", ".tsv", ".txt")
-    return bool(column) or not _binary(_schema(name))
+    return bool(column) or not _binary(schema(name))
 
 
 def read(url: str) -> Source:
@@ -55,10 +56,14 @@ def read(url: str) -> Source:
     if set(labels) <= {"-1", "0", "1"} and wanted:  # an attribute that an image has or has not
         labels = [wanted if label == "1" else f"not {wanted}" for label in labels]
     paths = [row[path_column] for row in rows]
-    numbers = all(label.isdigit() for label in labels)
-    names = sorted(set(labels), key=int) if numbers else None
     found = [Row(path, place(path), label, "train") for path, label in zip(paths, labels, strict=True)]
-    return source_of("table", found, names)
+    return source_of("table", found, by_number(labels))
+
+
+def by_number(labels: Iterable[str]) -> list[str] | None:
+    """The classes in the order of their numbers, where they are numbers."""
+    classes = set(labels)
+    return sorted(classes, key=int) if all(label.isdigit() for label in classes) else None
 
 
 def columns(url: str, schema: Any) -> tuple[str, str | None]:
@@ -70,11 +75,11 @@ def columns(url: str, schema: Any) -> tuple[str, str | None]:
     return image, next((name for name in _LABELS if name in schema.names), None)
 
 
-def class_names(schema: Any, label: str | None) -> list[str] | None:
-    """The names that Hugging Face keeps beside a column of class numbers."""
+def class_names(schema: Any) -> list[str] | None:
+    """The names that Hugging Face keeps beside the column of labels, in the order of their numbers."""
     stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = stated.get("info", {}).get("features", {}).get(label, {}).get("names")
-    return list(names) if names else None
+    features = stated.get("info", {}).get("features", {})
+    return next((features[name]["names"] for name in _LABELS if "names" in features.get(name, {})), None)
 
 
 def _binary(schema: Any) -> list[str]:
@@ -89,7 +94,8 @@ def _binary(schema: Any) -> list[str]:
     return [column.name for column in schema if holds_bytes(column.type)]
 
 
-def _schema(url: str) -> Any:
+def schema(url: str) -> Any:
+    """The columns of a Parquet file. Raises UsageError where there is none, EnvironmentFault."""
     import pyarrow.parquet as pq
 
     try:

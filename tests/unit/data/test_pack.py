@@ -306,8 +306,7 @@ class TestWarnings:
         (tmp_path / "source" / "empty").mkdir(parents=True)
         contents = {"a/0.png": png(9, 9), "b/0.png": png(9, 9, 1), "phone/0.heic": b"x", "broken/0.png": b"x"}
         out = self.warnings(tmp_path, contents, capsys)
-        assert "folder 'empty' holds no image" in out
-        assert "folder 'phone' holds no image" in out
+        assert "folders without any image are no classes: empty, phone" in out
         assert "1 .heic files are of a kind that is not read" in out
         assert "train: 1 classes have no images: broken" in out
 
