@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
+from posixpath import splitext
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -153,7 +154,7 @@ def _read(places: list[Place], i: int) -> bytes:
 
 
 def suffix(path: str) -> str:
-    return PurePosixPath(path).suffix.lower()
+    return splitext(path)[1].lower()
 
 
 def hidden(path: str) -> bool:
@@ -179,12 +180,14 @@ def _members(file: IO[bytes], url: str, base: int, folder: str) -> Iterator[tupl
     """The files of a tar that begins at byte `base` of the object `url`."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            path = folder + member.name.removeprefix("./")
-            content = tar.extractfile(member) if member.isfile() else None
-            if content is None:
+            path, data = folder + member.name.removeprefix("./"), None
+            if not member.isfile():
                 continue
-            if suffix(path) == ".tar" and not hidden(path):
-                yield from _members(content, url, base + member.offset_data, path.removesuffix(".tar") + "/")
-            else:
-                data = content.read() if suffix(path) in _LABELS else None
-                yield path, Place(url, base + member.offset_data, member.size, data)
+            if suffix(path) in (".tar", *_LABELS) and not hidden(path):
+                content = tar.extractfile(member)
+                assert content is not None
+                if suffix(path) == ".tar":
+                    yield from _members(content, url, base + member.offset_data, path.removesuffix(".tar") + "/")
+                    continue
+                data = content.read()
+            yield path, Place(url, base + member.offset_data, member.size, data)
