@@ -31,7 +31,7 @@ def imagenet(tree: Tree) -> Source | None:
     """ILSVRC2012 with flat validation images and their ground truth; train as tar of tars or class folders, or not."""
     flat = {
         path: match
-        for path in tree.images()
+        for path in tree.images
         if (match := _VALIDATION.fullmatch(PurePosixPath(path).name)) and not _WNID.fullmatch(_folder(path))
     }
     if not flat:
@@ -52,7 +52,7 @@ def imagenet(tree: Tree) -> Source | None:
             "put ILSVRC2012_validation_ground_truth.txt and imagenet_map_clsloc.txt into the folder or beside it",
         )
     rows = [Row(path, tree.places[path], label, "val") for path, label in labels.items()]
-    train = [path for path in tree.images() if _WNID.fullmatch(_folder(path))]
+    train = [path for path in tree.images if _WNID.fullmatch(_folder(path))]
     return source_of("ImageNet", rows + [Row(path, tree.places[path], _folder(path), "train") for path in train])
 
 
@@ -64,7 +64,7 @@ def tiny_imagenet(tree: Tree) -> Source | None:
     root = table.removesuffix("val/val_annotations.txt")
     label_by_name = dict(line.split("\t")[:2] for line in tree.read(table).decode().splitlines())
     rows, unlabelled = [], 0
-    for path in tree.images():
+    for path in tree.images:
         split, *folders, name = path.removeprefix(root).split("/")
         if split == "train":
             rows.append(Row(path, tree.places[path], folders[0], "train"))
@@ -78,7 +78,7 @@ def tiny_imagenet(tree: Tree) -> Source | None:
 
 def celeba(tree: Tree) -> Source | None:
     """img_align_celeba/*.jpg, without classes; `list_attr_celeba.txt#Smiling` is a table with an attribute's."""
-    images = tree.images()
+    images = tree.images
     if not images or {_folder(path) for path in images} != {"img_align_celeba"}:
         inside = files.name(tree.url) == "img_align_celeba" and all("/" not in path for path in images)
         if not (images and inside):
@@ -91,7 +91,7 @@ def lsun(tree: Tree) -> Source | None:
 
     Several categories (`bedroom_train`, `church_outdoor_val`) are classes, one is none.
     """
-    images = tree.images()
+    images = tree.images
     if not images or not all(_LSUN.fullmatch(PurePosixPath(path).name) for path in images):
         return None
     rows = []
@@ -148,7 +148,7 @@ def parquet(tree: Tree) -> Source | None:
     Columns cannot be read at random in bounded time: images are copied to this machine's disk first.
     """
     paths = sorted(path for path in tree.places if suffix(path) == ".parquet" and not hidden(path))
-    if not paths or tree.images():
+    if not paths or tree.images:
         return None
     spool = tempfile.TemporaryDirectory(prefix="sagan-parquet-")
     with (Path(spool.name) / "images").open("wb") as copy:
@@ -185,7 +185,7 @@ def _parquet_rows(tree: Tree, path: str, copy: IO[bytes]) -> Iterator[Row]:
 def cifar(tree: Tree) -> Source | None:
     """The python version of CIFAR-10 or CIFAR-100, unpacked."""
     found = {PurePosixPath(path).name: path for path in tree.places if PurePosixPath(path).name in _CIFAR}
-    if not found.keys() & {"batches.meta", "meta"} or tree.images():
+    if not found.keys() & {"batches.meta", "meta"} or tree.images:
         return None
     return _cifar({name: tree.read(path) for name, path in found.items()})
 

@@ -95,7 +95,7 @@ def _joined(parts: dict[str, Source]) -> Source:
 
 def _by_class(tree: Tree) -> Source:
     """Class = parent folder. Folders that are all called after splits are no classes; several of them are splits."""
-    images = tree.images()
+    images = tree.images
     if not images:
         expected = f"{len(tree.places)} files, none ending in .jpg, .png, …"
         raise UsageError(f"{tree.url} holds no images ({expected})", _HOW)
@@ -136,7 +136,7 @@ def _empty_folders(tree: Tree) -> set[str]:
     if not (files.is_local(tree.url) and files.local_path(tree.url).is_dir()):
         return set()
     root = files.local_path(tree.url)
-    above = {(root / path).parent.parent for path in tree.images() if "/" in path}
+    above = {(root / path).parent.parent for path in tree.images if "/" in path}
     folders = [path for folder in above if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
     return {path.name for path in folders if not hidden(path.name) and not any(path.iterdir())}
 

@@ -40,7 +40,7 @@ def read(url: str) -> Source:
     label_column = _label_column(url, header, path_column, wanted)
     tree = Tree.open(url.rpartition("/")[0] or ".")
     by_name: dict[str, list[str]] = {}
-    for path in tree.images():
+    for path in tree.images:
         by_name.setdefault(PurePosixPath(path).name, []).append(path)
 
     def place(given: str) -> Place:

@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 from posixpath import splitext
 from typing import IO, NamedTuple
@@ -72,6 +72,7 @@ class Tree:
     def read(self, path: str) -> bytes:
         return self.places[path].read()
 
+    @cached_property
     def images(self) -> list[str]:
         """Paths of all images, sorted."""
         return sorted(path for path in self.places if suffix(path) in IMAGES and not hidden(path))
