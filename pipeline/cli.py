@@ -216,6 +216,24 @@ def promote(
     print(f"models:/{name}@champion is version {version}")
 
 
+@app.command(epilog="Examples: `sagan report s3://bucket/runs/cifar10` · `sagan report runs/first runs/second`")
+def report(
+    of: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN|SWEEP [RUN]", help="Folder of a run or a sweep, a checkpoint, a model; or two."),
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    samples: Annotated[int, typer.Option(help="Generated images, compared with as many real ones.", min=1)] = 2000,
+) -> None:
+    """Write one page to look at: scores, samples, classes, nearest real images, attention to explore."""
+    from pipeline.report import report as pages
+
+    if len(of) > 2:
+        raise UsageError(f"{len(of)} runs are given", "a page shows one, or two side by side")
+    size = pages.write(of, out, samples)
+    print(f"{out}: {size / 1e6:.1f} MB; any browser opens it, without a network")
+
+
 @app.command(epilog="Example: `sagan doctor --cluster`")
 def doctor(
     cluster: Annotated[bool, typer.Option(help="Ask the Ray cluster too.")] = False, as_json: Json = False

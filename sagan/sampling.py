@@ -37,14 +37,15 @@ class Model:
         state: TrainState,
         *,
         weights: str = "ema",
-        standing_images: int = 4096,
+        standing_images: int | None = 4096,
         seed: int = 0,
         class_names: Sequence[str] = (),
     ) -> Model:
         """The generator of a training state, with the `weights` "ema" (the average) or "raw".
 
         σ is converged on the very weights that are used, and batch norm gets their standing statistics over
-        `standing_images` latents from `seed`.
+        `standing_images` latents from `seed`. With None it keeps the state's running averages, which the raw weights
+        left behind while they moved (the official code's choice).
         """
         device = next(state.generator.parameters()).device
         live = Generator(state.model).to(device)
@@ -52,7 +53,8 @@ class Model:
         if weights == "ema":
             live.load_state_dict({**state.generator.state_dict(), **state.average})
         spectral_norm.warm_up(live)
-        take_standing_statistics(live, state.model, standing_images, seed)
+        if standing_images is not None:
+            take_standing_statistics(live, state.model, standing_images, seed)
         generator = Generator(state.model, folded=True).to(device)
         generator.load_state_dict(spectral_norm.fold(live))
         return cls(state.model, generator, class_names)

@@ -37,12 +37,17 @@ def open_model(
 
 def of_checkpoint(url: str, device: str = "cpu", *, standing_images: int, seed: int) -> Model:
     """The averaged generator of a checkpoint, verified. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
+    state, names = state_of(url, device)
+    return Model.from_state(state, weights="ema", standing_images=standing_images, seed=seed, class_names=names)
+
+
+def state_of(url: str, device: str = "cpu") -> tuple[TrainState, list[str]]:
+    """State and class names (none when unconditional) of a checkpoint, verified. Raises as `of_checkpoint`."""
     with tempfile.TemporaryDirectory(prefix="sagan-checkpoint-") as temp:
         fileset.fetch(url, Path(temp))
         state = TrainState.load(temp, device)
         facts = files.read_json(f"{temp}/checkpoint.json")
-    names = facts["class_names"] if state.model.labels else ()
-    return Model.from_state(state, weights="ema", standing_images=standing_images, seed=seed, class_names=names)
+    return state, facts["class_names"] if state.model.labels else []
 
 
 _HOW = "give models:/NAME@ALIAS, a checkpoint's URL, or a folder that `sagan pull` wrote"

@@ -96,12 +96,17 @@ def reference(collection: Collection, split: str, extractor: Extractor, data: Da
     return Reference(Moments(facts["count"], tensors["mean"], tensors["scatter"]), facts["accuracy"])
 
 
+def spread(collection: Collection, split: str, count: int) -> np.ndarray:
+    """Ids of min(count, size) samples spread evenly over a split."""
+    ids = np.asarray(collection.ids(split))
+    return ids[np.arange(min(count, len(ids))) * len(ids) // min(count, len(ids))]
+
+
 def reference_features(
     collection: Collection, split: str, extractor: Extractor, data: DataSection, batch: int, count: int
 ) -> Tensor:
-    """float32 [min(count, size), D]: features of images spread evenly over a split, kept beside the collection."""
-    ids = np.asarray(collection.ids(split))
-    ids = ids[np.arange(min(count, len(ids))) * len(ids) // min(count, len(ids))]
+    """float32 [min(count, size), D]: features of the images of `spread`, kept beside the collection."""
+    ids = spread(collection, split, count)
 
     def make() -> tuple[Tensors, dict[str, int]]:
         return {"features": torch.cat([f.cpu() for f, _ in _real(collection, ids, extractor, data, batch)])}, {}

@@ -18,12 +18,22 @@ class RunFolder:
 
     @property
     def record(self) -> str:
-        """What must survive the driver: method, MLflow run, worker-group starts, images lost."""
+        """What must survive the driver: method, MLflow run, worker-group starts, images lost, where the images are."""
         return files.join(self.url, "run.json")
 
     @property
     def summary(self) -> str:
         return files.join(self.url, "summary.json")
+
+    @property
+    def trials(self) -> str:
+        """Of a sweep: how each trial ended."""
+        return files.join(self.url, "trials.json")
+
+    @property
+    def plane(self) -> str:
+        """Of a sweep: the picture of the score over its space."""
+        return files.join(self.url, "plane.png")
 
     def checkpoint(self, name: str) -> str:
         return files.join(self.url, "checkpoints", name)

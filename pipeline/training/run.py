@@ -142,7 +142,9 @@ def prepare(job: TrainJob, evaluation: Evaluation, parent: str | None = None) ->
     if record is None:
         record = {"format": 1, "name": job.name, "method": method, "mlflow_run_id": tracker.run_id}
         record |= {"starts": 0, "images_lost": 0}
-        files.write_json(job.folder.record, record)
+    # where images and extractor are, for whoever looks at the run later
+    record |= {section: getattr(job, section).model_dump(mode="json") for section in ("data", "evaluate")}
+    files.write_json(job.folder.record, record)
     reached = last_step(uri, tracker.run_id, "loss_d")
     return Run(job, collection, uri, tracker.run_id, plan.digest(method), record, reached, None)
 

@@ -248,6 +248,8 @@ def _conclude(
     picture = local / "plane.png"
     draw([(t.point, sign * t.score, t.kimg) for t in ranked], sweep.search.first, str(scores["score"]["key"]), picture)
     (local / "trials.json").write_text(json.dumps([trial.__dict__ for trial in trials], indent=1))
+    files.upload(picture, _folder(sweep, base).plane)
+    files.upload(local / "trials.json", _folder(sweep, base).trials)
     _print_table(sweep, sorted(trials, key=lambda trial: trial.score), sign)
     summary = {
         "name": sweep.name,

@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +31,8 @@ from sagan import ModelConfig, OptimConfig, Step, TrainState, World, machine
 from sagan.batch_norm import Groups
 from sagan.cost import parameters, step_flop_per_image
 from tests.benchmarks import reference
+from tests.benchmarks.turns import Server, median_ratio
+from tests.benchmarks.turns import serve as answer
 
 MODEL, OPTIM = ModelConfig(resolution=128, classes=1000, attention=(32,)), OptimConfig()
 LEAST_REFERENCE_SHARE = 0.5
@@ -48,7 +49,7 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve, arguments.batch[0], device)
         return
-    Server("equal", 2, device).close()  # in its own process: children of a large one inherit its peak memory
+    start("equal", 2, device).close()  # in its own process: children of a large one inherit its peak memory
     print(f"{describe(device)}; parameters {parameters(MODEL)}", flush=True)
     figures: dict[str, float] = {}
     for batch in arguments.batch or ([256] if device == "cuda" else [8, 16]):
@@ -90,7 +91,7 @@ def compare(device: str, batch: int, rounds: int) -> dict[str, float]:
     names = ["reference", "float32", "bf16"] if device == "cuda" or has_bf16() else ["reference", "float32"]
     if device == "cpu":
         names.insert(1, "reference, default allocator")
-    variants = {name: Server(name, batch, device) for name in ("peak", *names)}
+    variants = {name: start(name, batch, device) for name in ("peak", *names)}
     results: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds):
         for name, server in variants.items():
@@ -108,9 +109,9 @@ def compare(device: str, batch: int, rounds: int) -> dict[str, float]:
     for name in names:
         rows = results[name]
         seconds = statistics.median(r["seconds"] for r in rows)
-        speedup = _median_ratio(base, rows, "seconds")
+        speedup = median_ratio(base, rows)
         default = results["reference, default allocator"]
-        of_default = f"{_median_ratio(default, rows, 'seconds'):.2f}" if default else "–"
+        of_default = f"{median_ratio(default, rows):.2f}" if default else "–"
         share = nominal / seconds / peaks["bf16" if name == "bf16" and "bf16" in peaks else "float32"]
         memory = rows[-1]["gib"] / base[-1]["gib"]
         cells = (f"{seconds:.3f}", f"{batch / seconds:.1f}", f"{speedup:.2f}", of_default, f"{share:.0%}")
@@ -127,40 +128,12 @@ def compare(device: str, batch: int, rounds: int) -> dict[str, float]:
     return {key: round(value, 4) for key, value in figures.items()}
 
 
-def _median_ratio(base: list[dict[str, float]], rows: list[dict[str, float]], key: str) -> float:
-    return statistics.median(b[key] / r[key] for b, r in zip(base, rows, strict=True))
-
-
-class Server:
-    """A variant in a process of its own, that takes a step whenever it is told."""
-
-    def __init__(self, name: str, batch: int, device: str) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "PYTORCH_ALLOC"))}
-        if name != "reference, default allocator":
-            environment |= machine.ALLOCATOR[device]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.benchmarks.step", "--serve", name, "--batch", str(batch)],
-            env=environment | {"OMP_NUM_THREADS": str(threads())},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.go()  # the first step: caches, optimiser states
-
-    def go(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        if not (line := self.process.stdout.readline()):
-            sys.exit(f"a variant ended with code {self.process.wait()}")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def start(name: str, batch: int, device: str) -> Server:
+    allocator = {} if name == "reference, default allocator" else machine.ALLOCATOR[device]
+    arguments = ["--serve", name, "--batch", str(batch)]
+    server = Server("tests.benchmarks.step", arguments, allocator | {"OMP_NUM_THREADS": str(threads())})
+    server.go()  # the first step: caches, optimiser states
+    return server
 
 
 def serve(name: str, batch: int, device: str) -> None:
@@ -170,8 +143,7 @@ def serve(name: str, batch: int, device: str) -> None:
         run: Callable[[], dict[str, float]] = dict
     else:
         run = peak(device) if name == "peak" else training(name.split(",")[0], batch, device)
-    for _ in sys.stdin:
-        print(json.dumps(run()), flush=True)
+    answer(run)
 
 
 def training(name: str, batch: int, device: str) -> Callable[[], dict[str, float]]:

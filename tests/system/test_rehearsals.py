@@ -1,7 +1,11 @@
-"""The shipped jobs on real images, narrow, on two CPU workers and real servers. Needs SAGAN_TEST_DATA."""
+"""The shipped jobs and their variants, narrow, on two CPU workers and real servers.
+
+Two of them learn on real images, from SAGAN_TEST_DATA; of the others two updates are made, on imagenette or digits.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,14 +16,17 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline.config.load import load
+from pipeline.config.load import load, parse_overrides
+from pipeline.config.schema import PackSection, TrainJob, TuneJob
 from pipeline.data.index import Collection
+from pipeline.data.pack import pack as pack_section
 from pipeline.data.stream import read_images
 from pipeline.evaluation.measure import load_extractor, score_model
 from pipeline.evaluation.metrics import precision_recall
 from pipeline.storage import files
 from sagan import Model, TrainState
-from tests.system.driving import JOBS, Driver
+from tests.jobs import JOBS, shipped
+from tests.system.driving import Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1800)]
 
@@ -30,12 +37,12 @@ def images(test_data):
     return test_data
 
 
-@pytest.fixture
-def place(s3, ray_cluster, tmp_path):
+@pytest.fixture(scope="module")
+def place(s3, ray_cluster, tmp_path_factory):
     """(folder of the commands, bucket, environment)."""
-    bucket = s3.bucket()
-    env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "SAGAN_RUNS": f"{bucket}/runs"}
-    return tmp_path, bucket, env | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    folder, bucket = tmp_path_factory.mktemp("rehearsals"), s3.bucket()
+    env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket}
+    return folder, bucket, env | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
 
 
 def pack(place, *arguments):
@@ -138,3 +145,78 @@ def test_imagenet128_trains_scores_registers_and_resumes(place, images):
     assert summary["registered"]["alias"] == "champion"
     version = MlflowClient(env["MLFLOW_TRACKING_URI"]).get_model_version_by_alias("imagenet128", "champion")
     assert version.tags["kimg"]
+
+
+# The digits' jobs are run whole elsewhere: test_training, test_sweep and the quickstart.
+SHIPPED = {name: job for name, job in shipped().items() if "quickstart" not in name}
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def small(place, test_data):
+    """URL of a small collection of some resolution: imagenette's validation images, or digits."""
+    _, bucket, _ = place
+    source = str(test_data / "imagenette128-val-250.tar") if test_data else "digits"
+
+    def packed(resolution):
+        return pack_section(f"{bucket}/small{resolution}", PackSection(source=source, resolution=resolution)).url
+
+    return packed
+
+
+class Thumbnails(torch.nn.Module):
+    """Features that cost nothing and need no training: each image at 4x4."""
+
+    def forward(self, images):
+        pixels = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+        return pixels, pixels[:, :10]
+
+
+@pytest.fixture(scope="module")
+def thumbnails(tmp_path_factory):
+    path = tmp_path_factory.mktemp("extractor") / "thumbnails.ts"
+    torch.jit.script(Thumbnails()).save(path)
+    return str(path)
+
+
+def narrowed(job, collection, extractor):
+    """Overrides that leave two updates of two workers, and the least channels that attention takes."""
+    return {
+        "data.train": collection,
+        "model.channels_g": 4,
+        "model.channels_d": 8,
+        "model.batch_norm_group": min(job.model.batch_norm_group, BATCH // 2),
+        "train.workers": 2,
+        "train.batch": BATCH,
+        "train.kimg": 2 * job.optim.n_dis * BATCH / 1000,
+        "train.max_failures": 0,
+        "evaluate.extractor": extractor,
+        "evaluate.samples": 16,
+        "evaluate.standing_images": 8,
+        "evaluate.grid": 4,
+        "evaluate.gpus": 0,
+        "resources.cpus_per_worker": 1,
+    }
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_two_updates_of_every_job_and_variant(name, place, small, thumbnails):
+    folder, _, env = place
+    path, overrides = SHIPPED[name]
+    job = load(path, parse_overrides(overrides))
+    run_name = f"two-updates-{name.replace(' ', '-')}"
+    if isinstance(job, TuneJob):
+        narrow = narrowed(load(JOBS / job.base), small(128), thumbnails)
+        search = {"search.trials": 1, "search.at_once": 1, "schedule.grace_kimg": narrow["train.kimg"]}
+        given = {"name": run_name, "overrides": json.dumps(narrow), **search}
+    else:
+        narrow = narrowed(job, small(job.model.resolution), thumbnails)
+        given = {"name": run_name, "evaluate.cpus": 3, **narrow}  # no room beside training: one process fewer to start
+    run = Driver(folder, env, job=path, tiny=False, **dict(o.split("=") for o in overrides) | given)
+    assert run.end() == 0, run.output
+    summary = run.summary(run_name)
+    assert summary["score"]["key"] == "fd_thumbnails"
+    assert np.isfinite(summary["score"]["value"])
+    assert summary["registered"]["alias"] == "champion"
+    if isinstance(job, TrainJob):
+        assert (summary["images"], summary["restarts"]) == (2 * job.optim.n_dis * BATCH, 0)

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from ray.util.placement_group import placement_group, placement_group_table
 
 from infra.local.server import BIN
+from pipeline.report import report
 from pipeline.storage import files
 from pipeline.training.cluster import release_placement_groups
 
@@ -49,6 +50,11 @@ def test_the_digits_sweep(s3, ray_cluster, tmp_path):
     assert len(client.search_runs([experiment.experiment_id], parent)) == 6
     picture = client.list_artifacts(summary["mlflow_run_id"])
     assert "plane.png" in [artifact.path for artifact in picture]
+
+    report.write([f"{bucket}/runs/ttur-quickstart"], tmp_path / "sweep.html", compared=200)
+    page = (tmp_path / "sweep.html").read_text()
+    assert "<h2>Sweep ttur-quickstart</h2>" in page
+    assert page.count(f"{summary['best']['trial']}") >= 3
 
     listing = [str(BIN / "ray"), "list", "placement-groups", "--format=json"]
     groups = json.loads(subprocess.run(listing, env=environment, capture_output=True, text=True, check=True).stdout)

@@ -82,6 +82,27 @@ def test_the_champion_is_pulled_and_samples_without_this_repository(place, left_
     assert "torch.Size([16, 3, 32, 32])" in done.stdout
 
 
+def test_a_finished_run_has_a_page(place, left_alone):
+    folder, bucket, env = place
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "report",
+        f"{bucket}/runs/alone",
+        "--out",
+        "page.html",
+        "--samples=200",
+    ]
+    subprocess.run(command, cwd=folder, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, check=True)
+    page = (folder / "page.html").read_text()
+    assert f"fd_classifier/{left_alone['score']['protocol']['id']}" in page
+    assert "generator, 16×16" in page
+    assert "discriminator, 16×16" in page
+    assert "<h2>Classes</h2>" in page
+    assert "Left out" not in page
+
+
 def test_a_finished_run_shows_its_summary_again(place, left_alone):
     folder, _, env = place
     again = Driver(folder, env, name="alone")

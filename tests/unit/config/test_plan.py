@@ -1,17 +1,18 @@
 """The dry run's arithmetic, and which keys make a run another run."""
 
 import json
-from pathlib import Path
+import os
 
 import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config import plan
-from pipeline.config.load import load
+from pipeline.config.load import load, parse_overrides
 from pipeline.errors import UsageError
+from tests.jobs import JOBS, shipped
 
-JOBS = Path(__file__).parents[3] / "jobs"
+SHIPPED = shipped()
 IMAGENET = plan.CollectionFacts("d" * 64, 128, 1000, 1_281_167)
 
 
@@ -28,17 +29,67 @@ def test_imagenet_arithmetic():
     assert planned.checkpoint_bytes == 4 * (3 * (42_017_412 + 39_448_258) + 42_017_412)
 
 
-@pytest.mark.parametrize("job", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_job_dry_runs_without_its_storage(job, monkeypatch, tmp_path):
-    monkeypatch.setenv("SAGAN_BUCKET", str(tmp_path))
-    monkeypatch.setenv("SAGAN_IMAGENET128", str(tmp_path))
-    overrides = ["model.resolution=32", "model.classes=10"] if job.name == "cifar10.yaml" else []
-    done = CliRunner().invoke(cli.app, ["run", str(job), *overrides, "--dry-run", "--json"])
+def dry_run(name, *more):
+    job, overrides = SHIPPED[name]
+    done = CliRunner().invoke(cli.app, ["run", str(job), *overrides, *more, "--dry-run", "--json"])
     assert done.exit_code == 0, done.output
     planned = json.loads(done.output)
-    planned = planned.get("trial", planned)
+    return planned.get("trial", planned)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_job_and_variant_dry_runs_without_its_storage(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGAN_BUCKET", str(tmp_path))
+    planned = dry_run(name)
     assert {"parameters_generator", "step_gflop_per_image", "steps", "epochs", "checkpoint_bytes"} <= planned.keys()
-    assert (planned["workers"], planned["global_batch"]) != (0, 0)
+    assert planned["global_batch"] % planned["workers"] == 0
+    assert os.access(SHIPPED[name][0], os.X_OK)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, overrides) in SHIPPED.items() if overrides])
+def test_a_variant_is_another_method_in_three_keys_or_fewer(name):
+    job, overrides = SHIPPED[name]
+    assert len(overrides) <= 3
+    methods = [plan.method(load(job, parse_overrides(given)), "d" * 64) for given in ([], overrides)]
+    differing = {key for key in methods[0] if methods[0][key] != methods[1][key]}
+    assert differing == {override.partition("=")[0] for override in overrides}
+
+
+# Classes, parameters of generator and discriminator, and GFLOP of a step per image to the digits that are known, as
+# counted from the published networks.
+SYSTEMS = {
+    "cifar10": (10, 4_386_308, 1_075_586, "18.1"),
+    "tiny-imagenet": (200, 13_387_396, 19_752_642, "33.8"),
+    "imagenet64": (1000, 17_995_396, 20_571_842, "33.8"),
+    "imagenet64 biggan": (1000, 41_577_732, 20_571_842, "75.9"),
+    "imagenet128": (1000, 42_017_412, 39_448_258, "154.2"),
+    "imagenet128 mmgeneration": (1000, 42_017_412, 39_448_258, "154.2"),
+    "imagenet256": (1000, 49_354_884, 44_507_330, "521"),
+    "imagenet256 feat64": (1000, 49_109_124, 44_445_890, "530"),
+    "celeba64": (0, 12_241_156, 19_547_842, "33.8"),
+    "celeba128": (0, 32_232_708, 38_439_618, "149.5"),
+    "celeba128 slope-0.2": (0, 32_232_708, 38_439_618, "149.5"),
+    "lsun128": (0, 32_232_708, 38_439_618, "149.5"),
+    "lsun256": (0, 37_462_788, 43_483_330, "521"),
+    "sagan128": (1000, 42_078_852, 39_463_618, "149.5"),
+    "sagan128 none": (1000, 41_996_931, 39_443_137, "147.8"),
+    "sagan128 feat8": (1000, 43_307_652, 39_770_818, "148.8"),
+    "sagan128 feat16": (1000, 42_324_612, 39_525_058, "148.9"),
+    "sagan128 feat64": (1000, 42_017_412, 39_448_258, "154.2"),
+    "sagan128 several": (1000, 42_078_852 + 20_481, 39_463_618 + 5_121, "155.9"),
+    "stabilisation": (1000, 41_996_931, 39_443_137, "147.8"),
+    "stabilisation both": (1000, 41_996_931, 39_443_137, "147.8"),
+    "stabilisation ttur": (1000, 41_996_931, 39_443_137, "147.8"),
+    "sngan-projection": (1000, 41_996_931, 30_041_857, "66.0"),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_has_its_published_size(name):
+    classes, generator, discriminator, gflop = SYSTEMS[name]
+    planned = dry_run(name, "data.train=nowhere", *([f"model.classes={classes}"] if classes else []))
+    assert (planned["parameters_generator"], planned["parameters_discriminator"]) == (generator, discriminator)
+    assert f"{planned['step_gflop_per_image']:.{len(gflop.partition('.')[2])}f}" == gflop
 
 
 def test_what_decides_the_numbers_makes_another_method_and_nothing_else_does():

@@ -241,6 +241,14 @@ class TestModel:
         raw = Model.from_state(state, weights="raw", standing_images=64).sample(n=3)
         assert not torch.equal(raw, Model.from_state(state, standing_images=64).sample(n=3))
 
+    def test_running_averages_are_the_named_alternative(self, state):
+        """After two steps they are mostly their initial values, and a model with them another one."""
+        model = Model.from_state(state, standing_images=None)
+        for name, tensor in state.generator.state_dict().items():
+            if "running" in name:
+                assert torch.equal(model.generator.state_dict()[name], tensor)
+        assert not torch.equal(model.sample(n=3), Model.from_state(state, standing_images=64).sample(n=3))
+
     def test_unknown_classes_are_named(self, state):
         model = Model.from_state(state, standing_images=64, class_names=["cat", "dog", "owl"])
         with pytest.raises(ValueError, match="no class 'cow'; there are 3: cat, dog, owl"):

@@ -1,0 +1,154 @@
+"""Pieces of the page: text, tables, pictures and curves as HTML that needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+EXACT = 64  # pixels per side up to which an image is kept exactly, as PNG; larger ones as WebP
+WEBP_QUALITY = 70
+COLOURS = ("#1f6feb", "#c2410c")  # of two runs in one plot
+
+
+class Html(str):
+    """Text that is HTML already; any other text is escaped where it enters."""
+
+
+def of(value: object) -> Html:
+    """A value as people read it: figures to four digits, a dash for None."""
+    if isinstance(value, Html):
+        return value
+    if value is None:
+        return Html("–")
+    return Html(html.escape(f"{value:.4g}" if isinstance(value, float) else str(value)))
+
+
+def element(name: str, *content: object, **attributes: object) -> Html:
+    """An element; `class_` is class, `_` in other attributes is a hyphen, and True is an attribute without a value."""
+    written = "".join(
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
+        for key, value in attributes.items()
+        if value is not None and value is not False
+    )
+    return Html(f"<{name}{written}>{joined(content)}</{name}>")
+
+
+def joined(parts: Iterable[object]) -> Html:
+    return Html("".join(of(part) for part in parts))
+
+
+class Section(NamedTuple):
+    """A part of the page; one without content is left out."""
+
+    title: str
+    content: Html
+
+
+def side_by_side(columns: Sequence[tuple[str, Html]]) -> Html:
+    """Named columns, below each other on a narrow screen; one alone needs no name."""
+    if len(columns) < 2:
+        return joined(content for _, content in columns)
+    return element(
+        "div", *(element("div", element("h3", name), content) for name, content in columns), class_="columns"
+    )
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
+    """Each row's first cell is its header; it scrolls by itself where the screen is narrow."""
+    body = [
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+    ]
+    top = element("thead", element("tr", *(element("th", cell, scope="col") for cell in head)))
+    inside = element("table", element("caption", caption) if caption else "", top, element("tbody", *body))
+    return element("div", inside, class_="scroll", tabindex=0, role="group", aria_label=caption or "table")
+
+
+def data_uri(image: Image.Image | Tensor) -> str:
+    """An image, or uint8 [3, H, W], as a data URI."""
+    if isinstance(image, Tensor):
+        image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    file = io.BytesIO()
+    if max(image.size) <= EXACT:
+        image.save(file, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.save(file, "WEBP", quality=WEBP_QUALITY)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def picture(image: Image.Image | Tensor, alt: str, **attributes: object) -> Html:
+    written = element("img", src=data_uri(image), alt=alt, **attributes)
+    return Html(written.removesuffix("</img>"))
+
+
+def tiles(title: str, images: Tensor, captions: Sequence[str], *, shown: bool = True) -> Html:
+    """A row of images uint8 [n, 3, H, W], each with its caption below it, or as its alternative text alone."""
+    figures = [
+        element("figure", picture(image, caption, class_="pixels"), element("figcaption", caption) if shown else "")
+        for image, caption in zip(images, captions, strict=True)
+    ]
+    row = element("div", *figures, class_="tiles", style=f"--tiles: {len(figures)}")
+    return element("div", element("h4", title) if title else "", row)
+
+
+def curve(lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> Html:
+    """Lines through (x, y) points as SVG, at most two, named where there are two."""
+    points = [point for line in lines.values() for point in line]
+    (left, right), (low, high) = (_range([p[i] for p in points]) for i in (0, 1))
+    width, height, margin, above, below = 400, 220, 60, 34, 30
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = margin + (x - left) / (right - left) * (width - margin - 10)
+        return round(across, 1), round(height - below - (y - low) / (high - low) * (height - below - above), 1)
+
+    parts: list[Html] = [element("text", f"{y_name} over {x_name}", x=0, y=16, class_="name")]
+    for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
+        x, y = left + share * (right - left), low + share * (high - low)
+        across, down = at(x, y)
+        parts.append(element("line", x1=margin, x2=width - 10, y1=down, y2=down, class_="rule"))
+        parts.append(element("text", f"{y:.4g}", x=margin - 8, y=down + 5, text_anchor="end"))
+        parts.append(element("text", f"{x:.4g}", x=across, y=height - 8, text_anchor=anchor))
+    for colour, line in zip(COLOURS, lines.values(), strict=False):
+        placed = [at(x, y) for x, y in line]
+        path = " ".join(f"{x},{y}" for x, y in placed)
+        parts.append(element("polyline", points=path, fill="none", stroke=colour, stroke_width=2))
+        parts += [element("circle", cx=x, cy=y, r=3, fill=colour) for x, y in placed]
+    said = "; ".join(f"{name}: {', '.join(f'{y:.4g} at {x:.4g}' for x, y in line)}" for name, line in lines.items())
+    label = f"{y_name} over {x_name}. {said}"
+    drawn = element("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=label, class_="curve")
+    names = [element("span", name, style=f"color: {c}") for name, c in zip(lines, COLOURS, strict=False)]
+    return element("figure", drawn, element("figcaption", *names, class_="names") if len(names) > 1 else "")
+
+
+def data(value: Any, **attributes: object) -> Html:
+    """JSON for the page's script."""
+    written = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return element("script", Html(written), type="application/json", **attributes)
+
+
+def whole(title: str, sections: Sequence[Section]) -> str:
+    """The page: one file that loads nothing."""
+    here = Path(__file__)
+    filled = [section for section in sections if section.content]
+    links = [element("a", part.title, href=f"#part{i}") for i, part in enumerate(filled)]
+    body = [element("section", element("h2", part.title), part.content, id=f"part{i}") for i, part in enumerate(filled)]
+    template = Template(here.with_name("page.html").read_text())
+    script = here.with_name("explorer.js").read_text()
+    nav = element("nav", *links, aria_label="parts of the page")
+    return template.substitute(title=html.escape(title), nav=nav, body=joined(body), script=script)
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the largest value, apart even where all are equal."""
+    low, high = min(values), max(values)
+    return (low, high) if low < high else (low - 0.5, high + 0.5)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.data.index import Collection
+from pipeline.errors import UsageError
+from pipeline.report import page, report
+from pipeline.storage import files
+from pipeline.tuning.picture import draw
+from sagan.config import ModelConfig, OptimConfig
+from sagan.sampling import Model
+from sagan.state import TrainState
+
+MEGABYTE = 1_000_000
+Run = Callable[..., str]
+
+
+def written(wheres: list[str], tmp_path: Path, compared: int = 120) -> str:
+    out = tmp_path / "page" / "report.html"
+    size = report.write(wheres, out, compared)
+    assert size == out.stat().st_size
+    return out.read_text()
+
+
+def explored(text: str) -> list[dict]:
+    return [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', text)]
+
+
+def test_the_page_of_a_run(run: Run, tmp_path: Path) -> None:
+    text = written([run("first")], tmp_path)
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    parts = ["Summary", "Scores", "Samples", "Attention", "Interpolation", "Nearest real images", "Classes"]
+    assert titles == [*parts, "Protocols", "Method"]
+    assert "fd_pixels" in text
+    assert text.count('data-said="') == 2  # a grid of each scored checkpoint
+    (data,) = explored(text)
+    assert [layer["title"] for layer in data["layers"]] == ["generator, 16×16", "discriminator, 16×16"]
+    assert [image["name"] for image in data["images"]] == list("012345")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", text))
+
+
+def test_scores_of_two_protocols_are_neither_compared_nor_drawn_together(run: Run, tmp_path: Path) -> None:
+    first, second, third = run("first"), run("second", samples=100), run("third")
+    apart = written([first, second], tmp_path)
+    assert report.NOT_COMPARED in apart
+    assert apart.count("<svg") == 2
+    together = written([first, third], tmp_path)
+    assert report.NOT_COMPARED not in together
+    assert together.count("<svg") == 1
+    assert together.count("<polyline") == 2
+
+
+def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(run: Run, tmp_path: Path) -> None:
+    best = run("sweep-b")
+    folder = tmp_path / "runs" / "sweep"
+    trials = [
+        {"name": "sweep-a", "point": {"optim.lr_d": 1e-3}, "score": 1e9, "kimg": 1, "reason": "diverged <early>"},
+        {"name": "sweep-b", "point": {"optim.lr_d": 4e-4}, "score": 12.5, "kimg": 2, "reason": "finished"},
+    ]
+    summary = {"name": "sweep", "best": {"trial": "sweep-b"}, "score": {"key": "fd_pixels"}, "stopped_early": 0}
+    files.write_json(str(folder / "run.json"), {"name": "sweep"})
+    with pytest.raises(UsageError, match="not ended"):
+        written([str(folder)], tmp_path)
+    files.write_json(str(folder / "summary.json"), summary)
+    files.write_json(str(folder / "trials.json"), trials)
+    draw([({"optim.lr_d": 4e-4}, 12.5, 2.0)], [], "fd_pixels", folder / "plane.png")
+    text = written([str(folder)], tmp_path)
+    assert text.index("sweep-b</th>") < text.index("sweep-a</th>")
+    assert "diverged &lt;early&gt;" in text
+    assert "Attention" in text
+    assert files.name(best) == "sweep-b"
+
+
+def test_a_model_alone_shows_the_generator_and_says_so(model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path / "pulled")
+    out = tmp_path / "alone.html"
+    said = CliRunner().invoke(app, ["report", str(tmp_path / "pulled"), "--out", str(out)], catch_exceptions=False)
+    text = out.read_text()
+    assert f"{out}: {len(text.encode()) / MEGABYTE:.1f} MB" in said.output
+    assert "the discriminator is not at hand" in text
+    (data,) = explored(text)
+    assert [layer["title"] for layer in data["layers"]] == ["generator, 16×16"]
+
+
+def test_what_cannot_be_compared_is_left_out_and_said(run: Run, digits: Collection, tmp_path: Path) -> None:
+    url = run("first")
+    record = files.read_json(f"{url}/run.json")
+    record["data"]["train"] = str(tmp_path / "gone")
+    files.write_json(f"{url}/run.json", record)
+    text = written([url], tmp_path)
+    assert "Left out" in text
+    assert "Classes" not in re.findall(r"<h2>(.*?)</h2>", text)
+    record["data"]["train"], record["method"]["data.collection"] = digits.url, "another"
+    files.write_json(f"{url}/run.json", record)
+    assert "another collection" in written([url], tmp_path)
+
+
+def test_what_is_no_run_is_told_what_is_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither run, sweep nor model") as caught:
+        written([str(tmp_path)], tmp_path)
+    assert "<checkpoint.root>/<name>" in caught.value.remedy
+    with pytest.raises(UsageError, match="3 runs"):
+        CliRunner().invoke(app, ["report", "a", "b", "c"], catch_exceptions=False)
+
+
+def test_few_images_of_a_class_are_not_ranked(run: Run, tmp_path: Path) -> None:
+    assert "fewer than 10 of each class" in written([run("first")], tmp_path, compared=20)
+
+
+def test_what_attention_takes_of_the_file_is_bounded(tmp_path: Path) -> None:
+    config = ModelConfig(resolution=128, classes=0, channels_g=8, channels_d=8, attention_form="icml")
+    for name, networks in (("a", config), ("b", replace(config, attention=()))):
+        Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32).save(tmp_path / name)
+    text = written([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
+    assert len(text) < 5 * MEGABYTE
+    (data,) = explored(text)
+    assert [(layer["queries"], layer["keys"]) for layer in data["layers"]] == [(32, 16)]
+    assert len(data["images"]) == 4  # of 256 KiB, in the half of 2 MiB that one of two models gets
+    assert "no self-attention" in text
+
+
+def test_nothing_of_a_name_becomes_part_of_the_page() -> None:
+    hostile = '</script><b>"&'
+    text = page.whole(hostile, [page.Section(hostile, page.joined([page.data({"name": hostile}), hostile]))])
+    assert "<b>" not in text
+    assert json.loads(re.findall(r"json\">(.*?)</script>", text)[0]) == {"name": hostile}
