@@ -187,13 +187,10 @@ def _count(n: int, what: str) -> str:
 
 
 def next_command(collection: Collection) -> str:
-    """Trains on the collection, with the job among those of this checkout that fits it best."""
+    """Trains on the collection, with the job that fits its resolution and classes."""
     fitting = _JOBS[collection.resolution]
-    wanted = fitting[max(least for least in fitting if least <= collection.classes)]
-    present = {path.stem for path in (Path(__file__).parents[2] / "jobs").glob("*.yaml")}
-    own = [name for name in [wanted, *reversed(fitting.values())] if name in present]
-    name, extra = (own[0], "") if own else ("imagenet128", f" model.resolution={collection.resolution}")
-    return f"sagan run jobs/{name}.yaml {shlex.quote(f'data.train={collection.url}')}{extra}"
+    job = fitting[max(least for least in fitting if least <= collection.classes)]
+    return f"sagan run jobs/{job}.yaml {shlex.quote(f'data.train={collection.url}')}"
 
 
 def _oddities(collection: Collection) -> list[str]:

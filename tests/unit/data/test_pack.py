@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.config.schema import DataSection, PackSection
+from pipeline.config.load import load
+from pipeline.config.schema import DataSection, PackSection, TrainJob
 from pipeline.data.commit import next_command
 from pipeline.data.index import Collection, read_shard
 from pipeline.data.pack import pack
@@ -337,19 +339,17 @@ def _first_tile_column(picture: np.ndarray) -> int:
     return int(np.flatnonzero(coloured)[0])
 
 
-@pytest.mark.parametrize(
-    ("resolution", "classes", "job"),
-    [(32, 10, "cifar10"), (32, 0, "cifar10"), (128, 10, "imagenet128"), (256, 0, None), (64, 1000, None)],
-)
-def test_the_next_command_names_a_job_that_is_there(
-    packed: Collection, resolution: int, classes: int, job: str | None
-) -> None:
+@pytest.mark.parametrize("resolution", [32, 64, 128, 256])
+@pytest.mark.parametrize("classes", [0, 2, 200, 1000])
+def test_the_next_command_names_a_job_that_fits(packed: Collection, resolution: int, classes: int) -> None:
     names = [str(i) for i in range(classes)]
-    command = next_command(replace(packed, resolution=resolution, class_names=names))
-    path = Path(command.split()[2])
-    assert (Path(__file__).parents[3] / path).exists()
-    assert job is None or path.stem == job
-    assert f"data.train={packed.url}" in command
+    found = next_command(replace(packed, resolution=resolution, class_names=names, url="s3://bucket/my set"))
+    sagan, run, path, override = shlex.split(found)
+    assert (sagan, run, override) == ("sagan", "run", "data.train=s3://bucket/my set")
+    job = load(Path(__file__).parents[3] / path)
+    assert isinstance(job, TrainJob)
+    assert job.model.resolution == resolution
+    assert job.model.classes in (None, classes)
 
 
 class TestBroken:
