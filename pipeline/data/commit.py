@@ -160,7 +160,7 @@ def commit(
     for line in broken:
         print(f"left out: {line}")
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {line_of(note)}")
     _summarise(collection)
     digests = np.concatenate([shard.digests for shard in shards])
     for warning in [*_oddities(collection), *_duplicates(collection, digests, keys)]:
