@@ -178,6 +178,8 @@ def evaluate(
     weights: Annotated[str | None, typer.Option(help="Weights file of inception.")] = None,
     samples: Annotated[int, typer.Option(help="Generated images.")] = 50_000,
     seed: Annotated[int, typer.Option(help="Seed of latents and labels.")] = 0,
+    generator: Annotated[str, typer.Option(help="Weights of a checkpoint: ema or raw.")] = "ema",
+    running: Annotated[bool, typer.Option("--running", help="A checkpoint's running averages in batch norm.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model against a collection."""
@@ -185,19 +187,28 @@ def evaluate(
     from pipeline.jobs import execute
 
     section: dict[str, Any] = {"extractor": extractor, "weights": weights, "samples": samples, "seed": seed}
+    section |= {"generator": generator} | ({"standing_images": None} if running else {})
     values = {"kind": "evaluate", "name": "evaluate", "model": model, "reference": reference, "evaluate": section}
     _show(execute(parse(values, "sagan evaluate")), as_json, "scores")
 
 
-@app.command(epilog="Example: `sagan pull models:/quickstart@champion champion/`")
+@app.command(
+    epilog="Examples: `sagan pull models:/quickstart@champion champion/` · "
+    "`sagan pull models:/quickstart@champion state/ --checkpoint`"
+)
 def pull(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="The training state it was made from.")] = False,
 ) -> None:
     """Bring a registered model into a folder that torch and safetensors alone can load."""
     from pipeline.tracking import registry
     from pipeline.tracking.tracker import default_uri
 
+    if checkpoint:
+        folder = registry.pull_checkpoint(default_uri(), model, destination)
+        print(f"the training state behind {model} is in {folder}; load it with: sagan.TrainState.load({str(folder)!r})")
+        return
     folder = registry.pull(default_uri(), model, destination)
     print(f"{model} is in {folder}; load it with: sagan.load({str(folder)!r})")
 

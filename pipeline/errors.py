@@ -4,6 +4,7 @@
     ├── UsageError                2  the command line or the job file is wrong
     │   └── ConfigError           2  a job file is: with line, key and the nearest known key
     ├── EnvironmentFault          3  storage, tracker or cluster cannot be reached or refuse us
+    │   └── LastingFault          3  … until somebody mends it: waiting alone does not help
     ├── CorruptError              1  bytes differ from what their manifest says
     └── InterruptedRun          130  the user stopped it; the last committed checkpoint stands
 
@@ -37,6 +38,10 @@ class ConfigError(UsageError):
 
 class EnvironmentFault(SaganError):
     exit_code = 3
+
+
+class LastingFault(EnvironmentFault):
+    pass
 
 
 class CorruptError(SaganError):

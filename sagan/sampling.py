@@ -19,16 +19,30 @@ from sagan.random import Purpose, labels, latents
 from sagan.state import TrainState
 from sagan.world import World
 
-FORMAT = 2
+FORMAT = 3
 TENSORS, FACTS = "generator.safetensors", "config.json"
 STANDING_GROUP = 128  # images that are normalised together while standing statistics are taken
 
 
 class Model:
-    """What is evaluated, exported and sampled from. Nothing in it changes."""
+    """What is evaluated, exported and sampled from. Nothing in it changes.
 
-    def __init__(self, config: ModelConfig, generator: Generator, class_names: Sequence[str] = ()) -> None:
+    Attributes:
+        weights: "ema" (the average) or "raw".
+        batch_norm: "standing N" for statistics over N images, or "running" for averages from training.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        generator: Generator,
+        class_names: Sequence[str] = (),
+        *,
+        weights: str,
+        batch_norm: str,
+    ) -> None:
         self.config, self.class_names = config, list(class_names)
+        self.weights, self.batch_norm = weights, batch_norm
         self.generator = generator.eval().requires_grad_(False)
 
     @classmethod
@@ -57,7 +71,7 @@ class Model:
             take_standing_statistics(live, state.model, standing_images, seed)
         generator = Generator(state.model, folded=True).to(device)
         generator.load_state_dict(spectral_norm.fold(live))
-        return cls(state.model, generator, class_names)
+        return cls(state.model, generator, class_names, weights=weights, batch_norm=statistics_name(standing_images))
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +128,13 @@ class Model:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: t.cpu().contiguous() for n, t in self.generator.state_dict().items()}, folder / TENSORS)
-        facts = {"format": FORMAT, "model": self.config.to_dict(), "class_names": self.class_names}
+        facts = {
+            "format": FORMAT,
+            "model": self.config.to_dict(),
+            "class_names": self.class_names,
+            "weights": self.weights,
+            "batch_norm": self.batch_norm,
+        }
         (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False))
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(__file__).parent, folder / "code" / "sagan", ignore=ignore, dirs_exist_ok=True)
@@ -135,7 +155,13 @@ class Model:
         generator = Generator(config, folded=True)
         generator.load_state_dict(load_file(folder / TENSORS))
         generator.to(device)
-        return cls(config, generator, facts["class_names"])
+        made = {name: facts[name] for name in ("weights", "batch_norm")}
+        return cls(config, generator, facts["class_names"], **made)
+
+
+def statistics_name(standing_images: int | None) -> str:
+    """What `Model.batch_norm` says of statistics over so many images; None for running averages."""
+    return "running" if standing_images is None else f"standing {standing_images}"
 
 
 @torch.no_grad()

@@ -83,6 +83,8 @@ class DataSection(Section):
     """Folder on each node that keeps verified shards."""
     cache_gb: float = Field(100.0, gt=0)
     """Bound of that folder, in gigabytes."""
+    patience_s: float = Field(300.0, ge=0)
+    """How long a worker waits for storage that fails, trying again and saying so, before the run does."""
     threads: int = Field(2, ge=1)
     """Decoding threads per worker."""
     ahead: int = Field(4, ge=1)
@@ -135,12 +137,16 @@ class EvaluateSection(Section):
     """Generated images per score."""
     final_samples: int | None = Field(None, ge=2)
     """Generated images of the final score; default as many as `samples`."""
+    repeats: int = Field(3, ge=1)
+    """The final score is the mean, with its standard deviation, over so many ranges of samples."""
     score: str = "auto"
     """Metric that ranks checkpoints and moves `champion`; auto: the Fréchet distance of the extractor."""
     precision_recall: bool = False
     """Precision and recall too (k = 3; keeps all features in memory)."""
-    standing_images: int = Field(4096, ge=1)
-    """Images that batch norm's standing statistics are taken over."""
+    generator: Literal["ema", "raw"] = "ema"
+    """Which weights of a checkpoint are scored and registered: their average, or as they are."""
+    standing_images: int | None = Field(4096, ge=1)
+    """Images that batch norm's standing statistics are taken over; null: the running averages of training instead."""
     batch: int = Field(64, ge=1)
     """Images per forward pass; does not change any score."""
     seed: int = 0

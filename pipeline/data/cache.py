@@ -2,38 +2,48 @@
 
 A shard's file is named by its SHA-256. It is fetched to a temporary name, hashed and only then renamed, under a lock
 that makes the processes of a node fetch it once; the kernel lets go of the locks of a process that dies. Who needs room
-deletes what was used longest ago; whoever has that open reads on, and lets go of it when next it fetches.
+deletes what was used longest ago; whoever is reading that reads on. Nobody keeps a file open while waiting for another,
+since a full disk would not get its room back.
+
+What fails is tried again: storage that is down or silent for as long as the patience lasts, wrong bytes and refusals a
+few times. Here alone, so that no layer below multiplies the waiting.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import random
+import shutil
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data.index import Shard
-from pipeline.errors import CorruptError, EnvironmentFault
+from pipeline.errors import CorruptError, EnvironmentFault, LastingFault
 from pipeline.storage import files
 
-_OPEN = 128  # shards that a process keeps open: those of all lanes' windows, with some to spare
-_FETCHES = 3  # times that a shard is fetched whose bytes come out wrong
+_TRIES = 3  # of what should not get better by trying again: wrong bytes, a missing object, no access
+_LONGEST_PAUSE_S = 5.0
+_UNNOTED_S, _NOTE_EVERY_S = 1.0, 10.0  # seconds of waiting that go without saying; and between two notes
 
 
 class CachedShard:
-    """An open, verified shard; `read` works from any thread, also after the file has been evicted."""
+    """An open, verified shard; `read` works from any thread until `close`, also after the file has been evicted."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def __del__(self) -> None:  # when the last batch that reads from it is done
-        os.close(self._fd)
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    __del__ = close
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._fd, length, offset)
@@ -54,23 +64,22 @@ class CachedShard:
         stat = os.fstat(self._fd)
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    @property
-    def evicted(self) -> bool:
-        return os.fstat(self._fd).st_nlink == 0
-
 
 class ShardCache:
     """Shards under `folder`, at most `gigabytes` of them.
 
-    A fetch that fails is tried again, with growing pauses, for `patience_s`. Several processes and threads may use the
-    same folder.
+    A fetch that fails is tried again, with growing pauses, for `patience_s`; `note` is told what is waited for. Several
+    processes and threads may use the same folder.
     """
 
-    def __init__(self, folder: str, gigabytes: float, patience_s: float = 120.0) -> None:
+    def __init__(
+        self, folder: str, gigabytes: float, patience_s: float = 300.0, note: Callable[[str], None] = print
+    ) -> None:
         self._folder = Path(folder).expanduser()
         self._bytes = int(gigabytes * 1e9)
-        self._patience_s = patience_s
-        self._open: OrderedDict[str, CachedShard] = OrderedDict()
+        self._patience_s, self._note = patience_s, note
+        self._noted = -math.inf
+        self._failing_since: dict[str, float] = {}  # SHA-256 of a shard that does not come → when that began
         self._verified: dict[str, tuple[int, ...]] = {}  # SHA-256 → identity of the file that had it
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -79,44 +88,38 @@ class ShardCache:
         """The shard at `url`, from disk or fetched.
 
         Raises CorruptError where its bytes are not the manifest's however often they are fetched, or it is gone;
-        EnvironmentFault where the storage cannot be reached for too long, or the bound leaves no room.
+        EnvironmentFault where the storage cannot be reached for too long or does not let us in, or there is no room.
         """
-        if (cached := self._held(shard.sha256)) is not None:
-            return cached
-        with self._exclusive(shard.sha256):
-            cached = self._held(shard.sha256) or self._from_disk(shard) or self._fetched(url, shard)
-        with self._lock:
-            self._open[shard.sha256] = cached
-            while len(self._open) > _OPEN:
-                self._open.popitem(last=False)
+        try:
+            cached = self._on_disk(shard)
+            if cached is None or cached.identity != self._verified.get(shard.sha256):
+                with self._exclusive(shard.sha256):
+                    cached = self._verified_on_disk(shard) or self._fetched(url, shard)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"the cache {self._folder} cannot be used for {url}: {error.strerror or error}",
+                "data.cache must name a folder on a disk in order, which we may write to",
+            ) from error
+        self._failing_since.pop(shard.sha256, None)
+        cached.touch()
         return cached
 
     def close(self) -> None:
-        """Let go of all shards and end waiting fetches, with EnvironmentFault."""
+        """End waiting fetches, with EnvironmentFault."""
         self._closed.set()
-        with self._lock:
-            self._open.clear()
 
-    def _held(self, sha256: str) -> CachedShard | None:
-        with self._lock:
-            cached = self._open.get(sha256)
-            if cached is None or cached.identity != self._verified[sha256]:
-                return None
-            self._open.move_to_end(sha256)
-            cached.touch()
-            return cached
-
-    def _from_disk(self, shard: Shard) -> CachedShard | None:
-        """The shard where the disk has it; hashed once per process, and again whenever the file has been touched."""
-        path = self._folder / shard.sha256
+    def _on_disk(self, shard: Shard) -> CachedShard | None:
         try:
-            cached = CachedShard(os.open(path, os.O_RDONLY))
+            return CachedShard(os.open(self._folder / shard.sha256, os.O_RDONLY))
         except FileNotFoundError:
             return None
-        if not self._is_right(cached, shard):
-            path.unlink(missing_ok=True)
+
+    def _verified_on_disk(self, shard: Shard) -> CachedShard | None:
+        """The shard where the disk has it; hashed once per process, and again whenever the file has been touched."""
+        cached = self._on_disk(shard)
+        if cached is not None and not self._is_right(cached, shard):
+            (self._folder / shard.sha256).unlink(missing_ok=True)
             return None
-        cached.touch()
         return cached
 
     def _is_right(self, cached: CachedShard, shard: Shard) -> bool:
@@ -128,57 +131,90 @@ class ShardCache:
         return True
 
     def _fetched(self, url: str, shard: Shard) -> CachedShard:
+        """The shard from the storage, however often that takes."""
         if shard.size > self._bytes:
-            raise self._no_room(shard)
-        deadline = time.monotonic() + self._patience_s
-        # The size in the name reserves the room before the bytes are there.
-        part = self._folder / f"{shard.sha256}.{shard.size}.part"
-        wrong = attempt = 0
+            raise self._no_room(url, shard)
+        attempt = tries = 0
         while True:
             if self._closed.is_set():
                 raise EnvironmentFault(f"{url} was not fetched: the cache has been closed")
             try:
-                self._reserve(part, shard)
-                files.download(url, part)
-                cached = CachedShard(os.open(part, os.O_RDONLY))
-                if self._is_right(cached, shard):
-                    part.replace(self._folder / shard.sha256)
-                    return cached
-                wrong += 1
-                if wrong == _FETCHES:
-                    raise CorruptError(
-                        f"{url} differs from its manifest ({part.stat().st_size} bytes, {shard.size} expected; "
-                        f"SHA-256 {shard.sha256[:16]}… expected), fetched {wrong} times",
-                        "sagan verify the collection, and pack it again where it is damaged",
-                    )
-            except FileNotFoundError:
-                raise CorruptError(f"{url} is missing, though its manifest names it", "pack it again") from None
+                return self._fetch(url, shard)
+            except (CorruptError, LastingFault) as error:
+                tries += 1
+                if tries == _TRIES:
+                    raise type(error)(f"{error.message}; tried {_TRIES} times", error.remedy) from error
             except EnvironmentFault as fault:
-                if time.monotonic() >= deadline:
-                    raise EnvironmentFault(f"{fault.message}, for {self._patience_s:.0f} s", fault.remedy) from fault
-            finally:
-                part.unlink(missing_ok=True)
-            self._closed.wait(min(2.0**attempt, 10.0) * random.uniform(0.1, 0.3))
+                self._wait_on(url, shard, fault)
+            # Jitter, so that the ranks of a cluster do not come back to a recovering storage all at once.
+            self._closed.wait(min(0.2 * 2.0**attempt, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))
             attempt += 1
 
-    def _reserve(self, part: Path, shard: Shard) -> None:
-        """Evict what was used longest ago until `shard` fits.
+    def _fetch(self, url: str, shard: Shard) -> CachedShard:
+        """Once. Raises CorruptError, EnvironmentFault."""
+        # The size in the name reserves the room before the bytes are there.
+        part = self._folder / f"{shard.sha256}.{shard.size}.part"
+        part.unlink(missing_ok=True)  # we have its lock: who began it is dead
+        try:
+            self._reserve(part, url, shard)
+            try:
+                files.download(url, part, attempts=1)
+            except FileNotFoundError:
+                raise CorruptError(f"{url} is missing, though its manifest names it", "pack it again") from None
+            cached = CachedShard(os.open(part, os.O_RDONLY))
+            if not self._is_right(cached, shard):
+                raise CorruptError(
+                    f"{url} differs from its manifest ({part.stat().st_size} bytes, {shard.size} expected; "
+                    f"SHA-256 {shard.sha256[:16]}… expected)",
+                    "sagan verify the collection, and pack it again where it is damaged",
+                )
+            part.replace(self._folder / shard.sha256)
+            return cached
+        finally:
+            part.unlink(missing_ok=True)
 
-        Raises EnvironmentFault where other fetches leave no room.
+    def _wait_on(self, url: str, shard: Shard, fault: EnvironmentFault) -> None:
+        """Say how long the shard has been waited for; raise `fault` where that is longer than the patience.
+
+        It is counted from the first failure, whichever thread met it: what prefetching has given up is not waited for
+        all over again by the batch that needs it.
+        """
+        now = time.monotonic()
+        with self._lock:
+            waited = now - self._failing_since.setdefault(shard.sha256, now)
+            noted = waited > _UNNOTED_S and now - self._noted >= _NOTE_EVERY_S
+            if noted:
+                self._noted = now
+        if waited >= self._patience_s:
+            raise EnvironmentFault(
+                f"{fault.message}; {url} was waited for {waited:.0f} s", f"{fault.remedy}; data.patience_s waits longer"
+            ) from fault
+        if noted:
+            self._note(f"{url} has been waited for {waited:.0f} s: {fault.message}")
+
+    def _reserve(self, part: Path, url: str, shard: Shard) -> None:
+        """Evict what was used longest ago until `shard` fits into the bound and onto the disk.
+
+        Raises EnvironmentFault where nothing is left to evict.
         """
         with self._exclusive("room"):
+            missing = shard.size - self._room()
             oldest = iter(self._by_age())
-            while self._taken() + shard.size > self._bytes:
+            while missing > 0:
                 if (path := next(oldest, None)) is None:
-                    raise self._no_room(shard)
-                _evict(path)
+                    raise self._no_room(url, shard)
+                missing -= _evict(path)
             part.touch()
-        with self._lock:
-            for sha256 in [sha256 for sha256, cached in self._open.items() if cached.evicted]:
-                del self._open[sha256]
 
-    def _taken(self) -> int:
-        return sum(_size(path) for path in self._entries())
+    def _room(self) -> int:
+        """Bytes that another shard may have: of the bound, and of what the disk has beside those on their way."""
+        taken = coming = 0
+        for path in self._entries():
+            size = _size(path)
+            taken += size
+            with suppress(FileNotFoundError):  # another process is done with it
+                coming += size - path.stat().st_size
+        return min(self._bytes - taken, shutil.disk_usage(self._folder).free - coming)
 
     def _by_age(self) -> list[Path]:
         """Entries, those first that were used longest ago."""
@@ -191,11 +227,12 @@ class ShardCache:
     def _entries(self) -> list[Path]:
         return [path for path in self._folder.iterdir() if path.suffix != ".lock"]
 
-    def _no_room(self, shard: Shard) -> EnvironmentFault:
+    def _no_room(self, url: str, shard: Shard) -> EnvironmentFault:
+        free = shutil.disk_usage(self._folder).free
         return EnvironmentFault(
-            f"the cache {self._folder} is bound to {self._bytes / 1e9:g} GB, "
-            f"which leaves no room for a shard of {shard.size / 1e6:,.1f} MB",
-            "raise data.cache_gb, or pack smaller shards",
+            f"the cache {self._folder} has no room for {url} of {shard.size / 1e6:,.1f} MB: "
+            f"it is bound to {self._bytes / 1e9:g} GB, and its disk has {free / 1e9:,.3f} GB left",
+            "raise data.cache_gb, free some space on that disk, name another one in data.cache, or pack smaller shards",
         )
 
     @contextmanager
@@ -217,11 +254,16 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _evict(path: Path) -> None:
-    """Delete a shard, or what a killed fetch left, but nothing that is being fetched."""
+def _evict(path: Path) -> int:
+    """Delete a shard, or what a killed fetch left, but nothing that is being fetched. Bytes that it had."""
+    size = _size(path)
     if path.suffix != ".part":
         path.unlink(missing_ok=True)
-        return
-    with path.with_name(f"{path.name.partition('.')[0]}.lock").open("w") as lock, suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return size
+    with path.with_name(f"{path.name.partition('.')[0]}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0
         path.unlink(missing_ok=True)
+        return size

@@ -53,12 +53,22 @@ class Stream:
     Raises UsageError where there is no such split, or where the cache cannot hold what is read side by side.
     """
 
-    def __init__(self, collection: Collection, split: str, *, seed: int, world: World, data: DataSection) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        split: str,
+        *,
+        seed: int,
+        world: World,
+        data: DataSection,
+        note: Callable[[str], None] = print,
+    ) -> None:
+        """`note` is told what is waited for."""
         self._collection, self._world, self._data = collection, world, data
         self._first_id = collection.ids(split).start
         self._order = Order(collection.shard_sizes(split), seed, data.lanes, data.window)
         _check_room(collection, split, data)
-        self._cache = ShardCache(data.cache, data.cache_gb)
+        self._cache = ShardCache(data.cache, data.cache_gb, data.patience_s, note)
         self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, start: int, batch: int) -> Iterator[Batch]:
@@ -117,7 +127,7 @@ class Stream:
 
     def _open(self, number: int) -> None:
         shard = self._collection.shards[number]
-        self._cache.open(self._collection.shard_url(shard), shard)
+        self._cache.open(self._collection.shard_url(shard), shard).close()
 
 
 def _check_room(collection: Collection, split: str, data: DataSection) -> None:
@@ -212,4 +222,5 @@ def _read(collection: Collection, cache: ShardCache, ids: np.ndarray) -> tuple[t
             except ValueError as reason:
                 where = f"{collection.shard_url(shard)}: image at byte {offsets[row]}"
                 raise CorruptError(f"{where}: {reason}", "sagan verify the collection") from reason
+        cached.close()  # before the next is waited for: a full disk could not evict it
     return images.permute(0, 3, 1, 2), torch.from_numpy(collection.labels[ids])

@@ -37,7 +37,7 @@ from pipeline.storage import files
 from pipeline.storage.run_folder import images_of
 from pipeline.tracking import registry
 from pipeline.tracking.tracker import tracking_uri
-from sagan.sampling import Model
+from sagan.sampling import Model, statistics_name
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def protected(job: TrainJob) -> set[str]:
 def finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
     """Score what is due and unscored, register the best, move `champion`, and score the best once more.
 
-    The last score is an independent one: other latents and, with the classifier, another judge (seed + 1 for both).
+    The last score is an independent one: other latents and, with the classifier, another judge (seed + 1 for both);
+    the mean over `evaluate.repeats` ranges of samples.
 
     Returns the summary's part: `score` (that ranked), `final` (the independent one), `class_accuracy` (over 1 000
     samples), `fd_classifier`, `fd_classifier_real` (held-out against training images), `registered`, `grid`,
@@ -109,8 +110,8 @@ def run(job: EvaluateJob) -> dict[str, Any]:
     """Score one model; returns `score` and all `values` by short name."""
     section, collection = job.evaluate, Collection.open(job.reference)
     data, device = DataSection(train=job.reference), _device(section)
-    uri, images, seed = job.track.uri, section.standing_images, section.seed
-    model = open_model(job.model, device, tracking_uri=uri, standing_images=images, seed=seed)
+    seed = section.seed
+    model = open_model(job.model, device, tracking_uri=job.track.uri, **_generator(section))
     score = score_model(model, section, collection, data=data, seed=seed, samples=section.samples, judge_seed=seed)
     return {
         "name": job.name,
@@ -132,7 +133,8 @@ def _prepared(job: TrainJob, judge_seed: int) -> tuple[Collection, Extractor]:
 def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, extractor: Extractor) -> ScoreRecord:
     """The record of a checkpoint, taken now unless it stands."""
     section, key = job.evaluate, ranking(extractor, job.evaluate)
-    protocol = protocol_of(extractor, section, collection, seed=section.seed, samples=section.samples)
+    kind = (section.generator, statistics_name(section.standing_images))
+    protocol = protocol_of(extractor, section, collection, kind, seed=section.seed, samples=section.samples)
     known = records.read(job, checkpoint)
     if known and known.score.protocol == protocol and (key in known.score.values or not known.score.values):
         return replace(known, score=replace(known.score, key=key))
@@ -159,9 +161,12 @@ def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, 
 
 
 def _model(job: TrainJob, checkpoint: str, device: str) -> Model:
-    section = job.evaluate
-    url = job.folder.checkpoint(checkpoint)
-    return of_checkpoint(url, device, standing_images=section.standing_images, seed=section.seed)
+    return of_checkpoint(job.folder.checkpoint(checkpoint), device, **_generator(job.evaluate))
+
+
+def _generator(section: EvaluateSection) -> dict[str, Any]:
+    """Which generator of a checkpoint a section means."""
+    return {"weights": section.generator, "standing_images": section.standing_images, "seed": section.seed}
 
 
 def _picture(job: TrainJob, record: ScoreRecord, model: Model, collection: Collection) -> Image.Image:
@@ -211,12 +216,13 @@ def _final_score(job: TrainJob, model: Model, collection: Collection) -> tuple[S
     samples = section.final_samples or section.samples
     if section.extractor == "classifier":
         samples = min(samples, collection.size(section.split))
-    protocol = protocol_of(extractor, section, collection, seed=seed, samples=samples)
+    kind = (model.weights, model.batch_norm)
+    protocol = protocol_of(extractor, section, collection, kind, seed=seed, samples=samples, repeats=section.repeats)
     score = measure(model, extractor, protocol, section, collection, job.data)
     real = reference(collection, section.split, extractor, job.data, section.batch)
     accuracy, between_real = None, None
     if speaks_of(model, real):
-        parts = list(sampled(model, extractor, seed, ACCURACY_SAMPLES, section.batch))
+        parts = list(sampled(model, extractor, seed, range(ACCURACY_SAMPLES), section.batch))
         _, logits, asked = (torch.cat(column) for column in zip(*parts, strict=True))
         accuracy = metrics.class_accuracy(logits.cpu(), asked)
     if section.extractor == "classifier" and "heldout" in collection.splits:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Score:
     """By short name: fid or fd_…, isc…, class_accuracy, precision, recall, kid…"""
     key: str
     """Short name of the value that ranks."""
+    deviations: dict[str, float] = field(default_factory=dict)
+    """Standard deviation of each value over the protocol's repeats, where there are several."""
 
     @property
     def value(self) -> float | None:
@@ -44,7 +47,9 @@ class Score:
         return metrics.higher_is_better(self.key)
 
     def summary(self) -> dict[str, Any]:
-        return {"key": self.key, "value": self.value, "protocol": {"id": self.protocol.id8, **self.protocol.to_dict()}}
+        deviation = {"deviation": self.deviations[self.key]} if self.key in self.deviations else {}
+        protocol = {"id": self.protocol.id8, **self.protocol.to_dict()}
+        return {"key": self.key, "value": self.value, **deviation, "protocol": protocol}
 
 
 def score_model(
@@ -68,7 +73,8 @@ def score_model(
             "compare it with a collection of its own resolution",
         )
     extractor = load_extractor(section, collection, data, judge_seed, str(model.device))
-    protocol = protocol_of(extractor, section, collection, seed=seed, samples=samples)
+    kind = (model.weights, model.batch_norm)
+    protocol = protocol_of(extractor, section, collection, kind, seed=seed, samples=samples)
     return measure(model, extractor, protocol, section, collection, data)
 
 
@@ -86,8 +92,17 @@ def load_extractor(
 
 
 def protocol_of(
-    extractor: Extractor, section: EvaluateSection, collection: Collection, *, seed: int, samples: int
+    extractor: Extractor,
+    section: EvaluateSection,
+    collection: Collection,
+    kind: tuple[str, str],
+    *,
+    seed: int,
+    samples: int,
+    repeats: int = 1,
 ) -> Protocol:
+    """`kind`: weights and batch-norm statistics of the model, as it names them."""
+    weights, batch_norm = kind
     return Protocol(
         extractor=extractor.name,
         extractor_digest=extractor.digest,
@@ -96,7 +111,9 @@ def protocol_of(
         split=section.split,
         samples=samples,
         seed=seed,
-        batch_norm=f"standing {section.standing_images}",
+        weights=weights,
+        batch_norm=batch_norm,
+        repeats=repeats,
     )
 
 
@@ -132,9 +149,33 @@ def measure(
     key = ranking(extractor, section)
     if not is_finite(model):
         return Score(protocol, {}, key)
+    repeats = [
+        _measure_once(model, extractor, protocol, section, collection, data, first)
+        for first in range(0, protocol.repeats * protocol.samples, protocol.samples)
+    ]
+    if key not in repeats[0]:
+        raise UsageError(
+            f"evaluate.score is {key}, but {extractor.name} does not know the classes of {collection.url}",
+            f"choose one of: {', '.join(repeats[0])}",
+        )
+    values = {name: statistics.mean(values[name] for values in repeats) for name in (key, *repeats[0])}
+    spread = {name: statistics.stdev(v[name] for v in repeats) for name in values} if len(repeats) > 1 else {}
+    return Score(protocol, values, key, spread)
+
+
+def _measure_once(
+    model: Model,
+    extractor: Extractor,
+    protocol: Protocol,
+    section: EvaluateSection,
+    collection: Collection,
+    data: DataSection,
+    first: int,
+) -> dict[str, float]:
+    """Every metric, by short name, of the samples from `first` on."""
     real = reference(collection, section.split, extractor, data, section.batch)
     moments, kept, logits, asked = None, [], [], []
-    parts = sampled(model, extractor, protocol.seed, protocol.samples, section.batch)
+    parts = sampled(model, extractor, protocol.seed, range(first, first + protocol.samples), section.batch)
     for features, part, y in shown(parts, protocol.samples, "samples"):
         moments = Moments.of(features) if moments is None else moments.merge(Moments.of(features))
         logits.append(part.cpu())
@@ -153,12 +194,7 @@ def measure(
         generated = torch.cat(kept)
         values[extractor.metric("kid")] = metrics.kernel_distance(generated, others)
         values["precision"], values["recall"] = metrics.precision_recall(generated, others)
-    if key not in values:
-        raise UsageError(
-            f"evaluate.score is {key}, but {extractor.name} does not know the classes of {collection.url}",
-            f"choose one of: {', '.join(values)}",
-        )
-    return Score(protocol, {key: values[key], **values}, key)
+    return values
 
 
 def speaks_of(model: Model, real: Reference) -> bool:
@@ -172,12 +208,12 @@ def is_finite(model: Model) -> bool:
 
 
 def sampled(
-    model: Model, extractor: Extractor, seed: int, samples: int, batch: int
+    model: Model, extractor: Extractor, seed: int, samples: range, batch: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(features, logits, asked labels) of samples 0 … `samples` − 1, at most `batch` at a time."""
+    """(features, logits, asked labels) of these samples, at most `batch` at a time."""
     classes = model.config.labels
-    for start in range(0, samples, batch):
-        positions = range(start, min(start + batch, samples))
+    for start in range(0, len(samples), batch):
+        positions = samples[start : start + batch]
         z = latents(seed, Purpose.SAMPLE_Z, positions, model.config.z_dim)
         y = labels(seed, Purpose.SAMPLE_Y, positions, max(classes, 1))
         yield *extractor(model.generate(z, y if classes else None)), y

@@ -14,19 +14,25 @@ from sagan.state import FACTS, TrainState
 
 
 def open_model(
-    where: str, device: str = "cpu", *, tracking_uri: str | None = None, standing_images: int = 4096, seed: int = 0
+    where: str,
+    device: str = "cpu",
+    *,
+    tracking_uri: str | None = None,
+    weights: str = "ema",
+    standing_images: int | None = 4096,
+    seed: int = 0,
 ) -> Model:
     """The model behind a registry URI (models:/NAME@ALIAS), a checkpoint's URL or a folder that `sagan pull` wrote.
 
-    Of a checkpoint it is the averaged generator, with statistics of `standing_images` latents from `seed`.
-    Raises UsageError, EnvironmentFault, CorruptError.
+    `weights`, `standing_images` and `seed` say which generator of a checkpoint it is (see `Model.from_state`); other
+    models have been made. Raises UsageError, EnvironmentFault, CorruptError.
     """
     with tempfile.TemporaryDirectory(prefix="sagan-model-") as temp:
         folder = Path(temp) / "model"
         if where.startswith("models:/"):
             return Model.load(registry.pull(tracking_uri or default_uri(), where, folder), device)
         if files.exists(files.join(where, FACTS)):
-            return of_checkpoint(where, device, standing_images=standing_images, seed=seed)
+            return of_checkpoint(where, device, weights=weights, standing_images=standing_images, seed=seed)
         if files.is_local(where):
             try:
                 return Model.load(Path(where.removeprefix("file://")).expanduser(), device)
@@ -35,10 +41,10 @@ def open_model(
     raise UsageError(f"there is no model at {where}", _HOW)
 
 
-def of_checkpoint(url: str, device: str = "cpu", *, standing_images: int, seed: int) -> Model:
-    """The averaged generator of a checkpoint, verified. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
+def of_checkpoint(url: str, device: str = "cpu", *, weights: str, standing_images: int | None, seed: int) -> Model:
+    """A generator of a checkpoint, verified. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
     state, names = state_of(url, device)
-    return Model.from_state(state, weights="ema", standing_images=standing_images, seed=seed, class_names=names)
+    return Model.from_state(state, weights=weights, standing_images=standing_images, seed=seed, class_names=names)
 
 
 def state_of(url: str, device: str = "cpu") -> tuple[TrainState, list[str]]:

@@ -26,10 +26,12 @@ class Protocol:
     """Generated images."""
     seed: int
     """Seed of their latents and labels."""
-    weights: str = "ema"
+    weights: str
     """Generator weights: `ema` or `raw`."""
-    batch_norm: str = "standing 4096"
-    """Batch-norm statistics: `standing` and over how many images."""
+    batch_norm: str
+    """Batch-norm statistics: `standing` and over how many images, or `running`."""
+    repeats: int = 1
+    """Ranges of `samples` images whose scores are averaged."""
 
     @property
     def id8(self) -> str:

@@ -92,10 +92,10 @@ def make_champion_comparable(job: TrainJob, score: Score, collection: Collection
     champion = registry.champion_of(uri, job.registry_name)
     if champion is None or key in champion.tags:
         return
-    its = json.loads(champion.tags.get("protocol", "{}"))
     model = open_model(f"models:/{job.registry_name}/{champion.number}", extractor.device, tracking_uri=uri)
     same_images = (model.config.size, model.config.labels) == (collection.resolution, collection.classes)
-    if same_images and all(its.get(name) == getattr(score.protocol, name) for name in ("weights", "batch_norm")):
+    same_kind = (model.weights, model.batch_norm) == (score.protocol.weights, score.protocol.batch_norm)
+    if same_images and same_kind:
         log.info("scoring champion version %d under %s", champion.number, key)
         value = measure(model, extractor, score.protocol, job.evaluate, collection, job.data).value
         if value is not None:

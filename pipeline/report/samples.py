@@ -85,7 +85,7 @@ def blended(model: Model, a: int, b: int, steps: int) -> Model:
                 tensors[f"{name}.{table}"] = torch.lerp(rows[a], rows[b], share)
     generator = Generator(config, folded=True).to(model.device)
     generator.load_state_dict(tensors)
-    return Model(config, generator)
+    return Model(config, generator, weights=model.weights, batch_norm=model.batch_norm)
 
 
 # --- beside real images ----------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def beside_real(
     Raises UsageError, EnvironmentFault, CorruptError.
     """
     extractor = load_extractor(section, collection, data, section.seed, str(model.device))
-    parts = list(sampled(model, extractor, section.seed, samples, section.batch))
+    parts = list(sampled(model, extractor, section.seed, range(samples), section.batch))
     features, logits, asked = (torch.cat([part[i].cpu() for part in parts]) for i in range(3))
     ids = spread(collection, data.split, samples)
     real = reference_features(collection, data.split, extractor, data, section.batch, samples)

@@ -121,7 +121,13 @@ def _of_run(folder: RunFolder, record: dict[str, Any]) -> Subject:
 
 def _networks(checkpoint: str, section: EvaluateSection) -> tuple[Model, Discriminator]:
     state, names = state_of(checkpoint, _device())
-    model = Model.from_state(state, standing_images=section.standing_images, seed=section.seed, class_names=names)
+    model = Model.from_state(
+        state,
+        weights=section.generator,
+        standing_images=section.standing_images,
+        seed=section.seed,
+        class_names=names,
+    )
     return model, state.discriminator
 
 

@@ -1,8 +1,8 @@
 """Files by URL: a plain path, s3://bucket/key, or whatever else fsspec knows.
 
 Calls are fresh (no listing cache), bounded in time, and fail in two ways only: FileNotFoundError where there is no such
-object, EnvironmentFault where the storage is not there, is full or does not let us in. s3fs is not fork-safe, so each
-process makes its own client, in the process that uses it.
+object, EnvironmentFault where the storage is not there or is full (LastingFault where it does not let us in). s3fs is
+not fork-safe, so each process makes its own client, in the process that uses it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,10 +20,11 @@ from typing import IO, Any
 from uuid import uuid4
 
 import fsspec
+from fsspec.callbacks import Callback
 from fsspec.core import strip_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, LastingFault
 
 # What decides which client is meant: a changed variable (another endpoint, repaired keys) makes another client.
 _IDENTITY = (
@@ -33,14 +35,10 @@ _IDENTITY = (
     "AWS_SESSION_TOKEN",
     "AWS_PROFILE",
 )
-_S3 = {
-    "use_listings_cache": False,
-    "config_kwargs": {
-        "connect_timeout": 5,
-        "read_timeout": 20,
-        "retries": {"total_max_attempts": 4, "mode": "standard"},  # exponential, with jitter
-    },
-}
+_CONNECT_S, _SILENCE_S = 5, 20  # so long a connection may take, and a server may be silent
+_SLOWEST = 50_000  # bytes per second: what trickles more slowly than this has as good as stopped
+_ATTEMPTS = 4
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def join(url: str, *parts: str) -> str:
@@ -149,10 +147,20 @@ def upload(local: Path, url: str) -> None:
             fs.put_file(str(local), path)
 
 
-def download(url: str, local: Path) -> None:
-    """Copy an object to a local file, whose folder exists. Raises FileNotFoundError, EnvironmentFault."""
-    with _storage(url) as (fs, path):
-        fs.get_file(path, str(local))
+def download(url: str, local: Path, attempts: int = _ATTEMPTS) -> None:
+    """Copy an object to a local file, whose folder exists. With 1 attempt, trying again is left to the caller.
+
+    Raises FileNotFoundError, EnvironmentFault.
+    """
+    with _storage(url, attempts) as (fs, path):
+        try:
+            fs.get_file(path, str(local), callback=_Pace(url))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise EnvironmentFault(
+                f"{local.parent}: no space left for {url}", "free some space there, or choose another place"
+            ) from error
 
 
 def delete(url: str) -> None:
@@ -171,20 +179,20 @@ def check_writable(url: str) -> None:
     delete(probe)
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str, attempts: int = _ATTEMPTS) -> tuple[Any, str]:
     """This process's fsspec file system for a URL, and the path in it, for libraries that want these. It pickles."""
     if is_local(url):
-        return _filesystem("file", (), os.getpid()), str(local_path(url))
+        return _filesystem("file", (), os.getpid(), 1), str(local_path(url))
     protocol, _, _ = url.partition("://")
     identity = tuple(os.environ.get(variable) for variable in _IDENTITY)
-    return _filesystem(protocol, identity, os.getpid()), strip_protocol(url)
+    return _filesystem(protocol, identity, os.getpid(), attempts), strip_protocol(url)
 
 
 @contextmanager
-def _storage(url: str) -> Iterator[tuple[Any, str]]:
+def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path in it; its failures become ours."""
     try:
-        fs, path = filesystem(url)
+        fs, path = filesystem(url, attempts)
     except (ImportError, ValueError) as error:
         raise EnvironmentFault(
             f"{url}: {error}", "install the fsspec package for this kind of URL, or correct it"
@@ -206,14 +214,38 @@ def _storage(url: str) -> Iterator[tuple[Any, str]]:
 
 
 @lru_cache(maxsize=16)
-def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int) -> Any:
-    """One file system per process and identity. Both serve as the key alone."""
+def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attempts: int) -> Any:
+    """One file system per process and identity, both of which serve as the key alone, and number of attempts."""
     if protocol != "s3":
         return fsspec.filesystem(protocol, skip_instance_cache=True)
     # Servers other than AWS answer a part of an object with the checksum of the whole, which botocore then refuses.
     os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    return fsspec.filesystem("s3", skip_instance_cache=True, **_S3)
+    config = {
+        "connect_timeout": _CONNECT_S,
+        "read_timeout": _SILENCE_S,
+        "retries": {"total_max_attempts": attempts, "mode": "standard"},  # exponential, with jitter
+    }
+    fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+    fs.retries = min(attempts, 2)  # s3fs's own, around botocore's, for what breaks after the headers; its default is 5
+    return fs
+
+
+class _Pace(Callback):
+    """Ends a download that trickles, since the time-out of reading sees silence only."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url, self._began = url, time.monotonic()
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        seconds = time.monotonic() - self._began
+        if seconds > _SILENCE_S and self.value < _SLOWEST * seconds:
+            raise EnvironmentFault(
+                f"{self._url}: {self.value / 1e3:.0f} kB came in {seconds:.0f} s, which is given up",
+                "check the network and the load of the storage",
+            )
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -267,27 +299,27 @@ def _fault(url: str, error: Exception) -> EnvironmentFault:
     where, code = (f"{url} at {endpoint}" if url.startswith("s3://") else url), _code(error)
     if code == "NoSuchBucket":
         bucket = url.removeprefix("s3://").partition("/")[0]
-        return EnvironmentFault(
+        return LastingFault(
             f"{where}: bucket {bucket!r} does not exist", "create the bucket, or correct the URL or AWS_ENDPOINT_URL"
         )
     if code == "SignatureDoesNotMatch":
-        return EnvironmentFault(
+        return LastingFault(
             f"{where}: the secret key is wrong for this key id (SignatureDoesNotMatch)", "correct AWS_SECRET_ACCESS_KEY"
         )
     if code == "InvalidAccessKeyId":
-        return EnvironmentFault(
+        return LastingFault(
             f"{where}: the storage does not know this key id (InvalidAccessKeyId)", "correct AWS_ACCESS_KEY_ID"
         )
     if code.startswith("Expired") or code == "InvalidToken":
-        return EnvironmentFault(f"{where}: the credentials have expired ({code})", "get new ones and start again")
+        return LastingFault(f"{where}: the credentials have expired ({code})", "get new ones and start again")
     kind = type(error).__name__
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
-        return EnvironmentFault(
+        return LastingFault(
             f"{where}: no credentials found",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use a machine with a role",
         )
     if isinstance(error, PermissionError):
-        return EnvironmentFault(
+        return LastingFault(
             f"{where}: not allowed ({code or error.strerror or error})",
             "give these credentials or this user the right to list, read and write there",
         )
@@ -298,7 +330,11 @@ def _fault(url: str, error: Exception) -> EnvironmentFault:
             f"{where}: the storage cannot be reached ({kind})",
             "check that the server runs, AWS_ENDPOINT_URL and the network",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if kind in ("ClientPayloadError", "IncompleteRead", "ResponseStreamingError"):
+        return EnvironmentFault(f"{where}: the transfer broke off ({kind})", "check the network and the storage's log")
+    if code:
+        return EnvironmentFault(f"{where}: the storage answers {code}", "check its load and its log")
+    if isinstance(error, OSError) and error.errno in _FULL:
         return EnvironmentFault(f"{where}: no space left", "free some space, or choose another place")
     return EnvironmentFault(
         f"{where}: {kind}: {error}", "see the cause above; `sagan doctor` checks storage step by step"

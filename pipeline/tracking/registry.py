@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import EnvironmentFault, SaganError, UsageError
+from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
+from pipeline.storage import fileset
 from pipeline.tracking.tracker import client
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,28 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
             if destination.exists():
                 shutil.rmtree(destination)
             shutil.move(folder, destination)
+    return destination
+
+
+def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
+    """Bring the checkpoint that a version was made from, the whole training state, into `destination`; returns it.
+
+    Raises UsageError, EnvironmentFault, CorruptError where it is gone or is not what was registered.
+    """
+    if destination.exists() and any(destination.iterdir()):
+        raise UsageError(f"{destination} is not empty", "choose another folder")
+    with _errors_explained(uri):
+        name, number = _resolve(uri, model_uri)
+        tags = next(version.tags for version in versions(uri, name) if version.number == number)
+    try:
+        manifest = fileset.fetch(tags["checkpoint"], destination)
+    except (FileNotFoundError, KeyError):
+        raise CorruptError(
+            f"the checkpoint of {name} version {number} is gone: {tags.get('checkpoint', 'its version names none')}",
+            f"the generator alone is still there: sagan pull {model_uri} {destination}",
+        ) from None
+    if manifest.digest != tags["checkpoint_sha256"]:
+        raise CorruptError(f"{tags['checkpoint']} is not the checkpoint that {name} version {number} was made from")
     return destination
 
 

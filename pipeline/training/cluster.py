@@ -109,10 +109,11 @@ def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
     )
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
     env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **job.resources.env}
+    timeout_s = 300 + int(job.data.patience_s)  # workers must not give up one that waits for data before it does
     TorchTrainer(
         train,
         train_loop_config={"assignment": assignment},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
             num_workers=job.train.workers,
             use_gpu=gpu,

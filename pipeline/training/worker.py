@@ -30,7 +30,7 @@ from pipeline.training import checkpoints, consistency
 from pipeline.training.checkpoints import FACTS, METRICS
 from pipeline.training.decisions import StepBorder, at_border
 from pipeline.training.status import Rate
-from sagan import machine
+from sagan import machine, spectral_norm
 from sagan.attention import SelfAttention
 from sagan.state import TrainState
 from sagan.step import METRICS as STEP_METRICS
@@ -83,7 +83,9 @@ class Worker:
         self.collection = Collection.open(job.data.train)
         self.state = self._restore()
         self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
-        self.stream = Stream(self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data)
+        self.stream = Stream(
+            self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._note
+        )
         self.tracker = Tracker(assignment.tracking_uri, assignment.run_id) if self.leads else None
         self._replay_metrics()
 
@@ -168,6 +170,8 @@ class Worker:
         for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
             gammas = [m.gamma.item() for m in part.modules() if isinstance(m, SelfAttention)]
             values.update({f"gamma_{network}{i or ''}": gamma for i, gamma in enumerate(gammas)})
+            if sigmas := [layer.sigma for _, layer in spectral_norm.layers(part)]:
+                values[f"sigma_{network}"] = torch.stack(sigmas).max().item()
         rate = self.rate.metrics(images)
         self.train_seconds += images / rate["images_per_s"]
         if self.tracker is not None:

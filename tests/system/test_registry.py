@@ -25,8 +25,8 @@ from PIL import Image
 from infra.local.server import free_port
 from infra.local.servers import MlflowServer
 from pipeline.data.grids import grid
-from pipeline.errors import EnvironmentFault, UsageError
-from pipeline.storage import files
+from pipeline.errors import CorruptError, EnvironmentFault, UsageError
+from pipeline.storage import files, fileset
 from pipeline.tracking import registry
 from pipeline.tracking.card import card
 from pipeline.tracking.tracker import Tracker, client
@@ -112,6 +112,29 @@ def tags(value: float, metric: str = "fd_x/11111111", better: str = "lower") -> 
         "checkpoint_sha256": uuid.uuid4().hex,
         "checkpoint": f"s3://bucket/runs/x/checkpoints/{value}",
     }
+
+
+def test_the_training_state_behind_a_version_is_pulled_and_is_the_one_that_was_registered(
+    server: MlflowServer, s3: Any, run_id: str, name: str, folder: Path, tmp_path: Path
+) -> None:
+    state = TrainState(ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8), OptimConfig(), 0)
+    (tmp_path / "state").mkdir()
+    state.save(tmp_path / "state")
+    url = f"{s3.bucket()}/runs/x/checkpoints/1"
+    manifest = fileset.commit(tmp_path / "state", url)
+    facts = tags(1.0) | {"checkpoint": url, "checkpoint_sha256": manifest.digest}
+    version = registry.register(server.uri, name, folder, run_id, facts)
+    pulled = registry.pull_checkpoint(server.uri, f"models:/{name}/{version}", tmp_path / "pulled")
+    assert all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(state.tensors(), TrainState.load(pulled).tensors(), strict=True)
+    )
+
+    other = registry.register(server.uri, name, folder, run_id, facts | {"checkpoint_sha256": "ab" * 32})
+    with pytest.raises(CorruptError, match="is not the checkpoint that"):
+        registry.pull_checkpoint(server.uri, f"models:/{name}/{other}", tmp_path / "other")
+    fileset.remove(url)
+    with pytest.raises(CorruptError, match=f"version {version} is gone: {url}"):
+        registry.pull_checkpoint(server.uri, f"models:/{name}/{version}", tmp_path / "gone")
 
 
 def test_a_registered_model_is_found_pulled_and_sampled_without_this_system(

@@ -66,7 +66,7 @@ def test_a_run_trains_scores_and_registers(place, left_alone):
     assert int(version.version) == summary["registered"]["version"]
     keys = client.get_run(summary["mlflow_run_id"]).data.metrics
     assert f"fd_classifier/{summary['score']['protocol']['id']}" in keys
-    assert {"loss_d", "loss_g", "images_per_s", "gamma_g", "gamma_d"} <= keys.keys()
+    assert {"loss_d", "loss_g", "images_per_s", "gamma_g", "gamma_d", "sigma_g", "sigma_d"} <= keys.keys()
 
 
 def test_the_champion_is_pulled_and_samples_without_this_repository(place, left_alone):

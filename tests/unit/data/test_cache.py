@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ def test_a_shard_is_fetched_once_and_then_read_from_disk(origin: Origin, folder:
     opened = first.open(origin.of(1), shard(1))
     assert opened.read(0, SIZE) == contents(1)
     assert opened.read(700, 30) == contents(1)[700:730]
-    assert first.open(origin.of(1), shard(1)) is opened
+    assert first.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
     assert read(folder, origin.of(1), 1) == contents(1)
     assert origin.fetches == ["/1.tar"]
     assert cached(folder) == {shard(1).sha256}
@@ -159,16 +160,16 @@ def test_wrong_bytes_are_fetched_again(origin: Origin, folder: Path) -> None:
 @pytest.mark.parametrize("wrong", [contents(2), contents(1)[:-1], b""])
 def test_bytes_that_stay_wrong_are_an_error_that_names_the_object(origin: Origin, folder: Path, wrong: bytes) -> None:
     origin.answer = lambda handler, attempt, data: send(handler, wrong)
-    with pytest.raises(CorruptError, match=rf"{origin.of(1)} differs from its manifest.*fetched 3 times"):
+    with pytest.raises(CorruptError, match=rf"{origin.of(1)} differs from its manifest.*tried 3 times"):
         read(folder, origin.of(1), 1)
     assert cached(folder) == set()
 
 
-def test_a_missing_object_is_an_error_at_once(origin: Origin, folder: Path) -> None:
+def test_a_missing_object_is_an_error(origin: Origin, folder: Path) -> None:
     origin.answer = lambda handler, attempt, data: handler.send_error(404)
-    with pytest.raises(CorruptError, match=f"{origin.of(1)} is missing"):
+    with pytest.raises(CorruptError, match=f"{origin.of(1)} is missing.*tried 3 times"):
         read(folder, origin.of(1), 1)
-    assert len(origin.fetches) == 1
+    assert len(origin.fetches) == 3
 
 
 def test_a_storage_that_comes_back_is_waited_for(origin: Origin, folder: Path) -> None:
@@ -179,9 +180,46 @@ def test_a_storage_that_comes_back_is_waited_for(origin: Origin, folder: Path) -
 
 def test_a_storage_that_does_not_come_back_is_named(origin: Origin, folder: Path) -> None:
     origin.answer = lambda handler, attempt, data: handler.send_error(503)
-    with pytest.raises(EnvironmentFault, match=f"{origin.of(1)}.*503"):
-        cache(folder, patience_s=0.3).open(origin.of(1), shard(1))
+    impatient = cache(folder, patience_s=0.3)
+    with pytest.raises(EnvironmentFault, match=rf"{origin.of(1)}.*503.*{origin.of(1)} was waited for \d+ s") as caught:
+        impatient.open(origin.of(1), shard(1))
+    assert "data.patience_s" in caught.value.remedy
     assert cached(folder) == set()
+
+    tried = len(origin.fetches)
+    with pytest.raises(EnvironmentFault):
+        impatient.open(origin.of(1), shard(1))
+    assert len(origin.fetches) == tried + 1, "who comes later does not wait for it all over again"
+
+
+def test_waiting_is_said_but_not_often(origin: Origin, folder: Path) -> None:
+    notes: list[str] = []
+    noted = threading.Event()
+
+    def note(message: str) -> None:
+        notes.append(message)
+        noted.set()
+
+    def answer(handler: BaseHTTPRequestHandler, attempt: int, data: bytes) -> None:
+        if noted.is_set():
+            send(handler, data)
+        else:
+            handler.send_error(503)
+
+    origin.answer = answer
+    waiting = ShardCache(str(folder), 1.0, 60.0, note)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda number: waiting.open(origin.of(number), shard(number)), range(4)))
+    assert [shard.read(0, SIZE) for shard in opened] == [contents(number) for number in range(4)]
+    (message,) = notes
+    assert re.search(rf"{origin.url}/\d\.tar has been waited for 1 s: .*503", message)
+
+
+def test_a_folder_that_cannot_be_used_is_named(origin: Origin, folder: Path) -> None:
+    folder.write_bytes(b"a file where the folder should be")
+    with pytest.raises(EnvironmentFault, match=f"the cache {folder} cannot be used for {origin.of(1)}") as caught:
+        cache(folder).open(origin.of(1), shard(1))
+    assert "data.cache" in caught.value.remedy
 
 
 def test_closing_ends_a_fetch_that_waits(origin: Origin, folder: Path) -> None:
@@ -274,14 +312,16 @@ class TestBound:
         assert shard(1).sha256 not in cached(folder)
         assert used.read(0, SIZE) == contents(1)
         assert theirs.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
-        assert len(origin.fetches) == 4
+        assert len(origin.fetches) == 5
 
-    def test_an_evicted_file_is_let_go_of_with_the_next_fetch(self, origin: Origin, folder: Path) -> None:
-        """Else its bytes would stay on the disk, and nobody would count them."""
-        mine = cache(folder, shards=1)
-        for number in range(5):
-            mine.open(origin.of(number), shard(number))
-        assert files_open_in(folder) == [folder / shard(4).sha256]
+    def test_what_nobody_reads_is_not_kept_open(self, origin: Origin, folder: Path) -> None:
+        """Else the bytes of an evicted file would stay on the disk, and nobody would count them."""
+        mine = cache(folder, shards=3)
+        reading = mine.open(origin.of(0), shard(0))
+        mine.open(origin.of(1), shard(1))
+        assert files_open_in(folder) == [folder / shard(0).sha256]
+        del reading
+        assert files_open_in(folder) == []
 
     def test_a_shard_beyond_the_bound_is_refused_at_once(self, origin: Origin, folder: Path) -> None:
         with pytest.raises(EnvironmentFault, match="no room"):

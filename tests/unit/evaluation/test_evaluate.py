@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -87,6 +88,8 @@ def test_the_end_of_a_run(job: TrainJob, run_id: str, checkpoint: Commit) -> Non
     ranked, final = summary["score"]["protocol"], summary["final"]["protocol"]
     assert final["seed"] == ranked["seed"] + 1
     assert final["extractor_digest"] != ranked["extractor_digest"]
+    assert (ranked["repeats"], final["repeats"]) == (1, job.evaluate.repeats)
+    assert 0 < summary["final"]["deviation"] < summary["final"]["value"]
     registered = {files.name(url) for url in registry.checkpoints(job.track.uri or "", job.name)}
     assert evaluate.protected(job) == registered | {files.name(summary["checkpoint"])}
     assert not any(name.startswith(f"{3000:012d}") for name in registered)
@@ -140,7 +143,7 @@ def test_a_run_of_broken_models_ends_without_a_champion(job: TrainJob, run_id: s
 
 def test_scores_of_several_protocols_are_not_compared() -> None:
     def record(images: int, value: float, samples: int) -> ScoreRecord:
-        protocol = Protocol("x", "aa", "none", "bb", "train", samples=samples, seed=0)
+        protocol = Protocol("x", "aa", "none", "bb", "train", samples, seed=0, weights="ema", batch_norm="standing 64")
         return ScoreRecord(f"{images:012d}", images, Score(protocol, {"fd_x": value}, "fd_x"), 1.0, time_ms=images)
 
     old, new, newest = record(1, 5.0, samples=10), record(2, 50.0, samples=20), record(3, 60.0, samples=20)
@@ -158,6 +161,31 @@ def test_what_cannot_be_scored_is_found_before_training(job: TrainJob, tmp_path:
         evaluate.check(with_section(job, extractor="inception", weights=str(tmp_path / "missing.pth")))
     with pytest.raises(EnvironmentFault, match=r"nowhere\.ts"):
         evaluate.check(with_section(job, extractor=str(tmp_path / "nowhere.ts")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        ({}, ("ema", "standing 64")),
+        ({"generator": "raw"}, ("raw", "standing 64")),
+        ({"standing_images": None}, ("ema", "running")),
+    ],
+)
+def test_a_score_names_weights_and_statistics_and_so_does_the_model_that_it_is_of(
+    overrides: dict[str, Any], kind: tuple[str, str], checkpoint: Commit, digits: Collection, tmp_path: Path
+) -> None:
+    section = EvaluateSection.model_validate(
+        {"extractor": "classifier", "samples": 50, "standing_images": 64} | overrides
+    )
+    url = checkpoint(1000, change=lambda state: state.average["conv.weight"].mul_(2))
+    open_model(url, weights=section.generator, standing_images=section.standing_images).save(tmp_path / "folder")
+    results = [
+        evaluate.run(EvaluateJob(name="x", model=model, reference=digits.url, evaluate=section))
+        for model in (url, str(tmp_path / "folder"))
+    ]
+    for result in results:
+        assert (result["score"]["protocol"]["weights"], result["score"]["protocol"]["batch_norm"]) == kind
+    assert results[0]["values"] == pytest.approx(results[1]["values"], rel=1e-6)
 
 
 def test_a_folder_and_a_checkpoint_are_scored_alike(

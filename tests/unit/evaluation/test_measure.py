@@ -45,6 +45,7 @@ def test_a_protocol_says_all_that_was_chosen(model: Model, digits: Collection, d
         "seed": 3,
         "weights": "ema",
         "batch_norm": "standing 64",
+        "repeats": 1,
     }
     assert len(protocol.extractor_digest) == 64
 

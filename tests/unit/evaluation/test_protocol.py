@@ -7,7 +7,13 @@ import pytest
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.protocol import Protocol
 
-PROTOCOL = Protocol("inception", "ab" * 32, "tf1-bilinear-299", "cd" * 32, "train", samples=50_000, seed=0)
+PROTOCOL = Protocol(
+    *("inception", "ab" * 32, "tf1-bilinear-299", "cd" * 32, "train"),
+    samples=50_000,
+    seed=0,
+    weights="ema",
+    batch_norm="standing 4096",
+)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Protocol)])
