@@ -72,23 +72,31 @@ def config(
 
 @app.command(
     epilog="Examples: `sagan pack photos/ s3://bucket/photos128` · "
-    "`sagan pack train=train.tar heldout=test.tar s3://bucket/cifar10 --resolution 32 --encoding png`"
+    "`sagan pack train=train.tar heldout=test.tar s3://bucket/cifar10 --resolution 32 --encoding png` · "
+    "`sagan pack s3://bucket/shards --index-only`"
 )
 def pack(
     sources: Annotated[list[str], typer.Argument(metavar="[SPLIT=]SOURCE… DESTINATION")],
     resolution: Annotated[int, typer.Option(help="Pixels per side: 32, 64, 128 or 256.")] = 128,
     encoding: Annotated[str | None, typer.Option(help="jpeg, png or webp; default png at 32 px, else jpeg.")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
+    chroma: Annotated[str, typer.Option(help="JPEG colour: 4:4:4 whole, 4:2:0 halved.")] = "4:4:4",
     shard_images: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the order in which samples are written.")] = 0,
     max_broken: Annotated[int, typer.Option(help="Undecodable images that are tolerated.")] = 0,
+    exclude: Annotated[str | None, typer.Option(help="File with names of images to leave out, one a line.")] = None,
+    index_only: Annotated[bool, typer.Option(help="SOURCE is WebDataset shards: index them where they are.")] = False,
 ) -> None:
-    """Pack images into shards: a folder of classes, a tar of such, or `digits`; from and to any URL."""
+    """Pack images into shards; from and to any URL.
+
+    SOURCE is a folder of images per class or a tar of such; ImageNet, CIFAR, Tiny ImageNet, CelebA or LSUN as they are
+    published; WebDataset shards; Parquet with images; a table of path,label (TABLE#COLUMN names the label); `digits`.
+    """
     from pipeline.config.load import parse
     from pipeline.config.schema import PackJob
     from pipeline.jobs import execute
 
-    *given, destination = sources
+    *given, destination = sources * 2 if index_only and len(sources) == 1 else sources
     if not given:
         raise UsageError("no source is given", "sagan pack SOURCE DESTINATION")
     splits = {name: source for name, _, source in (s.partition("=") for s in given if "=" in s)}
@@ -100,26 +108,33 @@ def pack(
         "resolution": resolution,
         "encoding": encoding,
         "quality": quality,
+        "chroma": chroma,
         "shard_images": shard_images,
         "seed": seed,
         "max_broken": max_broken,
+        "exclude": exclude,
+        "index_only": index_only,
     }
     job = parse({"kind": "pack", "name": "pack", "destination": destination, "pack": section}, "sagan pack")
     assert isinstance(job, PackJob)
     execute(job)
 
 
-@app.command(epilog="Example: `sagan verify s3://bucket/imagenet128`")
+@app.command(epilog="Example: `sagan verify s3://bucket/imagenet128 > bad.txt`, which `sagan pack --exclude` takes")
 def verify(url: Annotated[str, typer.Argument(help="Shards, or a checkpoint.")]) -> None:
-    """Check every hash, and every image of a packed collection."""
-    from pipeline.data import pack as packing
+    """Check every hash, and every image of a packed collection: names of bad ones go to stdout, all else to stderr."""
+    from pipeline.data.index import INDEX
+    from pipeline.data.verify import verify as verify_collection
     from pipeline.storage import files, fileset
+    from pipeline.training import cluster
 
-    if files.exists(files.join(url, "index.safetensors")):
-        packing.verify(url)
+    if files.exists(files.join(url, INDEX)):
+        cluster.join()
+        collection = verify_collection(url)
+        checked = f"{len(collection.labels):,} images in {len(collection.shards):,} shards"
     else:
-        manifest = fileset.verify(url)
-        print(f"{url}: {len(manifest.files)} files, every hash right")
+        checked = f"{len(fileset.verify(url).files)} files"
+    print(f"{url}: {checked}, all right", file=sys.stderr)
 
 
 @app.command(
@@ -136,8 +151,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Same seed, same images.")] = 0,
 ) -> None:
     """Write a labelled grid of samples."""
+    from pipeline.data.grids import grid
     from pipeline.evaluation.models import open_model
-    from pipeline.tracking.grids import grid
 
     generator = open_model(model)
     wanted = [c.strip() for c in classes.split(",")] if classes else None

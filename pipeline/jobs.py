@@ -47,7 +47,9 @@ def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:
 
 def _pack(job: PackJob) -> dict[str, Any]:
     from pipeline.data.pack import pack
+    from pipeline.training import cluster
 
+    cluster.join()
     collection = pack(job.destination, job.pack)
     return {
         "name": job.name,

@@ -34,19 +34,27 @@ class PackSection(Section):
     """How a collection becomes shards."""
 
     source: str | dict[str, str]
-    """A folder of classes, a tar of such, or `digits`; a mapping names the splits: {train: …, heldout: …}."""
+    """A folder of classes, a tar of such, an official layout (ImageNet, CIFAR, Tiny ImageNet, CelebA, LSUN), WebDataset
+    shards, Parquet with images, a table of path,label (TABLE#COLUMN names the label), or `digits`; at any URL. A
+    mapping names the splits: {train: …, heldout: …}."""
     resolution: int = 128
     """Pixels per side after the centre crop."""
     encoding: Literal["jpeg", "png", "webp"] | None = None
     """JPEG is smallest and decodes fastest; PNG and WebP keep every pixel. Default: PNG at 32 px, else JPEG."""
     quality: int = Field(95, ge=1, le=100)
     """JPEG quality."""
+    chroma: Literal["4:4:4", "4:2:0"] = "4:4:4"
+    """Colour resolution of JPEG: 4:4:4 keeps all of it, 4:2:0 is smaller and decodes faster."""
     shard_images: int = Field(1000, ge=1)
     """Images per shard."""
     seed: int = 0
     """Seed of the permutation in which samples are written."""
     max_broken: int = Field(0, ge=0)
     """How many undecodable images are tolerated (each is listed)."""
+    exclude: Url | None = None
+    """File (URL) with the names of images to leave out, one a line, as `sagan verify` prints them."""
+    index_only: bool = False
+    """`source` is a folder of WebDataset shards that are right as they are: index them there, write no image."""
 
     @field_validator("resolution")
     @classmethod

@@ -12,11 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
-def prepare(data: bytes, resolution: int, encoding: str, quality: int) -> bytes:
+def prepare(data: bytes, resolution: int, encoding: str, quality: int = 95, chroma: str = "4:4:4") -> bytes:
     """An image file as shards hold it: RGB, upright, its largest centred square, `resolution` pixels a side.
 
-    `encoding` is a key of EXTENSIONS; `quality` (1 … 100) is JPEG's. Raises ValueError with the reason where `data` is
-    not an image that can be decoded to its end.
+    `encoding` is a key of EXTENSIONS; `quality` (1 … 100) and `chroma` (4:4:4, 4:2:0) are JPEG's. Raises ValueError
+    with the reason where `data` is not an image that can be decoded to its end.
     """
     image = _decode(data)
     side = min(image.size)
@@ -27,8 +27,7 @@ def prepare(data: bytes, resolution: int, encoding: str, quality: int) -> bytes:
     image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     if encoding == "jpeg":
-        # Full chroma: at these sizes there is none to spare.
-        image.save(out, "JPEG", quality=quality, subsampling="4:4:4")
+        image.save(out, "JPEG", quality=quality, subsampling=chroma)
     elif encoding == "webp":
         image.save(out, "WEBP", lossless=True)
     else:

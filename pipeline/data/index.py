@@ -1,7 +1,8 @@
 """A packed collection: what its manifest and its index say, verified.
 
 Beside the shards (plain WebDataset tars) stand `manifest.json`, written last, and `index.safetensors`: per sample
-`shard` int32, `offset` int64 of the image's bytes in its shard, `length` int32 of them, `label` int32.
+`shard` int32, `offset` int64 of the image's bytes in its shard, `length` int32 of them, `label` int32. `keys.txt` has a
+line per sample, the name of the image at its source.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
+from webdataset.tariterators import base_plus_ext
 
 from pipeline.data.images import EXTENSIONS
 from pipeline.errors import CorruptError, UsageError
 from pipeline.storage import files
 
-MANIFEST, INDEX, FORMAT = "manifest.json", "index.safetensors", 1
+MANIFEST, INDEX, KEYS, FORMAT = "manifest.json", "index.safetensors", "keys.txt", 1
+_IMAGES = {*EXTENSIONS.values(), "jpeg"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,15 @@ class Shard:
 
 
 class Sample(NamedTuple):
-    """One sample of a shard: where its image's bytes are. `label` is None where there is no .cls."""
+    """One sample of a shard: the image's name in it, where its bytes are, its label (None where there is none).
 
-    key: str
+    Shards of others may have words as labels.
+    """
+
+    name: str
     offset: int
     length: int
-    label: int | None
+    label: int | str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +79,11 @@ class Collection:
             data = files.read_bytes(files.join(url, MANIFEST))
         except FileNotFoundError:
             raise UsageError(f"{url} holds no packed collection", f"pack one there: sagan pack SOURCE {url}") from None
+        return cls.of(url, data)
+
+    @classmethod
+    def of(cls, url: str, data: bytes) -> Collection:
+        """As `open`, with the manifest's bytes at hand."""
         try:
             manifest = json.loads(data)
             if (found := manifest["format"]) != FORMAT:
@@ -122,22 +132,36 @@ class Collection:
         return files.join(self.url, shard.name)
 
 
-def read_shard(path: Path) -> Iterator[Sample]:
+def read_shard(path: Path) -> list[Sample]:
     """The samples of a WebDataset tar, in their order. Raises CorruptError where it is not one."""
-    images, labels = {}, {}
+    images: dict[str, Sample] = {}
+    labels: dict[str, int | str | None] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key, _, extension = member.name.partition(".")
-                if extension in EXTENSIONS.values():
-                    images[key] = (member.offset_data, member.size)
-                elif extension == "cls":
-                    file = tar.extractfile(member)
-                    labels[key] = int(file.read()) if file else None
+                key, extension = base_plus_ext(member.name)
+                if extension and extension.lower() in _IMAGES:
+                    images[key] = Sample(member.name.removeprefix("./"), member.offset_data, member.size, None)
+                elif extension in ("cls", "json") and (file := tar.extractfile(member)):
+                    labels[key] = label_of(f".{extension}", file.read())
     except (tarfile.ReadError, ValueError) as error:
         raise CorruptError(f"{path.name} is not a shard: {error}") from error
-    for key, (offset, length) in images.items():
-        yield Sample(key, offset, length, labels.get(key))
+    return [sample._replace(label=labels.get(key)) for key, sample in images.items()]
+
+
+def label_of(extension: str, data: bytes) -> int | str | None:
+    """What a member of a WebDataset sample says of its class: `.cls` a number or a word, `.json` a key `label`.
+
+    Raises ValueError where a .json is none.
+    """
+    if extension == ".json":
+        stated = json.loads(data)
+        value = stated.get("label", stated.get("cls")) if isinstance(stated, dict) else None
+    else:
+        value = data.decode().strip() if extension == ".cls" else None
+    if isinstance(value, str) and value.isdigit():
+        return int(value)
+    return value if isinstance(value, int | str) else None
 
 
 def _split_ranges(shards: list[Shard]) -> dict[str, range]:

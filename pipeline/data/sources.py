@@ -1,4 +1,4 @@
-"""Where images come from: a folder of classes, a tar of such, or scikit-learn's handwritten digits.
+"""Where images come from: whatever lies at a path or URL is recognised by what is there.
 
 A source lists its images first, cheaply, in an order that depends on nothing but their names, and reads any of them
 later, so that packing can permute millions with bounded memory.
@@ -7,38 +7,25 @@ later, so that packing can permute millions with bounded memory.
 from __future__ import annotations
 
 import io
-import tarfile
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
 
+from pipeline.data import official, tables
+from pipeline.data.tree import IMAGES, SPLITS, Row, Source, Tree, hidden, source_of, suffix
 from pipeline.errors import UsageError
 from pipeline.storage import files
 
 DIGITS = "digits"
-_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "heldout"}
-_HOW = "give a folder with a folder of images per class, or a tar of such, or `digits`"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images that can be read one by one, in any order and from several threads.
-
-    keys: the images' names. labels: the class of each, an index into class_names (0 where there are no classes).
-    splits: the name of each part and the indices of its images. kind: what it is, the same wherever it lies.
-    """
-
-    kind: str
-    keys: list[str]
-    labels: np.ndarray
-    class_names: list[str]
-    splits: dict[str, np.ndarray]
-    read: Callable[[int], bytes]
+_HOW = (
+    "give a folder with a folder of images per class, a tar of such, an official layout, WebDataset shards, Parquet "
+    "with images, a table of path,label, or `digits`"
+)
+_UNKNOWN_IMAGES = {".heic", ".heif", ".raw", ".cr2", ".nef", ".dng", ".svg", ".psd", ".jxl", ".zip", ".mat", ".npy"}
 
 
 def open_source(source: str | dict[str, str]) -> Source:
@@ -46,12 +33,24 @@ def open_source(source: str | dict[str, str]) -> Source:
 
     Raises UsageError where it is missing, holds no images, or images beside class folders; EnvironmentFault.
     """
-    if isinstance(source, str):
-        return _digits() if source == DIGITS else _by_class(*_open(source), where=source)
-    parts = {
-        split: (_digits() if url == DIGITS else _by_class(*_open(url), where=url)) for split, url in source.items()
-    }
-    return _joined(parts)
+    found = _open(source) if isinstance(source, str) else _joined({split: _open(url) for split, url in source.items()})
+    names = [found.titles.get(name, name) for name in found.class_names]
+    twice = {name for name, count in Counter(names).items() if count > 1}  # two classes of ImageNet are called crane
+    names = [f"{n} ({c})" if n in twice else n for n, c in zip(names, found.class_names, strict=True)]
+    return replace(found, class_names=names)
+
+
+def _open(url: str) -> Source:
+    if url == DIGITS:
+        return _digits()
+    if tables.is_table(url):
+        return tables.read(url)
+    if suffix(url) in (".gz", ".tgz"):
+        return official.cifar_archive(url)
+    tree = Tree.open(url)
+    found = next((source for layout in official.LAYOUTS if (source := layout(tree)) is not None), None)
+    found = found or _by_class(tree)
+    return replace(found, titles=official.titles(tree, found.class_names))
 
 
 def _joined(parts: dict[str, Source]) -> Source:
@@ -68,7 +67,6 @@ def _joined(parts: dict[str, Source]) -> Source:
     if class_names and (bare := [split for split, part in parts.items() if not part.class_names]):
         raise UsageError(f"split {bare[0]!r} has no class folders, other splits have", _HOW)
     index = {name: i for i, name in enumerate(class_names)}
-    readers = [(part.read, i) for part in parts.values() for i in range(len(part.keys))]
     stops = np.cumsum([len(part.keys) for part in parts.values()])
     labels = [
         np.array([index[name] for name in part.class_names], dtype=np.int64)[part.labels]
@@ -76,80 +74,71 @@ def _joined(parts: dict[str, Source]) -> Source:
         else part.labels
         for part in parts.values()
     ]
+    readers = [part.read for part in parts.values()]
+
+    def read(i: int) -> bytes:
+        part = int(np.searchsorted(stops, i, side="right"))
+        return readers[part](i - int(stops[part - 1]) if part else i)
+
     return Source(
         kind=" + ".join(sorted({part.kind for part in parts.values()})),
         keys=[f"{split}: {key}" for split, part in parts.items() for key in part.keys],
         labels=np.concatenate(labels),
         class_names=class_names,
         splits={s: np.arange(stop - len(p.keys), stop) for (s, p), stop in zip(parts.items(), stops, strict=True)},
-        read=lambda i: readers[i][0](readers[i][1]),
+        read=read,
+        titles={name: title for part in parts.values() for name, title in part.titles.items()},
+        notes=[f"{split}: {note}" for split, part in parts.items() for note in part.notes],
+        here=any(part.here for part in parts.values()),
     )
 
 
-def _open(url: str) -> tuple[list[str], Callable[[str], bytes]]:
-    """All files of a folder or tar, by path, and how to read one."""
-    if files.name(url).endswith((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
-        return _open_tar(url)
-    paths = files.list_files(url)
-    if not paths:
-        if not files.exists(url):
-            raise UsageError(f"{url} does not exist", _HOW)
-        if not (files.is_local(url) and files.local_path(url).is_dir()):
-            raise UsageError(f"{url} is neither a folder nor a tar", _HOW)
-    return paths, lambda path: files.read_bytes(files.join(url, path))
-
-
-def _open_tar(url: str) -> tuple[list[str], Callable[[str], bytes]]:
-    copy = None
-    if files.is_local(url):
-        path = files.local_path(url)
-    else:  # once through the network, and from then on at any offset
-        copy = tempfile.NamedTemporaryFile(prefix="sagan-", suffix=".tar")  # noqa: SIM115
-        path = Path(copy.name)
-    try:
-        if copy:
-            files.download(url, path)
-        with tarfile.open(path, "r:") as tar:
-            members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tar if m.isfile()}
-    except FileNotFoundError:
-        raise UsageError(f"{url} does not exist", _HOW) from None
-    except tarfile.ReadError as error:
-        raise UsageError(f"{url} cannot be read as a plain tar: {error}", "decompress it first, or check it") from None
-
-    def read(member: str, _alive: object = copy) -> bytes:  # the copy goes when nobody can read from it any more
-        offset, size = members[member]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    return sorted(members), read
-
-
-def _by_class(paths: Sequence[str], read: Callable[[str], bytes], where: str) -> Source:
-    """Class = parent folder. A leading split folder is no class; several of them are the splits."""
-    images = sorted(p for p in map(PurePosixPath, paths) if p.suffix.lower() in _IMAGES and not _hidden(p))
+def _by_class(tree: Tree) -> Source:
+    """Class = parent folder. Folders that are all called after splits are no classes; several of them are splits."""
+    images = tree.images
     if not images:
-        raise UsageError(f"{where} holds no images ({len(paths)} files, none ending in .jpg, .png, …)", _HOW)
-    folders = [None if p.parent.name in _SPLITS or p.parent == PurePosixPath() else p.parent.name for p in images]
-    class_names = sorted({name for name in folders if name is not None})
-    if class_names and None in folders:
-        stray = images[folders.index(None)]
-        raise UsageError(
-            f"{where} has class folders ({class_names[0]}, …), but {stray} is in none", "move or delete it"
-        )
-    index: dict[str | None, int] = {name: i for i, name in enumerate(class_names)} | {None: 0}
-    split_of = [next((part for part in p.parts[:-1] if part in _SPLITS), "train") for p in images]
-    names = sorted(set(split_of))
-    splits = {name: np.array([i for i, s in enumerate(split_of) if s == name]) for name in names}
-    if len(splits) == 1:
-        splits = {"train": np.arange(len(images))}
-    keys = [str(p) for p in images]
-    labels = np.array([index[name] for name in folders], dtype=np.int64)
-    return Source("images in folders", keys, labels, class_names, splits, lambda i: read(keys[i]))
+        expected = f"{len(tree.places)} files, none ending in .jpg, .png, …"
+        raise UsageError(f"{tree.url} holds no images ({expected})", _HOW)
+    depth = _split_depth(images)
+    level = -1
+    if all(PurePosixPath(path).parent.name == "images" for path in images):
+        level = -2  # a folder that all classes have is none
+    rows = []
+    for path in images:
+        folders = PurePosixPath(path).parts[:-1]
+        split = "train" if depth is None else folders[depth]
+        within = folders if depth is None else folders[depth + 1 :]
+        rows.append(Row(path, tree.places[path], within[level] if len(within) >= -level else None, split))
+    return source_of("images in folders", rows, notes=_left_out(tree, {row.label for row in rows}))
 
 
-def _hidden(path: PurePosixPath) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+def _split_depth(paths: Sequence[str]) -> int | None:
+    """The level at which every path goes through a folder that is called after a split."""
+    folders = [PurePosixPath(path).parts[:-1] for path in paths]
+    deepest = min(len(parts) for parts in folders)
+    return next((d for d in range(deepest) if all(parts[d] in SPLITS for parts in folders)), None)
+
+
+def _left_out(tree: Tree, classes: set[str | None]) -> list[str]:
+    """What somebody may have taken for images, and folders that would have been classes."""
+    others = [path for path in tree.places if suffix(path) not in IMAGES and not hidden(path)]
+    unknown = Counter(suffix(path) for path in others if suffix(path) in _UNKNOWN_IMAGES)
+    empty = ({PurePosixPath(path).parent.name for path in others} | _empty_folders(tree)) - classes - SPLITS - {""}
+    notes = [f"{count:,} {kind} files are of a kind that is not read" for kind, count in sorted(unknown.items())]
+    if empty:
+        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
+        notes.append(f"folders without any image are no classes: {', '.join(sorted(empty)[:5])}{more}")
+    return notes
+
+
+def _empty_folders(tree: Tree) -> set[str]:
+    """Names of the folders without any file beside class folders; only a file system has such."""
+    if not (files.is_local(tree.url) and files.local_path(tree.url).is_dir()):
+        return set()
+    root = files.local_path(tree.url)
+    above = {(root / path).parent.parent for path in tree.images if "/" in path}
+    folders = [path for folder in above if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
+    return {path.name for path in folders if not hidden(path.name) and not any(path.iterdir())}
 
 
 def _digits() -> Source:
@@ -177,4 +166,5 @@ def _digits() -> Source:
         class_names=[str(digit) for digit in range(10)],
         splits={"train": np.sort(train), "heldout": np.sort(heldout)},
         read=read,
+        here=True,  # sooner packed than a cluster is asked
     )

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from pipeline.config.schema import DataSection, EvaluateSection
+from pipeline.data.grids import beside_real
 from pipeline.data.index import Collection
 from pipeline.data.stream import read_images
-from pipeline.tracking.grids import beside_real
 from sagan.random import Purpose, latents
 from sagan.sampling import Model
 

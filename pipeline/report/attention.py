@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from pipeline.tracking.grids import GAP, PAPER
+from pipeline.data.grids import GAP, PAPER
 from sagan.attention import SelfAttention
 from sagan.discriminator import Discriminator
 from sagan.sampling import Model

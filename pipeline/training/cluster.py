@@ -41,6 +41,12 @@ def connect(least_cpus: float = 1) -> None:
         ) from None
 
 
+def join() -> None:
+    """Join the cluster of RAY_ADDRESS where there is one, so that its tasks pack and verify what lies in buckets."""
+    if os.environ.get("RAY_ADDRESS"):
+        connect()
+
+
 def _python_path() -> dict[str, str]:
     """Workers import the code that the driver imported, installed or not."""
     checkout = str(Path(__file__).resolve().parents[2])

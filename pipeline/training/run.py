@@ -100,6 +100,7 @@ def pack_if_missing(job: TrainJob) -> None:
     """Pack `data.pack` to `data.train` where no collection stands there yet."""
     if job.data.pack is not None and not files.exists(files.join(job.data.train, "manifest.json")):
         files.check_writable(job.data.train)
+        cluster.join()
         pack(job.data.train, job.data.pack)
 
 

@@ -24,11 +24,11 @@ from PIL import Image
 
 from infra.local.server import free_port
 from infra.local.servers import MlflowServer
+from pipeline.data.grids import grid
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import files, fileset
 from pipeline.tracking import registry
 from pipeline.tracking.card import card
-from pipeline.tracking.grids import grid
 from pipeline.tracking.tracker import Tracker, client
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model

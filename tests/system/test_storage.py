@@ -14,8 +14,9 @@ import pytest
 from infra.local.servers import S3, free_port
 from pipeline.config.schema import DataSection, PackSection
 from pipeline.data.index import Collection
-from pipeline.data.pack import pack, verify
+from pipeline.data.pack import pack
 from pipeline.data.stream import Stream
+from pipeline.data.verify import verify
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import files, fileset
 from sagan.world import World

@@ -76,7 +76,12 @@ def test_a_mapping_names_splits_and_matches_classes_by_name(tmp_path: Path) -> N
     assert source.read(2) == image_bytes(0)
 
 
-@pytest.mark.parametrize("folder", ["", "train/"])
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    source = open_source(str(folder_of(tmp_path / "set", ["bus/1.jpg", "train/2.jpg", "truck/3.jpg"])))
+    assert source.class_names == ["bus", "train", "truck"]
+
+
+@pytest.mark.parametrize("folder", ["", "train/", "images/", "train/images/"])
 def test_images_without_class_folders_have_no_classes(tmp_path: Path, folder: str) -> None:
     source = open_source(str(folder_of(tmp_path / "set", [f"{folder}1.jpg", f"{folder}2.jpg"])))
     assert source.class_names == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -18,7 +20,8 @@ def grid(images: Tensor, labels: Sequence[str] | None = None, columns: int = 8, 
     Of `labels`, one per image, each row that has only one gets it written at its left; where a row has several, every
     image gets its own below it.
     """
-    font = ImageFont.load_default(TEXT)
+    # Pillow's own font has Latin letters alone; matplotlib's has Greek, Cyrillic, Arabic and others too.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
     factor = max(1, -(-LEAST_TILE // images.shape[-1]))
     width, height = images.shape[-1] * factor, images.shape[-2] * factor
     columns = min(columns, len(images))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.tracking.grids import beside_real, grid
+from pipeline.data.grids import beside_real, grid
 
 
 def flat(colours: list[int], size: int = 32) -> torch.Tensor:
