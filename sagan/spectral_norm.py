@@ -135,7 +135,7 @@ class Conv2d(SpectralNorm):
     """Convolution at stride 1 that keeps the size of the map; the weight is [out, height, width, in]."""
 
     def __init__(self, in_: int, out: int, size: int, spectral: Spectral | None, *, bias: bool = True) -> None:
-        weight = _glorot(out, in_, size, size).permute(0, 2, 3, 1).contiguous()
+        weight = _laid_out(_glorot(out, in_, size, size).permute(0, 2, 3, 1))
         super().__init__(weight, out if bias else 0, spectral)
 
     @property
@@ -154,7 +154,7 @@ class TransposedConv2d(SpectralNorm):
     """
 
     def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
-        weight = _glorot(out, in_, 3, 3).permute(1, 2, 3, 0).contiguous()
+        weight = _laid_out(_glorot(out, in_, 3, 3).permute(1, 2, 3, 0))
         super().__init__(weight, out, spectral, transposed=True)
 
     @property
@@ -177,6 +177,11 @@ class Embedding(SpectralNorm):
 
     def forward(self, y: Tensor) -> Tensor:
         return F.embedding(y, self.normalised_weight)
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """In memory as it is indexed; `contiguous` leaves odd strides on sides of length 1, for which DDP copies gradients."""
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _glorot(*shape: int) -> Tensor:

@@ -66,6 +66,12 @@ class TestSpectralNorm:
             spectral_norm.warm_up(layer, 3)
         torch.testing.assert_close(transposed.sigma, plain.sigma, **EXACT)
 
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_weights_lie_in_memory_as_they_are_indexed(self, size):
+        """On sides of length 1 too, or DDP's buckets have other strides than the gradients, which it copies then."""
+        weight = spectral_norm.Conv2d(6, 4, size, CONVERGED).weight
+        assert weight.stride() == torch.empty(weight.shape).stride()
+
     def test_a_forward_changes_nothing_and_an_advance_does(self):
         layer = spectral_norm.Conv2d(3, 4, 3, CONVERGED)
         spectral_norm.warm_up(layer, 1)
