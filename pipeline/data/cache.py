@@ -53,14 +53,14 @@ class CachedShard:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def touch(self) -> None:
+    def touch(self, identity: tuple[int, ...]) -> None:
         """Note that it is being used, for whoever looks for what to evict."""
         with suppress(PermissionError):  # another user's file
-            os.utime(self._fd, ns=(time.time_ns(), os.fstat(self._fd).st_mtime_ns))
+            os.utime(self._fd, ns=(time.time_ns(), identity[-1]))
 
     @property
-    def identity(self) -> tuple[int, int, int, int]:
-        """Changes when somebody writes to the file or puts another in its place."""
+    def identity(self) -> tuple[int, ...]:
+        """Changes when somebody writes to the file or puts another in its place; ends with the time of writing."""
         stat = os.fstat(self._fd)
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -90,9 +90,9 @@ class ShardCache:
         Raises CorruptError where its bytes are not the manifest's however often they are fetched, or it is gone;
         EnvironmentFault where the storage cannot be reached for too long or does not let us in, or there is no room.
         """
-        try:
-            cached = self._on_disk(shard)
-            if cached is None or cached.identity != self._verified.get(shard.sha256):
+        try:  # a batch opens several: every call of the system lets other threads take the interpreter
+            cached, verified = self._on_disk(shard), self._verified.get(shard.sha256)
+            if cached is None or cached.identity != verified:
                 with self._exclusive(shard.sha256):
                     cached = self._verified_on_disk(shard) or self._fetched(url, shard)
         except OSError as error:
@@ -101,7 +101,7 @@ class ShardCache:
                 "data.cache must name a folder on a disk in order, which we may write to",
             ) from error
         self._failing_since.pop(shard.sha256, None)
-        cached.touch()
+        cached.touch(self._verified[shard.sha256])
         return cached
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class ShardCache:
 
     def _on_disk(self, shard: Shard) -> CachedShard | None:
         try:
-            return CachedShard(os.open(self._folder / shard.sha256, os.O_RDONLY))
+            return CachedShard(os.open(f"{self._folder}/{shard.sha256}", os.O_RDONLY))
         except FileNotFoundError:
             return None
 
