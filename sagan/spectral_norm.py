@@ -180,7 +180,7 @@ class Embedding(SpectralNorm):
 
 
 def _laid_out(weight: Tensor) -> Tensor:
-    """In memory as it is indexed; `contiguous` leaves odd strides on sides of length 1, and DDP copies gradients then."""
+    """In memory as indexed: `contiguous` leaves odd strides on sides of length 1, and then DDP copies gradients."""
     return weight.clone(memory_format=torch.contiguous_format)
 
 
