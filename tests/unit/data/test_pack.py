@@ -477,7 +477,7 @@ def test_real_collections(
     if test_data is None:
         pytest.skip("SAGAN_TEST_DATA names no folder with real collections")
     with tarfile.open(test_data / archive) as tar:
-        tar.extractall(tmp_path / "unpacked", filter="data")
+        tar.extractall(tmp_path / "unpacked")
     index = test_data / "imagenet_class_index.json"
     (tmp_path / index.name).write_bytes(index.read_bytes())  # beside the folder, as it stands beside the tar
     name_of = dict(json.loads(index.read_text()).values())

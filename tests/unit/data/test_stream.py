@@ -178,7 +178,7 @@ def test_a_cache_smaller_than_the_collection_only_costs_fetches(packed: Collecti
     tight = section.model_copy(update={"cache_gb": room / 1e9, "lanes": 1, "window": 7})
     with streaming(packed, tight) as stream:
         taken = take(stream, 0, 8, 15)
-        kept = [path.stat().st_size for path in Path(section.cache).iterdir() if path.suffix == ""]
+    kept = [path.stat().st_size for path in Path(section.cache).iterdir() if path.suffix == ""]
     assert sum(kept) <= room < sum(shard.size for shard in packed.shards)
     labels = torch.from_numpy(packed.labels[order.samples(range(120))])
     assert torch.equal(torch.cat([batch.labels for batch in taken]), labels)

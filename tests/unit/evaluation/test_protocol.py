@@ -25,7 +25,7 @@ def test_every_part_of_a_protocol_is_part_of_its_name(field: str) -> None:
 
 
 def test_the_same_protocol_has_the_same_name_wherever_it_is_computed() -> None:
-    assert PROTOCOL.key("fid") == "fid/35efa1aa"
+    assert PROTOCOL.key("fid") == "fid/d5ba52dc"
 
 
 @pytest.mark.parametrize(
