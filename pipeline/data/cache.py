@@ -168,7 +168,8 @@ class ShardCache:
                     f"SHA-256 {shard.sha256[:16]}… expected)",
                     "sagan verify the collection, and pack it again where it is damaged",
                 )
-            part.replace(self._folder / shard.sha256)
+            with self._exclusive("room"):  # who lists the folder meanwhile may see neither name
+                part.replace(self._folder / shard.sha256)
             return cached
         finally:
             part.unlink(missing_ok=True)
