@@ -243,7 +243,7 @@ def test_ray_runs_executable_jobs_from_the_checkout_stops_them_and_leaves(s3, tm
     script.chmod(0o755)
     submit = [str(BIN / "ray"), "job", "submit", "--", str(script)]
     with Ray(cpus=1, env=s3.env) as head:
-        environment = os.environ | head.env
+        environment = os.environ | head.env | {"PYTHONUNBUFFERED": "1"}  # the client would keep lines back in a pipe
         done = subprocess.run(submit, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"runs with {sys.executable} in {CHECKOUT} and {s3.url}" in done.stdout
