@@ -2,8 +2,8 @@
 
 A shard's file is named by its SHA-256. It is fetched to a temporary name, hashed and only then renamed, under a lock
 that makes the processes of a node fetch it once; the kernel lets go of the locks of a process that dies. Who needs room
-deletes what was used longest ago; whoever is reading that reads on. Nobody keeps a file open while waiting for another,
-since a full disk would not get its room back.
+deletes what was used longest ago; whoever is reading that reads on. A full disk gets no room back from a file that
+somebody has open: so nobody keeps one open while waiting for another, nor for long without reading it.
 
 What fails is tried again: storage that is down or silent for as long as the patience lasts, wrong bytes and refusals a
 few times. Here alone, so that no layer below multiplies the waiting.
@@ -29,29 +29,31 @@ from pipeline.storage import files
 
 _TRIES = 3  # of what should not get better by trying again: wrong bytes, a missing object, no access
 _LONGEST_PAUSE_S = 5.0
+_KEPT = 128  # open files that nobody is reading, at most
 _UNNOTED_S, _NOTE_EVERY_S = 1.0, 10.0  # seconds of waiting that go without saying; and between two notes
 
 
 class CachedShard:
-    """An open, verified shard; `read` works from any thread until `close`, also after the file has been evicted."""
+    """An open, verified shard, for one thread until `close`; `read` works also after the file has been evicted."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, sha256: str, keep: Callable[[CachedShard], None]) -> None:
+        self._fd, self.sha256, self._keep = fd, sha256, keep
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Done with it: the cache may give it to another."""
+        self._keep(self)
 
-    __del__ = close
+    def __del__(self) -> None:
+        os.close(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._fd, length, offset)
 
-    def sha256(self) -> str:
+    def has_its_bytes(self) -> bool:
+        """Read all of it, and compare with its name."""
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
 
     def touch(self, identity: tuple[int, ...]) -> None:
         """Note that it is being used, for whoever looks for what to evict."""
@@ -81,6 +83,8 @@ class ShardCache:
         self._noted = -math.inf
         self._failing_since: dict[str, float] = {}  # SHA-256 of a shard that does not come → when that began
         self._verified: dict[str, tuple[int, ...]] = {}  # SHA-256 → identity of the file that had it
+        self._idle: dict[str, CachedShard] = {}  # SHA-256 → a file kept open, first the one that was read longest ago
+        self._waiting = 0  # threads that wait for a shard
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -90,10 +94,13 @@ class ShardCache:
         Raises CorruptError where its bytes are not the manifest's however often they are fetched, or it is gone;
         EnvironmentFault where the storage cannot be reached for too long or does not let us in, or there is no room.
         """
-        try:  # a batch opens several: every call of the system lets other threads take the interpreter
-            cached, verified = self._on_disk(shard), self._verified.get(shard.sha256)
-            if cached is None or cached.identity != verified:
-                with self._exclusive(shard.sha256):
+        # A batch opens several, and every call of the system lets other threads take the interpreter.
+        if (kept := self._kept(shard)) is not None:
+            return kept
+        try:
+            cached = self._known_on_disk(shard)
+            if cached is None:
+                with self._nothing_idle(), self._exclusive(shard.sha256):
                     cached = self._verified_on_disk(shard) or self._fetched(url, shard)
         except OSError as error:
             raise EnvironmentFault(
@@ -104,30 +111,69 @@ class ShardCache:
         cached.touch(self._verified[shard.sha256])
         return cached
 
+    def close_idle(self) -> None:
+        """Close the files that are kept for the next reader. To be called now and then where reading may pause."""
+        with self._lock:
+            self._idle.clear()
+
     def close(self) -> None:
         """End waiting fetches, with EnvironmentFault."""
         self._closed.set()
+        self.close_idle()
+
+    def _kept(self, shard: Shard) -> CachedShard | None:
+        cached = self._idle.pop(shard.sha256, None)
+        return cached if cached is not None and self._is_known(cached) else None
+
+    def _known_on_disk(self, shard: Shard) -> CachedShard | None:
+        cached = self._on_disk(shard)
+        return cached if cached is not None and self._is_known(cached) else None
+
+    def _is_known(self, cached: CachedShard) -> bool:
+        """Whether it has been verified, and nobody has written to it since."""
+        return cached.identity == self._verified.get(cached.sha256)
 
     def _on_disk(self, shard: Shard) -> CachedShard | None:
         try:
-            return CachedShard(os.open(f"{self._folder}/{shard.sha256}", os.O_RDONLY))
+            return self._opened(f"{self._folder}/{shard.sha256}", shard)
         except FileNotFoundError:
             return None
+
+    def _opened(self, path: str | Path, shard: Shard) -> CachedShard:
+        return CachedShard(os.open(path, os.O_RDONLY), shard.sha256, self._keep)
+
+    def _keep(self, cached: CachedShard) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._idle[cached.sha256] = cached
+                if len(self._idle) > _KEPT:
+                    del self._idle[next(iter(self._idle))]
+
+    @contextmanager
+    def _nothing_idle(self) -> Iterator[None]:
+        with self._lock:
+            self._waiting += 1
+            self._idle.clear()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def _verified_on_disk(self, shard: Shard) -> CachedShard | None:
         """The shard where the disk has it; hashed once per process, and again whenever the file has been touched."""
         cached = self._on_disk(shard)
-        if cached is not None and not self._is_right(cached, shard):
+        if cached is not None and not self._is_right(cached):
             (self._folder / shard.sha256).unlink(missing_ok=True)
             return None
         return cached
 
-    def _is_right(self, cached: CachedShard, shard: Shard) -> bool:
-        identity = cached.identity
-        if self._verified.get(shard.sha256) != identity:
-            if cached.sha256() != shard.sha256:
+    def _is_right(self, cached: CachedShard) -> bool:
+        if not self._is_known(cached):
+            identity = cached.identity
+            if not cached.has_its_bytes():
                 return False
-            self._verified[shard.sha256] = identity
+            self._verified[cached.sha256] = identity
         return True
 
     def _fetched(self, url: str, shard: Shard) -> CachedShard:
@@ -161,8 +207,8 @@ class ShardCache:
                 files.download(url, part, attempts=1)
             except FileNotFoundError:
                 raise CorruptError(f"{url} is missing, though its manifest names it", "pack it again") from None
-            cached = CachedShard(os.open(part, os.O_RDONLY))
-            if not self._is_right(cached, shard):
+            cached = self._opened(part, shard)
+            if not self._is_right(cached):
                 raise CorruptError(
                     f"{url} differs from its manifest ({part.stat().st_size} bytes, {shard.size} expected; "
                     f"SHA-256 {shard.sha256[:16]}… expected)",

@@ -31,8 +31,7 @@ from pipeline.errors import CorruptError, SaganError, UsageError
 from sagan.world import World
 
 _FETCHES = 8  # shards that are fetched side by side, so that a slow answer delays none of the others
-_ROWS = 64  # the order is walked ahead in strides of so many rows of lanes
-_CHUNK = 256  # images per tensor of `read_images`
+_IDLE_S = 1.0  # a full disk waits so long for room that a pausing worker holds
 _BLOCK = 2**24  # bytes of memory that are asked for at a time, for as many batches as they hold
 
 
@@ -161,7 +160,7 @@ class Stream:
         return (self._world.share(first, first + batch) for first in itertools.count(start, batch))
 
     def _prefetch(self, start: int) -> _Prefetch:
-        return _Prefetch(self._shards, self._open, start, self._stride, self._horizon)
+        return _Prefetch(self._shards, self._open, self._cache.close_idle, start, self._stride, self._horizon)
 
     def _read(self, memory: _Memory, positions: range) -> tuple[range, torch.Tensor, torch.Tensor]:
         return positions, *_read(self._collection, self._cache, memory, self._ids(positions))
@@ -171,7 +170,7 @@ class Stream:
 
     @property
     def _stride(self) -> int:
-        return max(1, min(_ROWS * self._data.lanes, self._horizon))
+        return max(1, self._horizon // 4)
 
     @property
     def _horizon(self) -> int:
@@ -206,14 +205,21 @@ def _check_room(collection: Collection, split: str, data: DataSection) -> None:
 class _Prefetch:
     """A thread that walks the order in strides and opens shards before batches need them, up to `horizon` ahead.
 
-    shards: those of the stride from a position on. open: fetches one. Failures are left to the batch that they concern.
+    shards: those of the stride from a position on. open: fetches one. idle: called every second without anything to do.
+    Failures are left to the batch that they concern.
     """
 
     def __init__(
-        self, shards: Callable[[int], list[int]], open_: Callable[[int], None], start: int, stride: int, horizon: int
+        self,
+        shards: Callable[[int], list[int]],
+        open_: Callable[[int], None],
+        idle: Callable[[], None],
+        start: int,
+        stride: int,
+        horizon: int,
     ) -> None:
-        self._shards, self._open, self._stride, self._horizon = shards, open_, stride, horizon
-        self._start = self._reached = start
+        self._shards, self._open, self._idle, self._stride, self._horizon = shards, open_, idle, stride, horizon
+        self._start = self._reached = self._wanted = start
         self._ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._walk, name="prefetch", daemon=True)
@@ -230,9 +236,10 @@ class _Prefetch:
 
     def reached(self, position: int) -> None:
         """Batches up to `position` are done."""
-        with self._changed:
-            self._reached = position
-            self._changed.notify()
+        self._reached = position
+        if position >= self._wanted:  # waking a thread costs as much as decoding some images
+            with self._changed:
+                self._changed.notify()
 
     def _walk(self) -> None:
         for _ in map_ahead(self._fetch, self._needed(), _FETCHES, _FETCHES):
@@ -254,21 +261,23 @@ class _Prefetch:
     def _may_fetch(self, first: int) -> bool:
         """Wait until `first` is near enough. False where the stream has ended meanwhile."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or first <= self._reached + self._horizon)
+            self._wanted = first - self._horizon
+            while not self._changed.wait_for(lambda: self._ended or self._wanted <= self._reached, timeout=_IDLE_S):
+                self._idle()
             return not self._ended
 
 
 def read_images(
-    collection: Collection, ids: np.ndarray, cache: str, cache_gb: float, threads: int
+    collection: Collection, ids: np.ndarray, cache: str, cache_gb: float, threads: int, batch: int = 256
 ) -> Iterator[torch.Tensor]:
-    """The images of sample `ids`, in their order, in tensors uint8 [n ≤ 256, 3, H, W].
+    """The images of sample `ids`, in their order, in tensors uint8 [n ≤ `batch`, 3, H, W].
 
     Raises CorruptError, EnvironmentFault.
     """
-    shards, memory = ShardCache(cache, cache_gb), _Memory(_CHUNK, collection.resolution)
-    chunks = (ids[first : first + _CHUNK] for first in range(0, len(ids), _CHUNK))
-    read_chunk = partial(_read, collection, shards, memory)
-    with closing(shards), closing(map_ahead(read_chunk, chunks, threads, threads + 1)) as read:
+    shards, memory = ShardCache(cache, cache_gb), _Memory(batch, collection.resolution)
+    batches = (ids[first : first + batch] for first in range(0, len(ids), batch))
+    read_batch = partial(_read, collection, shards, memory)
+    with closing(shards), closing(map_ahead(read_batch, batches, threads, threads + 1)) as read:
         for images, _ in read:
             yield images
 
