@@ -26,7 +26,10 @@ def execute(job: Job, *, fresh: bool = False) -> dict[str, Any]:
         return _pack(job)
     if isinstance(job, EvaluateJob):
         from pipeline.evaluation import evaluate
+        from pipeline.training import cluster
 
+        if job.evaluate.workers > 1:
+            cluster.connect(job.evaluate.workers * job.evaluate.cpus)
         return evaluate.run(job)
     if isinstance(job, TuneJob):
         from pipeline.evaluation import evaluate

@@ -151,10 +151,12 @@ class EvaluateSection(Section):
     """Images per forward pass; does not change any score."""
     seed: int = 0
     """Seed of latents and labels of the samples, and of the classifier."""
+    workers: int = Field(1, ge=1)
+    """Ray workers that generate and look at images side by side; does not change any score."""
     cpus: float = Field(1.0, ge=0)
-    """CPUs of the evaluation task, which runs beside training."""
+    """CPUs of each of them; they work beside training."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs of the evaluation task."""
+    """GPUs of each of them."""
     grid: int = Field(64, ge=1)
     """Images in the sample grid."""
 

@@ -6,11 +6,11 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from pipeline.config.schema import DataSection, EvaluateJob, EvaluateSection, TrainJob
@@ -18,21 +18,14 @@ from pipeline.data.index import Collection
 from pipeline.errors import EnvironmentFault, SaganError
 from pipeline.evaluation import metrics, publish, records
 from pipeline.evaluation.classifier import Classifier, require_classes
+from pipeline.evaluation.evaluator import Evaluator, load_extractor, open_evaluator
 from pipeline.evaluation.extractors import Extractor
-from pipeline.evaluation.measure import (
-    Score,
-    load_extractor,
-    measure,
-    protocol_of,
-    ranking,
-    sampled,
-    score_model,
-    speaks_of,
-)
+from pipeline.evaluation.features import Generated
+from pipeline.evaluation.measure import Score, measure, score_model, speaks_of
 from pipeline.evaluation.models import of_checkpoint, open_model
 from pipeline.evaluation.pictures import sample_picture
 from pipeline.evaluation.records import ScoreRecord, scores_of
-from pipeline.evaluation.statistics import frechet_distance, reference
+from pipeline.evaluation.statistics import frechet_distance
 from pipeline.storage import files
 from pipeline.storage.run_folder import images_of
 from pipeline.tracking import registry
@@ -57,7 +50,7 @@ def check(job: TrainJob) -> None:
         extractor = Extractor("classifier", "", Classifier(collection.resolution, collection.classes))
     else:
         extractor = load_extractor(job.evaluate, collection, job.data, job.evaluate.seed)
-    ranking(extractor, job.evaluate)
+    assert Evaluator(job.evaluate, collection, job.data, extractor, None).ranking
 
 
 def higher_is_better(job: TrainJob) -> bool:
@@ -71,8 +64,8 @@ def score_checkpoint(job: TrainJob, checkpoint_url: str, run_id: str) -> dict[st
     Returns values by short name, the one that ranks first; it is None for a model that makes no finite images. What
     has been scored under the same protocol is returned as it was. Raises CorruptError, UsageError, EnvironmentFault.
     """
-    collection, extractor = _prepared(job, job.evaluate.seed)
-    record = _score(job, files.name(checkpoint_url), run_id, collection, extractor)
+    with _evaluator(job, job.evaluate.seed) as evaluator:
+        record = _score(job, files.name(checkpoint_url), run_id, evaluator)
     return {record.score.key: record.score.value, **record.score.values}
 
 
@@ -109,9 +102,8 @@ def finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
 def run(job: EvaluateJob) -> dict[str, Any]:
     """Score one model; returns `score` and all `values` by short name."""
     section, collection = job.evaluate, Collection.open(job.reference)
-    data, device = DataSection(train=job.reference), _device(section)
-    seed = section.seed
-    model = open_model(job.model, device, tracking_uri=job.track.uri, **_generator(section))
+    data, seed = DataSection(train=job.reference), section.seed
+    model = open_model(job.model, tracking_uri=job.track.uri, **_generator(section))
     score = score_model(model, section, collection, data=data, seed=seed, samples=section.samples, judge_seed=seed)
     return {
         "name": job.name,
@@ -125,25 +117,24 @@ def run(job: EvaluateJob) -> dict[str, Any]:
 # --- one checkpoint --------------------------------------------------------------------------------------------------
 
 
-def _prepared(job: TrainJob, judge_seed: int) -> tuple[Collection, Extractor]:
-    collection = Collection.open(job.data.train)
-    return collection, load_extractor(job.evaluate, collection, job.data, judge_seed, _device(job.evaluate))
+def _evaluator(job: TrainJob, judge_seed: int) -> AbstractContextManager[Evaluator]:
+    return open_evaluator(job.evaluate, Collection.open(job.data.train), job.data, judge_seed)
 
 
-def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, extractor: Extractor) -> ScoreRecord:
+def _score(job: TrainJob, checkpoint: str, run_id: str, evaluator: Evaluator) -> ScoreRecord:
     """The record of a checkpoint, taken now unless it stands."""
-    section, key = job.evaluate, ranking(extractor, job.evaluate)
+    section, key = job.evaluate, evaluator.ranking
     kind = (section.generator, statistics_name(section.standing_images))
-    protocol = protocol_of(extractor, section, collection, kind, seed=section.seed, samples=section.samples)
+    protocol = evaluator.protocol(kind, seed=section.seed, samples=section.samples)
     known = records.read(job, checkpoint)
     if known and known.score.protocol == protocol and (key in known.score.values or not known.score.values):
         return replace(known, score=replace(known.score, key=key))
     began = time.monotonic()
-    model = _model(job, checkpoint, extractor.device)
-    score = measure(model, extractor, protocol, section, collection, job.data)
+    model = _model(job, checkpoint, evaluator.extractor.device)
+    score = measure(model, evaluator, protocol)
     images = images_of(checkpoint)
     record = ScoreRecord(checkpoint, images, score, time.monotonic() - began, int(time.time() * 1000))
-    picture = _picture(job, record, model, collection)
+    picture = _picture(job, record, model, evaluator.collection)
     with tempfile.TemporaryDirectory(prefix="sagan-grid-") as temp:
         path = Path(temp) / f"{checkpoint}.png"
         picture.save(path)
@@ -153,7 +144,7 @@ def _score(job: TrainJob, checkpoint: str, run_id: str, collection: Collection, 
     best = records.best(scores_of(job).values())
     if job.track.register_model and best and best.checkpoint == checkpoint:
         try:
-            publish.make_champion_comparable(job, score, collection, extractor)
+            publish.make_champion_comparable(job, score, evaluator)
             publish.register(job, run_id, record, model, picture)
         except SaganError as error:
             log.warning("%s will be registered after training: %s", checkpoint, error.message)
@@ -179,20 +170,21 @@ def _picture(job: TrainJob, record: ScoreRecord, model: Model, collection: Colle
 
 
 def _finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
-    collection, extractor = _prepared(job, job.evaluate.seed)
-    for checkpoint in _due(job):
-        _score(job, checkpoint, run_id, collection, extractor)
-    standing = [record for name, record in scores_of(job).items() if name in set(job.folder.checkpoints())]
-    best = records.best(standing)
-    if best is None:
-        publish.log_scores(job, run_id, standing, [])
-        return dict.fromkeys(_SUMMARY)
-    model = _model(job, best.checkpoint, extractor.device)
-    registered = None
-    if job.track.register_model:
-        publish.make_champion_comparable(job, best.score, collection, extractor)
-        registered = publish.register(job, run_id, best, model, _picture(job, best, model, collection))
-    final, figures = _final_score(job, model, collection)
+    with _evaluator(job, job.evaluate.seed) as evaluator:
+        for checkpoint in _due(job):
+            _score(job, checkpoint, run_id, evaluator)
+        standing = [record for name, record in scores_of(job).items() if name in set(job.folder.checkpoints())]
+        best = records.best(standing)
+        if best is None:
+            publish.log_scores(job, run_id, standing, [])
+            return dict.fromkeys(_SUMMARY)
+        model = _model(job, best.checkpoint, evaluator.extractor.device)
+        registered = None
+        if job.track.register_model:
+            publish.make_champion_comparable(job, best.score, evaluator)
+            picture = _picture(job, best, model, evaluator.collection)
+            registered = publish.register(job, run_id, best, model, picture)
+    final, figures = _final_score(job, model)
     publish.log_scores(job, run_id, [*standing, replace(best, score=final)], [])  # also what an outage kept back
     return {
         "score": best.score.summary(),
@@ -210,24 +202,21 @@ _SUMMARY = (
 )
 
 
-def _final_score(job: TrainJob, model: Model, collection: Collection) -> tuple[Score, dict[str, float | None]]:
+def _final_score(job: TrainJob, model: Model) -> tuple[Score, dict[str, float | None]]:
     section, seed = job.evaluate, job.evaluate.seed + 1
-    extractor = load_extractor(section, collection, job.data, seed, str(model.device))
-    samples = section.final_samples or section.samples
-    if section.extractor == "classifier":
-        samples = min(samples, collection.size(section.split))
-    kind = (model.weights, model.batch_norm)
-    protocol = protocol_of(extractor, section, collection, kind, seed=seed, samples=samples, repeats=section.repeats)
-    score = measure(model, extractor, protocol, section, collection, job.data)
-    real = reference(collection, section.split, extractor, job.data, section.batch)
     accuracy, between_real = None, None
-    if speaks_of(model, real):
-        parts = list(sampled(model, extractor, seed, range(ACCURACY_SAMPLES), section.batch))
-        _, logits, asked = (torch.cat(column) for column in zip(*parts, strict=True))
-        accuracy = metrics.class_accuracy(logits.cpu(), asked)
-    if section.extractor == "classifier" and "heldout" in collection.splits:
-        heldout = reference(collection, "heldout", extractor, job.data, section.batch)
-        between_real = frechet_distance(heldout.moments, real.moments)
+    with _evaluator(job, seed) as evaluator:
+        samples, splits = section.final_samples or section.samples, evaluator.collection.splits
+        if section.extractor == "classifier":
+            samples = min(samples, evaluator.collection.size(section.split))
+        kind = (model.weights, model.batch_norm)
+        score = measure(model, evaluator, evaluator.protocol(kind, seed=seed, samples=samples, repeats=section.repeats))
+        real = evaluator.reference(section.split)
+        if speaks_of(model, real):
+            made = evaluator.features(Generated(model, seed, range(ACCURACY_SAMPLES)), "samples")
+            accuracy = metrics.class_accuracy(made.logits, made.labels)
+        if section.extractor == "classifier" and "heldout" in splits:
+            between_real = frechet_distance(evaluator.reference("heldout").moments, real.moments)
     figures = {
         "class_accuracy": accuracy,
         "fd_classifier": score.values.get("fd_classifier"),
@@ -249,17 +238,13 @@ def _due(job: TrainJob) -> list[str]:
 # --- where -----------------------------------------------------------------------------------------------------------
 
 
-def _device(section: EvaluateSection) -> str:
-    return "cuda" if section.gpus and torch.cuda.is_available() else "cpu"
-
-
 def _with_resources(
     section: EvaluateSection, function: Callable[..., dict[str, Any]], *arguments: Any
 ) -> dict[str, Any]:
     """Run here, or as a Ray task on a GPU of the cluster where the section asks for one."""
     import ray
 
-    if not section.gpus or not ray.is_initialized():
+    if not section.gpus or section.workers > 1 or not ray.is_initialized():
         return function(*arguments)
     task = ray.remote(num_cpus=section.cpus, num_gpus=section.gpus)(function)
     try:

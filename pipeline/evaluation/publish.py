@@ -12,8 +12,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.config.schema import TrainJob
-from pipeline.data.index import Collection
-from pipeline.evaluation.extractors import Extractor
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.measure import Score, measure
 from pipeline.evaluation.models import open_model
 from pipeline.evaluation.records import ScoreRecord
@@ -83,7 +82,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, pict
     return {"model": job.registry_name, "version": version, "alias": alias}
 
 
-def make_champion_comparable(job: TrainJob, score: Score, collection: Collection, extractor: Extractor) -> None:
+def make_champion_comparable(job: TrainJob, score: Score, evaluator: Evaluator) -> None:
     """Score the champion of another protocol under this one, so that the better of the two can be champion.
 
     One that makes other images, or whose weights and statistics are of another kind, cannot be compared and stays.
@@ -92,11 +91,12 @@ def make_champion_comparable(job: TrainJob, score: Score, collection: Collection
     champion = registry.champion_of(uri, job.registry_name)
     if champion is None or key in champion.tags:
         return
-    model = open_model(f"models:/{job.registry_name}/{champion.number}", extractor.device, tracking_uri=uri)
+    collection, device = evaluator.collection, evaluator.extractor.device
+    model = open_model(f"models:/{job.registry_name}/{champion.number}", device, tracking_uri=uri)
     same_images = (model.config.size, model.config.labels) == (collection.resolution, collection.classes)
     same_kind = (model.weights, model.batch_norm) == (score.protocol.weights, score.protocol.batch_norm)
     if same_images and same_kind:
         log.info("scoring champion version %d under %s", champion.number, key)
-        value = measure(model, extractor, score.protocol, job.evaluate, collection, job.data).value
+        value = measure(model, evaluator, score.protocol).value
         if value is not None:
             registry.add_score(uri, job.registry_name, champion.number, key, value)

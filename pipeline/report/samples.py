@@ -12,8 +12,10 @@ from torch import Tensor
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.data.index import Collection
 from pipeline.data.stream import read_images
-from pipeline.evaluation.measure import load_extractor, sampled, speaks_of
-from pipeline.evaluation.statistics import Moments, reference, reference_features, spread
+from pipeline.evaluation.evaluator import open_evaluator, spread
+from pipeline.evaluation.features import Generated
+from pipeline.evaluation.measure import speaks_of
+from pipeline.evaluation.statistics import Moments
 from sagan.batch_norm import ConditionalBatchNorm
 from sagan.generator import Generator
 from sagan.random import Purpose, labels, latents
@@ -133,16 +135,17 @@ def beside_real(
 
     Raises UsageError, EnvironmentFault, CorruptError.
     """
-    extractor = load_extractor(section, collection, data, section.seed, str(model.device))
-    parts = list(sampled(model, extractor, section.seed, range(samples), section.batch))
-    features, logits, asked = (torch.cat([part[i].cpu() for part in parts]) for i in range(3))
-    ids = spread(collection, data.split, samples)
-    real = reference_features(collection, data.split, extractor, data, section.batch, samples)
-    distances, heldout = to_nearest(features, real), None
-    if "heldout" in collection.splits and data.split != "heldout":
-        unseen = reference_features(collection, "heldout", extractor, data, section.batch, samples)
-        heldout = to_nearest(unseen, real).median().item()
-    speaks = speaks_of(model, reference(collection, section.split, extractor, data, section.batch))
+    heldout = None
+    with open_evaluator(section, collection, data, section.seed) as evaluator:
+        made = evaluator.features(Generated(model, section.seed, range(samples)), "samples", keep=True)
+        features, logits, asked = made.rows, made.logits, made.labels
+        assert features is not None
+        ids = spread(collection, data.split, samples)
+        real = evaluator.reference_features(data.split, samples)
+        distances = to_nearest(features, real)
+        if "heldout" in collection.splits and data.split != "heldout":
+            heldout = to_nearest(evaluator.reference_features("heldout", samples), real).median().item()
+        speaks, extractor = speaks_of(model, evaluator.reference(section.split)), evaluator.extractor
     classes = []
     if model.config.labels:
         real_labels = torch.from_numpy(collection.labels[ids])

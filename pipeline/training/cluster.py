@@ -69,7 +69,7 @@ def prepare(job: TrainJob) -> bool:
     import ray
 
     workers, scores = job.train.workers, job.evaluate
-    connect(workers * job.resources.cpus_per_worker + scores.cpus)
+    connect(workers * job.resources.cpus_per_worker + scores.workers * scores.cpus)
     have = ray.cluster_resources()
     need = {"CPU": workers * job.resources.cpus_per_worker, "GPU": float(workers) if uses_gpu(job) else 0.0}
     for resource, wanted in need.items():
@@ -78,10 +78,11 @@ def prepare(job: TrainJob) -> bool:
                 f"{workers} workers need {wanted:g} {resource}s; the cluster has {have.get(resource, 0):g}",
                 f"set train.workers={int(have.get(resource, 0) // (wanted / workers))} or add nodes",
             )
-    fits = all(need[r] + extra <= have.get(r, 0) for r, extra in (("CPU", scores.cpus), ("GPU", scores.gpus)) if extra)
+    more = {"CPU": scores.workers * scores.cpus, "GPU": scores.workers * scores.gpus}
+    fits = all(need[resource] + wanted <= have.get(resource, 0) for resource, wanted in more.items() if wanted)
     if not fits:
         print(
-            f"no room to evaluate beside training ({scores.cpus:g} CPUs, {scores.gpus:g} GPUs more): "
+            f"no room to evaluate beside training ({more['CPU']:g} CPUs, {more['GPU']:g} GPUs more): "
             "scores are taken after it",
             flush=True,
         )
@@ -129,8 +130,9 @@ def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
         validation_config=ValidationConfig(
             fn=Validation(job, run.run_id, status, evaluation),
             ray_remote_kwargs={
-                "num_cpus": job.evaluate.cpus,
-                "num_gpus": job.evaluate.gpus,
+                # with several workers it only waits for them
+                "num_cpus": job.evaluate.cpus if job.evaluate.workers == 1 else 0,
+                "num_gpus": job.evaluate.gpus if job.evaluate.workers == 1 else 0,
                 "scheduling_strategy": "DEFAULT",  # a sweep's trial would have it inside its own placement group
             },
         )

@@ -79,12 +79,12 @@ def _check_room(sweep: TuneJob, base: TrainJob) -> None:
     """Trials that do not fit would wait for one another in silence."""
     import ray
 
-    cpus = TRIAL_CPUS + base.train.workers * base.resources.cpus_per_worker + base.evaluate.cpus
+    cpus = TRIAL_CPUS + base.train.workers * base.resources.cpus_per_worker + base.evaluate.workers * base.evaluate.cpus
     cluster.connect(sweep.search.at_once * cpus)
     have = ray.cluster_resources()
     need = {"CPU": sweep.search.at_once * cpus}
     if cluster.uses_gpu(base):
-        need["GPU"] = sweep.search.at_once * (base.train.workers + base.evaluate.gpus)
+        need["GPU"] = sweep.search.at_once * (base.train.workers + base.evaluate.workers * base.evaluate.gpus)
     for resource, wanted in need.items():
         if math.floor(wanted) > have.get(resource, 0):
             fits = int(have.get(resource, 0) // (wanted / sweep.search.at_once))

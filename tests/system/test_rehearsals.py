@@ -21,7 +21,8 @@ from pipeline.config.schema import PackSection, TrainJob, TuneJob
 from pipeline.data.index import Collection
 from pipeline.data.pack import pack as pack_section
 from pipeline.data.stream import read_images
-from pipeline.evaluation.measure import load_extractor, score_model
+from pipeline.evaluation.evaluator import load_extractor
+from pipeline.evaluation.measure import score_model
 from pipeline.evaluation.metrics import precision_recall
 from pipeline.storage import files
 from sagan import Model, TrainState

@@ -9,11 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.schema import DataSection
-from pipeline.data.index import Collection
-from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.fidelity import import_torch_fidelity
-from pipeline.evaluation.statistics import Moments, frechet_distance, reference, reference_features
+from pipeline.evaluation.statistics import Moments, frechet_distance
 
 
 def features(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -57,48 +54,3 @@ def test_the_distance_is_torch_fidelitys(rows: int, columns: int) -> None:
     ours, traces = frechet_distance(Moments.of(a), Moments.of(b)), float(a.T.cov().trace() + b.T.cov().trace())
     assert ours == pytest.approx(theirs["frechet_inception_distance"], abs=1e-6 * traces)
     assert frechet_distance(Moments.of(a), Moments.of(a)) == pytest.approx(0, abs=1e-6 * traces)
-
-
-def brightness(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two features that anybody can compute, and logits that always say class 1."""
-    x = images.float().mean((1, 3))
-    return x[:, ::8], torch.nn.functional.one_hot(torch.ones(len(x), dtype=torch.int64), 10).float()
-
-
-def test_reference_moments_are_those_of_all_images_and_are_taken_once(digits: Collection, data: DataSection) -> None:
-    calls = []
-
-    def counted(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(len(images))
-        return brightness(images)
-
-    extractor = Extractor("brightness", "aa" * 32, counted)
-    first = reference(digits, "heldout", extractor, data, batch=50)
-    assert sum(calls) == digits.size("heldout") == first.moments.count
-    again = reference(digits, "heldout", extractor, data, batch=7)
-    assert sum(calls) == digits.size("heldout")
-    torch.testing.assert_close(again.moments.scatter, first.moments.scatter, rtol=0, atol=0)
-    ones = float((digits.labels[list(digits.ids("heldout"))] == 1).mean())
-    assert again.accuracy == first.accuracy == pytest.approx(ones)
-
-
-def test_another_extractor_split_or_resize_has_its_own_statistics(digits: Collection, data: DataSection) -> None:
-    def twice(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, logits = brightness(images)
-        return 2 * x, logits
-
-    a = reference(digits, "heldout", Extractor("b", "bb" * 32, brightness), data, 64)
-    other_file = reference(digits, "heldout", Extractor("b", "cc" * 32, twice), data, 64)
-    other_resize = reference(digits, "heldout", Extractor("b", "bb" * 32, twice, resize="clean"), data, 64)
-    other_split = reference(digits, "train", Extractor("b", "bb" * 32, brightness), data, 64)
-    for other in (other_file, other_resize):
-        torch.testing.assert_close(other.moments.mean, 2 * a.moments.mean)
-    assert other_split.moments.count == digits.size("train")
-
-
-def test_reference_features_are_spread_over_the_split(digits: Collection, data: DataSection) -> None:
-    extractor = Extractor("b", "dd" * 32, brightness)
-    everything = reference_features(digits, "heldout", extractor, data, batch=64, count=10_000)
-    some = reference_features(digits, "heldout", extractor, data, batch=64, count=90)
-    assert everything.shape == (360, 4)
-    torch.testing.assert_close(some, everything[::4])
