@@ -152,6 +152,54 @@ def test_a_file_that_is_touched_after_it_was_verified_is_verified_again(origin: 
     assert mine.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
 
 
+def open_files(folder: Path) -> list[str]:
+    """Names of the files below `folder` that this process has open, evicted ones too."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(link.readlink()))
+    return [Path(path).name for path in found if path.startswith(str(folder)) and not path.endswith(".lock")]
+
+
+def test_a_file_stays_open_for_the_next_reader_but_not_while_another_shard_is_waited_for(
+    origin: Origin, folder: Path
+) -> None:
+    mine = cache(folder)
+    mine.open(origin.of(1), shard(1)).close()
+    assert open_files(folder) == [shard(1).sha256]
+    mine.open(origin.of(1), shard(1)).close()
+    assert open_files(folder) == [shard(1).sha256]
+    during: list[list[str]] = []
+
+    def look(handler: BaseHTTPRequestHandler, attempt: int, data: bytes) -> None:
+        during.append(open_files(folder))
+        send(handler, data)
+
+    origin.answer = look
+    mine.open(origin.of(2), shard(2)).close()
+    assert len(during) == 1
+    assert shard(1).sha256 not in during[0]
+    mine.close_idle()
+    assert open_files(folder) == []
+
+
+def test_a_kept_file_that_is_written_to_is_verified_again(origin: Origin, folder: Path) -> None:
+    mine = cache(folder)
+    mine.open(origin.of(1), shard(1)).close()
+    (folder / shard(1).sha256).write_bytes(bytes(SIZE))
+    os.utime(folder / shard(1).sha256, ns=(0, 1))  # the clock of a file system may stand still between two writes
+    assert mine.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
+    assert origin.fetches == ["/1.tar"] * 2
+
+
+def test_the_files_that_are_kept_open_are_bounded(origin: Origin, folder: Path) -> None:
+    mine = cache(folder)
+    for _ in range(2):  # the first time each is waited for, and nothing is kept
+        for number in range(200):
+            mine.open(origin.of(number), shard(number)).close()
+    assert 0 < len(open_files(folder)) <= 128
+
+
 def test_wrong_bytes_are_fetched_again(origin: Origin, folder: Path) -> None:
     origin.answer = lambda handler, attempt, data: send(handler, data[::-1] if attempt == 1 else data)
     assert read(folder, origin.of(1), 1) == contents(1)
