@@ -134,7 +134,7 @@ class Workers:
         import ray
 
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
-        worker = ray.remote(_Worker).options(**options)
+        worker = ray.remote(FeatureWorker).options(**options)
         self._actors = [worker.remote(load, max(1, int(cpus)), bool(gpus)) for _ in range(count)]
 
     def map(self, images: Images, parts: Sequence[range], *, batch: int, keep: bool) -> Iterator[Features]:
@@ -154,7 +154,7 @@ class Workers:
             ray.kill(actor)
 
 
-class _Worker:
+class FeatureWorker:
     """In a process of its own."""
 
     def __init__(self, load: Callable[[str], Extractor], threads: int, gpu: bool) -> None:

@@ -79,6 +79,11 @@ class Driver:
 
 def training_workers() -> list[int]:
     """Process ids of Ray Train's workers on this machine that have begun to train."""
+    return ray_workers("RayTrainWorker")
+
+
+def ray_workers(actor: str) -> list[int]:
+    """Process ids of this machine's actors of a class."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -86,6 +91,6 @@ def training_workers() -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if command.startswith(b"ray::RayTrainWorker"):
+            if command.startswith(f"ray::{actor}".encode()):
                 found.append(int(entry.name))
     return found
