@@ -16,6 +16,7 @@ import torch
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.data.index import Collection
 from pipeline.data.pack import pack
+from pipeline.errors import EnvironmentFault
 from pipeline.evaluation.evaluator import Evaluator, open_evaluator
 from pipeline.evaluation.features import Features, Generated, Real
 from pipeline.evaluation.measure import score_model
@@ -143,3 +144,9 @@ def test_a_score_does_not_depend_on_the_workers(
         return score_model(model, section, digits, data=data, seed=0, samples=SAMPLES, judge_seed=0).values
 
     assert score(3) == score(1)
+
+
+def test_workers_that_find_no_room_are_refused(extractor: str, digits: Collection, tmp_path: Path) -> None:
+    refused = pytest.raises(EnvironmentFault, match=r"50 evaluation workers need 50 CPUs; the cluster has")
+    with refused, evaluator(extractor, digits, tmp_path, 50):
+        pass
