@@ -97,10 +97,9 @@ def _measure_once(model: Model, evaluator: Evaluator, seed: int, samples: range)
     section, metric = evaluator.section, evaluator.extractor.metric
     real = evaluator.reference(section.split)
     made = evaluator.features(Generated(model, seed, samples), "samples", keep=section.precision_recall)
-    values = {
-        metric("fd"): frechet_distance(made.moments, real.moments),
-        metric("isc"): metrics.inception_score(made.logits),
-    }
+    values = {metric("fd"): frechet_distance(made.moments, real.moments)}
+    if evaluator.extractor.has_logits:
+        values[metric("isc")] = metrics.inception_score(made.logits)
     if speaks_of(model, real):
         values["class_accuracy"] = metrics.class_accuracy(made.logits, made.labels)
     if made.rows is not None:

@@ -115,6 +115,7 @@ def test_what_is_no_run_is_told_what_is_one(tmp_path: Path) -> None:
 
 
 def test_few_images_of_a_class_are_not_ranked(run: Run, tmp_path: Path) -> None:
+    assert "with 16 features it is noise below 32 generated" in written([run("first")], tmp_path)
     assert "fewer than 10 of each class" in written([run("first")], tmp_path, compared=20)
 
 
