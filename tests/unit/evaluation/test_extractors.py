@@ -138,7 +138,7 @@ def test_an_unknown_name_is_refused_with_all_known_ones() -> None:
 
 def test_vgg16_is_torch_fidelitys(tmp_path: Path) -> None:
     from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
-    from torchvision.models import vgg16
+    from torchvision.models import vgg16  # type: ignore[import-untyped]
 
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in vgg16().state_dict().items()}
