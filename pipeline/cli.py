@@ -179,7 +179,7 @@ def sample(
 def evaluate(
     reference: Annotated[str, typer.Option(help="Packed collection to compare with.")],
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Registry URI, checkpoint URL or pulled folder.")
+        str | None, typer.Argument(metavar="MODEL", help="Registry URI, checkpoint URL or pulled folder.")
     ] = None,
     extractor: Annotated[
         str, typer.Option(help="inception, vgg16, clip-…, dinov2-…, classifier, or a .ts/.pt2 file.")
@@ -225,13 +225,18 @@ def _self_test(job: EvaluateJob, as_json: bool) -> None:
 
     findings = selftest.run(job.evaluate, job.reference)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+        print(json.dumps({"self_test": [asdict(one) for one in findings]}, indent=1, ensure_ascii=False))
     else:
         table = Table(
             "real images against", "distance", "should be", "", title="self-test", title_justify="left", box=None
         )
         for one in findings:
-            table.add_row(one.what, f"{one.distance:.4g}", one.expected, "FAILS" if one.failure else "ok")
+            table.add_row(
+                one.what,
+                "–" if one.distance is None else f"{one.distance:.4g}",
+                one.expected,
+                "FAILS" if one.failure else "ok",
+            )
         Console().print(table)
     selftest.require_passed(findings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf, nan
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -28,12 +28,15 @@ CHANCE = 0.5  # of what spoils most: how far apart halves may be
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: its Fréchet distance, what that should be, and what it means that it is not ("" if it is)."""
+    """Real images against something: their Fréchet distance."""
 
     what: str
-    distance: float
+    distance: float | None
+    """None where features are not finite."""
     expected: str
+    """What it should be."""
     failure: str
+    """What it means that it is not; "" where it is."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def examine(evaluator: Evaluator, images: Real) -> list[Finding]:
     rows = evaluator.features(images, "real images", keep=True).rows
     assert rows is not None
     if not rows.isfinite().all():
-        return [Finding("real images", nan, "finite features", _NOT_FINITE)]
+        return [Finding("real images", None, "finite features", _NOT_FINITE)]
     real = Moments.of(rows)
     batch = evaluator.section.batch // 2 + 1
     other = replace(evaluator, section=evaluator.section.model_copy(update={"batch": batch}))
@@ -80,7 +83,7 @@ def examine(evaluator: Evaluator, images: Real) -> list[Finding]:
     same = _finding("the same again", real, again, _RANDOM, most=_rounding(real))
     noise = _growing(evaluator, images, real, "noise", NOISE)
     blur = _growing(evaluator, images, real, "blur", [part * evaluator.collection.resolution for part in BLUR])
-    most = CHANCE * min(noise[-1].distance, blur[-1].distance)
+    most = CHANCE * min(noise[-1].distance or 0.0, blur[-1].distance or 0.0)
     halves = _finding("its halves", Moments.of(rows[::2]), Moments.of(rows[1::2]), _FEW, most=most)
     return [same, halves, *noise, *blur]
 
@@ -90,10 +93,11 @@ def _growing(
 ) -> list[Finding]:
     """Each should be further from `real` than the one before."""
     found: list[Finding] = []
+    weaker = _rounding(real)
     for strength in strengths:
         made = evaluator.features(Spoilt(images, how, strength), f"{how} {strength:g}").moments
-        weaker = found[-1].distance if found else _rounding(real)
         found.append(_finding(f"{how} {strength:g}", real, made, _BLIND, above=weaker))
+        weaker = found[-1].distance or inf
     return found
 
 
@@ -112,7 +116,7 @@ def _finding(what: str, a: Moments, b: Moments, failure: str, *, above: float = 
     """The distance should be more than `above` and at most `most`, of which one is given."""
     expected = f"at most {most:.3g}" if above == -inf else f"more than {above:.3g}"
     if not b.scatter.isfinite().all():
-        return Finding(what, nan, expected, _NOT_FINITE)
+        return Finding(what, None, expected, _NOT_FINITE)
     distance = frechet_distance(a, b)
     return Finding(what, distance, expected, "" if above < distance <= most else failure)
 

@@ -5,7 +5,9 @@ from dataclasses import fields
 import pytest
 
 from pipeline.evaluation.extractors import Extractor
+from pipeline.evaluation.measure import Score
 from pipeline.evaluation.protocol import Protocol
+from pipeline.evaluation.records import ScoreRecord
 
 PROTOCOL = Protocol(
     *("inception", "ab" * 32, "tf1-bilinear-299", "cd" * 32, "train"),
@@ -61,3 +63,10 @@ def test_the_same_protocol_has_the_same_name_wherever_it_is_computed() -> None:
 def test_plain_names_are_for_published_inception_alone(name: str, digest: str, resize: str, names: list[str]) -> None:
     extractor = Extractor(name, digest.ljust(64, "0"), lambda images: (images, images), resize)
     assert [extractor.metric("fd"), extractor.metric("isc"), extractor.metric("kid")] == names
+
+
+def test_a_record_from_before_precision_was_recorded_is_of_float32() -> None:
+    record = ScoreRecord("c", 1000, Score(PROTOCOL, {"fid": 1.0}, "fid"), 2.0, 3)
+    value = record.to_dict()
+    assert value["protocol"].pop("precision") == "float32"
+    assert ScoreRecord.from_dict(value) == record
