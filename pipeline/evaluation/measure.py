@@ -106,10 +106,9 @@ def compared(made: Features, evaluator: Evaluator, *, speaks: bool) -> dict[str,
     were kept.
     """
     split, metric = evaluator.section.split, evaluator.extractor.metric
-    values = {
-        metric("fd"): frechet_distance(made.moments, evaluator.reference(split).moments),
-        metric("isc"): metrics.inception_score(made.logits),
-    }
+    values = {metric("fd"): frechet_distance(made.moments, evaluator.reference(split).moments)}
+    if evaluator.extractor.has_logits:
+        values[metric("isc")] = metrics.inception_score(made.logits)
     if speaks:
         values["class_accuracy"] = metrics.class_accuracy(made.logits, made.labels)
     if made.rows is not None:

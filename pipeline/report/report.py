@@ -285,12 +285,20 @@ def _classes(model: Model, beside: samples.Beside, compared: int) -> Html:
         images = model.sample([one.index], PER_CLASS, SEED)
         name = samples.class_name(model, one.index)
         row = page.tiles("", images, [f"generated {name}"] * PER_CLASS, shown=False)
-        rows.append([name, one.generated, one.accuracy, one.distance, row])
+        rows.append([name, one.generated, one.accuracy, one.distance, one.frechet, row])
     said = (
         f"Worst first, under {beside.extractor}: by the share of images it takes for their class, then by the distance"
     )
     said += " between the means of generated and of real features, less what so few images differ by chance."
-    head = ["class", "images", "class accuracy", "distance of means", "samples"]
+    refused = [one for one in figures if one.frechet is None]
+    if refused:
+        most = max(min(one.generated, one.real) for one in refused)
+        said += (
+            f" The Fréchet distance of {len(refused)} of {len(figures)} classes is left out: with "
+            f"{beside.features:,} features it is noise below {metrics.least_images(beside.features):,} generated and "
+            f"as many real images of a class, and here are at most {most:,}."
+        )
+    head = ["class", "images", "class accuracy", "distance of means", "Fréchet distance", "samples"]
     caption = f"the {SHOWN_CLASSES} worst and the {SHOWN_CLASSES} best of {len(figures)} classes" if many else "classes"
     return joined([element("p", said), page.table(head, rows, caption)])
 
