@@ -236,10 +236,8 @@ def _interpolation(subjects: Sequence[Subject]) -> Section:
         of_classes = samples.between_classes(subject.model, ROWS, STEPS, SEED)
         content = [element("p", "From one latent to another, the class held:"), _tiles(rows, budget, said=False)]
         if of_classes:
-            content += [
-                element("p", "From one class to another, the latent held:"),
-                _tiles(of_classes, budget, said=False),
-            ]
+            content.append(element("p", "From one class to another, the latent held:"))
+            content.append(_tiles(of_classes, budget, said=False))
         columns.append((subject.name, joined(content)))
     return Section("Interpolation", page.side_by_side(columns))
 

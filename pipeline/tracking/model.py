@@ -27,11 +27,9 @@ class Generator(mlflow.pyfunc.PythonModel):
         rows = []
         for i, given in enumerate(model_input.to_dict("records")):
             row = {name: value for name, value in given.items() if not pd.isna(value)}
-            wanted = row.get("class") if self.model.config.labels else None
-            if wanted is None:
-                labels = [i % self.model.config.labels] if self.model.config.labels else None
-            else:
-                labels = [wanted if isinstance(wanted, str) else int(wanted)]
+            classes = self.model.config.labels
+            wanted = row.get("class", i % max(classes, 1))
+            labels = [wanted if isinstance(wanted, str) else int(wanted)] if classes else None
             images = self.model.sample(labels, 1, int(row.get("seed", i)), float(row.get("truncation", 1.0)))
             file = io.BytesIO()
             Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(file, "PNG")

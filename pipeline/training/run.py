@@ -76,8 +76,8 @@ def train(
     """Train to `train.kimg`, resuming where the run stands; returns the summary.
 
     `on_score(images, score)` is told each score as it comes. `parent` is the MLflow run of a sweep, whose trials are
-    not `final`: their champion is chosen among them all. `on_end(job, run_id)` is called when the summary stands, before
-    the MLflow run is ended.
+    not `final`: their champion is chosen among them all. `on_end(job, run_id)` is called once the summary stands and
+    before the MLflow run ends.
 
     Raises UsageError, EnvironmentFault or SaganError with what is wrong; InterruptedRun after SIGINT or SIGTERM, with
     one checkpoint committed at the next step border.
