@@ -22,9 +22,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from infra.local.server import BIN, CHECKOUT, Server, answers, free_port
 from infra.local.servers import MlflowServer
+from pipeline.cli import app
 from pipeline.data.grids import grid
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import files, fileset
@@ -134,7 +136,7 @@ def name() -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is ready to register."""
     networks = ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8)
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "golden retriever"]
     model = Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32, class_names=words)
     folder = tmp_path_factory.mktemp("model")
     model.save(folder)
@@ -297,6 +299,52 @@ def test_promotion_by_hand_needs_a_reason_and_lasts(server: MlflowServer, run_id
     assert registry.promote_best(server.uri, name) == 4
     assert registry.promote(server.uri, name, 3) == 3
     assert registry.promote_best(server.uri, name) == 3
+
+
+def test_across_protocols_nothing_is_promoted_and_both_are_said(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    one, other = tags(5.0), tags(0.1, metric="fd_x/22222222")
+    for facts in (one, other):
+        registry.register(server.uri, name, folder, run_id, facts)
+        registry.promote_best(server.uri, name)
+    with pytest.raises(UsageError, match="another protocol") as refused:
+        sagan("promote", name, "2")
+    assert all(facts["protocol"] in refused.value.message for facts in (one, other))
+    assert "fd_x/11111111 = 5.0" in refused.value.message
+    assert "fd_x/22222222 = 0.1" in refused.value.message
+    assert refused.value.exit_code == 2
+    champion = registry.champion_of(server.uri, name)
+    assert champion is not None
+    assert champion.number == 1
+
+
+def test_the_commands_promote_forward_and_back_and_sample_the_champion(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    for value in (2.0, 1.0):
+        registry.register(server.uri, name, folder, run_id, tags(value))
+    registry.promote_best(server.uri, name)
+    with pytest.raises(UsageError, match="not better"):
+        sagan("promote", name, "1")
+    assert "version 1" in sagan("promote", name, "1", "--force", "2 shows memorised images")
+    assert registry.promote_best(server.uri, name) == 1
+    champion = f"models:/{name}@champion"
+    assert "sagan.load" in sagan("pull", champion, str(tmp_path / "pulled"))
+    asked = ["--classes", "golden retriever", "--n", "16", "--truncation", "0.7", "--seed", "0"]
+    sagan("sample", champion, "--out", str(tmp_path / "grid.png"), *asked)
+    images = Model.load(tmp_path / "pulled").sample(["golden retriever"], 16, 0, 0.7)
+    expected = grid(images, ["golden retriever"] * 16, columns=4)
+    assert Image.open(tmp_path / "grid.png").tobytes() == expected.tobytes()
+    assert "version 2" in sagan("promote", name, "2")
+    assert registry.promote_best(server.uri, name) == 2
+
+
+def sagan(*arguments: str) -> str:
+    """What a command prints. Raises as it does."""
+    return CliRunner().invoke(app, arguments, catch_exceptions=False).output
 
 
 def test_processes_that_register_and_promote_at_a_time_end_at_the_best(
