@@ -20,7 +20,7 @@ from pipeline.tracking.tracker import Tracker, tracking_uri
 log = logging.getLogger(__name__)
 
 COMPARED = 2000  # generated images, and never more than a score takes: so much at most it costs
-FRAMES, FRAME_WIDTH, FRAME_MS, LAST_MS = 24, 640, 500, 2000
+FRAMES, FRAME_WIDTH, FRAME_MS, LAST_MS = 16, 480, 500, 2000
 DELIVERY_S = 30.0
 
 
@@ -52,18 +52,21 @@ def _publish(job: TrainJob, run_id: str) -> None:
 def animate(folder: RunFolder, out: Path) -> int:
     """Write the sample grids of a run one after another as a GIF, which MLflow shows; returns how many.
 
-    At most 24 of them, evenly chosen, the last included; none where there is no grid.
+    At most 16 of them, evenly chosen, the last included; none where there is no grid. All have the last one's colours.
     """
     urls = [url for name in folder.scored() if files.exists(url := folder.grid(name))]
-    last = len(urls) - 1
-    chosen = sorted({round(i * last / (FRAMES - 1)) for i in range(FRAMES)}) if urls else []
-    frames = []
-    for i in chosen:
-        with Image.open(io.BytesIO(files.read_bytes(urls[i]))) as image:
-            small = image.convert("RGB")
-        small.thumbnail((FRAME_WIDTH, 4 * FRAME_WIDTH), Image.Resampling.LANCZOS)
-        frames.append(small.quantize(256, dither=Image.Dither.FLOYDSTEINBERG))
-    if frames:
+    chosen = sorted({round(i * (len(urls) - 1) / (FRAMES - 1)) for i in range(FRAMES)}) if urls else []
+    grids = [_small(urls[i]) for i in chosen]
+    if grids:
+        colours = grids[-1].quantize(256)
+        frames = [grid.quantize(palette=colours, dither=Image.Dither.NONE) for grid in grids]
         durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
-        frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, disposal=1)
-    return len(frames)
+        frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return len(grids)
+
+
+def _small(grid: str) -> Image.Image:
+    with Image.open(io.BytesIO(files.read_bytes(grid))) as image:
+        small = image.convert("RGB")
+    small.thumbnail((FRAME_WIDTH, 4 * FRAME_WIDTH), Image.Resampling.LANCZOS)
+    return small
