@@ -19,7 +19,7 @@ from pipeline.tracking.tracker import Tracker, tracking_uri
 
 log = logging.getLogger(__name__)
 
-COMPARED = 2000  # generated images, and never more than a score takes: so much at most it costs
+COMPARED = 2000  # generated images at most, and never more than a score takes
 FRAMES, FRAME_WIDTH, FRAME_MS, LAST_MS = 16, 480, 500, 2000
 DELIVERY_S = 30.0
 

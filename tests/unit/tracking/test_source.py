@@ -9,9 +9,8 @@ from pipeline.tracking import source
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(tmp_path: Path) -> Path:
     """A committed checkout that holds this code's packages, each with one file."""
-    monkeypatch.delenv("SAGAN_COMMIT", raising=False)
     for package in source.PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
@@ -40,12 +39,11 @@ def test_a_checkout_says_its_commit_and_whether_its_code_was_changed(checkout: P
 
 
 def test_code_that_is_not_of_a_checkout_has_the_commit_that_it_is_given(
-    checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     installed = checkout / ".venv" / "site-packages"  # inside a checkout, but not of it
     (installed / "sagan").mkdir(parents=True)
     submitted = tmp_path_factory.mktemp("submitted")
     assert source.commit(installed) == source.commit(submitted) == "unknown"
-    monkeypatch.setenv("SAGAN_COMMIT", "ab" * 20)
-    assert source.commit(installed) == source.commit(submitted) == "ab" * 20
-    assert source.commit(checkout) == git(checkout, "rev-parse", "HEAD")
+    (submitted / "COMMIT").write_text(f"{'ab' * 20}\n")
+    assert source.commit(submitted) == "ab" * 20
