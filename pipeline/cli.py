@@ -196,12 +196,16 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of latents and labels.")] = 0,
     generator: Annotated[str, typer.Option(help="Weights of a checkpoint: ema or raw.")] = "ema",
     running: Annotated[bool, typer.Option("--running", help="A checkpoint's running averages in batch norm.")] = False,
+    workers: Annotated[int, typer.Option(help="Ray workers that share the images.")] = 1,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of each; default 1 where this machine has any.")] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Try the extractor instead, on real images and spoilt ones.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model against a collection; or find out whether scores under an extractor mean something."""
+    import torch
+
     from pipeline.config.load import parse
     from pipeline.config.schema import EvaluateJob
     from pipeline.jobs import execute
@@ -209,6 +213,7 @@ def evaluate(
     if (model is None) != self_test:
         raise UsageError("give either a model or --self-test", "sagan evaluate MODEL --reference SHARDS")
     section: dict[str, Any] = {"extractor": extractor, "weights": weights, "download": download, "resize": resize}
+    section |= {"workers": workers, "gpus": float(torch.cuda.is_available()) if gpus is None else gpus}
     section |= {"precision": precision, "samples": samples or (2000 if self_test else 50_000), "seed": seed}
     section |= {"generator": generator} | ({"standing_images": None} if running else {})
     values = {"kind": "evaluate", "name": "evaluate", "model": model or "", "reference": reference, "evaluate": section}
