@@ -101,6 +101,11 @@ def test_a_finished_run_has_a_page(place, left_alone):
     assert "discriminator, 16×16" in page
     assert "<h2>Classes</h2>" in page
     assert "Left out" not in page
+    left = files.read_bytes(f"{bucket}/runs/alone/report.html").decode()  # by the run itself
+    assert "<h2>Nearest real images</h2>" in left
+    assert "Left out" not in left
+    logged = {a.path for a in MlflowClient(env["MLFLOW_TRACKING_URI"]).list_artifacts(left_alone["mlflow_run_id"])}
+    assert {"report.html", "grids.gif"} <= logged
 
 
 def test_a_finished_run_shows_its_summary_again(place, left_alone):
