@@ -77,15 +77,17 @@ class Driver:
         return value
 
 
-def training_workers() -> list[int]:
-    """Process ids of Ray Train's workers on this machine that have begun to train."""
+def training_workers(cluster: str) -> list[int]:
+    """Process ids of Ray Train's workers on this machine that have begun to train, of the cluster at this address."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes()
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                raylet = Path(f"/proc/{parent}/cmdline").read_text()
             except OSError:
                 continue
-            if command.startswith(b"ray::RayTrainWorker"):
+            if command.startswith(b"ray::RayTrainWorker") and f"--gcs-address={cluster}" in raylet:
                 found.append(int(entry.name))
     return found
