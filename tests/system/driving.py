@@ -78,16 +78,17 @@ class Driver:
 
 
 def training_workers(cluster: str) -> list[int]:
-    """Process ids of Ray Train's workers on this machine that have begun to train, of the cluster at this address."""
-    found = []
+    """Process ids of Ray Train's workers on this machine that have begun to train, of the cluster at HOST:PORT."""
+    port, found = cluster.rpartition(":")[2], []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes()
                 parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                raylet = Path(f"/proc/{parent}/cmdline").read_text()
+                options = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
             except OSError:
                 continue
-            if command.startswith(b"ray::RayTrainWorker") and f"--gcs-address={cluster}" in raylet:
+            ours = any(option.startswith("--gcs-address=") and option.endswith(f":{port}") for option in options)
+            if ours and command.startswith(b"ray::RayTrainWorker"):
                 found.append(int(entry.name))
     return found

@@ -189,21 +189,23 @@ def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(pla
         assert len(waited) == len(every) - 1, "in the first metrics after each; after the last there are none"
 
 
+@pytest.mark.slow
 def test_what_died_while_it_was_scored_in_line_is_scored_at_the_end(place, left_alone):
     """SIGKILL to the workers, of which one scores and one waits."""
     folder, bucket, env = place
     longer = {"evaluate.samples": 20_000, "evaluate.repeats": 1, "evaluate.kimg": 0.96}
     run = Driver(folder, env, name="scored-late", **longer, **{"evaluate.cpus": MORE_THAN_THERE_ARE})
     committed = run.until("checkpoint 000000000960").split()[-1]
-    for worker in training_workers(env["RAY_ADDRESS"]):
-        os.kill(worker, signal.SIGKILL)
+    one, other = training_workers(env["RAY_ADDRESS"])
+    os.kill(one, signal.SIGKILL)
+    os.kill(other, signal.SIGKILL)
     run.until(f"resumed from {committed}")
     assert run.end() == 0, run.output
     assert "score at 1.0 kimg" not in run.output, "the worker was killed before that"
     summary = run.summary("scored-late")
     assert checkpoints(bucket, "scored-late")[-1] == files.name(left_alone["checkpoint"])
     key = f"fd_classifier/{summary['score']['protocol']['id']}"
-    assert [step for step, _ in points(env, summary["mlflow_run_id"], key)] == [960, 1600]
+    assert sorted(step for step, _ in points(env, summary["mlflow_run_id"], key)) == [960, 1600]
 
 
 @pytest.mark.slow
