@@ -61,8 +61,8 @@ def main() -> None:
     start = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # where runs leave their summaries
-        # the first score trains the classifier, and nothing comes after the last
-        run = train(Path(folder), "beside", scores=arguments.rounds + 2, cpus=1)
+        # the first round trains the classifier, and the last two scores end the last round and the run
+        run = train(Path(folder), "beside", scores=arguments.rounds + 3, cpus=1)
         rounds = rounds_of(run)[1:]
         in_line = steps_of(train(Path(folder), "in-line", scores=IN_LINE_SCORES, cpus=1 + (os.cpu_count() or 1)))
         os.chdir(start)
