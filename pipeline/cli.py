@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.table import Table
 
 from pipeline.config.load import load, parse_overrides, to_yaml
 from pipeline.errors import SaganError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import EvaluateJob
 
 app = typer.Typer(
     name="sagan",
@@ -169,27 +173,72 @@ def sample(
 
 
 @app.command(
-    epilog="Example: `sagan evaluate models:/cifar10@champion --reference s3://bucket/cifar10 --extractor classifier`"
+    epilog="Examples: `sagan evaluate models:/cifar10@champion --reference s3://bucket/cifar10 --download` · "
+    "`sagan evaluate --self-test --reference s3://bucket/cifar10 --extractor classifier`"
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Registry URI, checkpoint URL or pulled folder.")],
     reference: Annotated[str, typer.Option(help="Packed collection to compare with.")],
-    extractor: Annotated[str, typer.Option(help="inception, classifier, or a .ts/.pt2 file.")] = "inception",
-    weights: Annotated[str | None, typer.Option(help="Weights file of inception.")] = None,
-    samples: Annotated[int, typer.Option(help="Generated images.")] = 50_000,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Registry URI, checkpoint URL or pulled folder.")
+    ] = None,
+    extractor: Annotated[
+        str, typer.Option(help="inception, vgg16, clip-…, dinov2-…, classifier, or a .ts/.pt2 file.")
+    ] = "inception",
+    weights: Annotated[
+        str | None, typer.Option(help="Weights file (URL) of inception, vgg16, clip-…, dinov2-….")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the published weights if they are missing.")
+    ] = False,
+    resize: Annotated[str, typer.Option(help="fidelity, or clean: antialiased, for fid_clean.")] = "fidelity",
+    precision: Annotated[str, typer.Option(help="The extractor's: float32 or float64.")] = "float32",
+    samples: Annotated[int | None, typer.Option(help="Images; default 50000, of a self-test 2000.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of latents and labels.")] = 0,
     generator: Annotated[str, typer.Option(help="Weights of a checkpoint: ema or raw.")] = "ema",
     running: Annotated[bool, typer.Option("--running", help="A checkpoint's running averages in batch norm.")] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Try the extractor instead, on real images and spoilt ones.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score a model against a collection."""
+    """Score a model against a collection; or find out whether scores under an extractor mean something."""
     from pipeline.config.load import parse
+    from pipeline.config.schema import EvaluateJob
     from pipeline.jobs import execute
 
-    section: dict[str, Any] = {"extractor": extractor, "weights": weights, "samples": samples, "seed": seed}
+    if (model is None) != self_test:
+        raise UsageError("give either a model or --self-test", "sagan evaluate MODEL --reference SHARDS")
+    section: dict[str, Any] = {"extractor": extractor, "weights": weights, "download": download, "resize": resize}
+    section |= {"precision": precision, "samples": samples or (2000 if self_test else 50_000), "seed": seed}
     section |= {"generator": generator} | ({"standing_images": None} if running else {})
-    values = {"kind": "evaluate", "name": "evaluate", "model": model, "reference": reference, "evaluate": section}
-    _show(execute(parse(values, "sagan evaluate")), as_json, "scores")
+    values = {"kind": "evaluate", "name": "evaluate", "model": model or "", "reference": reference, "evaluate": section}
+    job = parse(values, "sagan evaluate")
+    assert isinstance(job, EvaluateJob)
+    if self_test:
+        _self_test(job, as_json)
+    else:
+        _show(execute(job), as_json, "scores")
+
+
+def _self_test(job: EvaluateJob, as_json: bool) -> None:
+    from pipeline.evaluation import selftest
+
+    findings = selftest.run(job.evaluate, job.reference)
+    if as_json:
+        print(json.dumps({"self_test": [asdict(one) for one in findings]}, indent=1, ensure_ascii=False))
+    else:
+        table = Table(
+            "real images against", "distance", "should be", "", title="self-test", title_justify="left", box=None
+        )
+        for one in findings:
+            table.add_row(
+                one.what,
+                "–" if one.distance is None else f"{one.distance:.4g}",
+                one.expected,
+                "FAILS" if one.failure else "ok",
+            )
+        Console().print(table)
+    selftest.require_passed(findings)
 
 
 @app.command(

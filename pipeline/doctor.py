@@ -186,15 +186,22 @@ def _shared_memory() -> Check:
 
 
 def _inception() -> Check:
-    from pipeline.evaluation.extractors import DEFAULT_WEIGHTS, INCEPTION_URL, PUBLISHED_INCEPTION
+    from pipeline.evaluation.extractors import default_place
+    from pipeline.evaluation.fidelity import published
 
-    path = Path(DEFAULT_WEIGHTS).expanduser()
-    get = f"for jobs with `extractor: inception`, download {INCEPTION_URL} to {path}, or set evaluate.weights"
+    known = published("inception")
+    assert known is not None
+    assert known.digest is not None
+    path = Path(default_place(known)).expanduser()
+    get = (
+        f"for jobs with `extractor: inception`, download {known.url} to {path} (evaluate.download: true does), or set "
+        "evaluate.weights"
+    )
     if not path.exists():
         return _warn(f"no {path}", get)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(PUBLISHED_INCEPTION):
+    if not digest.startswith(known.digest):
         return _warn(f"{path} is not the published file: its SHA-256 begins with {digest[:8]}", get)
     return _ok(f"{path} is the published file")
 

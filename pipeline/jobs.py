@@ -41,11 +41,12 @@ def execute(job: Job, *, fresh: bool = False) -> dict[str, Any]:
 
 def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:
     from pipeline.evaluation import evaluate
+    from pipeline.report.publish import publish
     from pipeline.training import run as training
 
     if fresh:
         training.forget(job)
-    return training.train(job, evaluate)
+    return training.train(job, evaluate, on_end=publish)
 
 
 def _pack(job: PackJob) -> dict[str, Any]:

@@ -22,6 +22,10 @@ def _absolute(url: str) -> str:
     return url if "://" in url or not url else str(Path(url).expanduser().absolute())
 
 
+def _is_file(extractor: str) -> bool:
+    return bool(Path(extractor).suffix)
+
+
 Url = Annotated[str, AfterValidator(_absolute)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
@@ -128,9 +132,18 @@ class EvaluateSection(Section):
     kimg: float = Field(500.0, gt=0)
     """Every so often the newest checkpoint is scored."""
     extractor: str = "inception"
-    """`inception`, `classifier` (trained once on the collection), or a TorchScript / torch.export file (URL)."""
+    """`inception`, another network of torch-fidelity (`vgg16`, `clip-vit-b-32`, `dinov2-vit-b-14`, …), `classifier`
+    (trained once on the collection), or a TorchScript / torch.export file (URL)."""
     weights: Url | None = None
-    """Weights file of `inception` (URL); default ~/.cache/sagan/weights-inception-2015-12-05-6726825d.pth."""
+    """Weights file of a network of torch-fidelity (URL); default the published one, expected in ~/.cache/sagan: for
+    `inception` weights-inception-2015-12-05-6726825d.pth."""
+    download: bool = False
+    """Fetch the published weights to ~/.cache/sagan where they are not there yet."""
+    resize: Literal["fidelity", "clean"] = "fidelity"
+    """How images reach `inception`'s 299 pixels: torch-fidelity's TensorFlow-1 bilinear, or antialiased bicubic (Parmar
+    et al. 2022), whose scores are called `fid_clean` etc."""
+    precision: Literal["float32", "float64"] = "float32"
+    """What a network of torch-fidelity computes in; float32 is without TF32."""
     split: str = "train"
     """Real images that samples are compared with."""
     samples: int = Field(50_000, ge=2)
@@ -163,7 +176,19 @@ class EvaluateSection(Section):
     @field_validator("extractor")
     @classmethod
     def _file_is_absolute(cls, value: str) -> str:
-        return value if value in ("inception", "classifier") else _absolute(value)
+        return _absolute(value) if _is_file(value) else value
+
+    @model_validator(mode="after")
+    def _applies(self) -> EvaluateSection:
+        if self.resize == "clean" and self.extractor != "inception":
+            raise ValueError(f"evaluate.resize: clean is inception's; {self.extractor} has its own way to resize")
+        if self.precision == "float64" and (self.extractor == "classifier" or self.extractor_is_file):
+            raise ValueError(f"evaluate.precision: float64 is not for {self.extractor}, which computes in float32")
+        return self
+
+    @property
+    def extractor_is_file(self) -> bool:
+        return _is_file(self.extractor)
 
 
 class TrackSection(Section):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -33,6 +33,7 @@ from pipeline.tracking.tracker import tracking_uri
 from sagan.sampling import Model, statistics_name
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ACCURACY_SAMPLES = 1000
 
@@ -96,7 +97,7 @@ def finalise(job: TrainJob, run_id: str) -> dict[str, Any]:
     samples), `fd_classifier`, `fd_classifier_real` (held-out against training images), `registered`, `grid`,
     `checkpoint`; None for what there is not. Raises UsageError, EnvironmentFault, CorruptError.
     """
-    return _with_resources(job.evaluate, _finalise, job, run_id)
+    return with_resources(job.evaluate, _finalise, job, run_id)
 
 
 def run(job: EvaluateJob) -> dict[str, Any]:
@@ -238,9 +239,7 @@ def _due(job: TrainJob) -> list[str]:
 # --- where -----------------------------------------------------------------------------------------------------------
 
 
-def _with_resources(
-    section: EvaluateSection, function: Callable[..., dict[str, Any]], *arguments: Any
-) -> dict[str, Any]:
+def with_resources(section: EvaluateSection, function: Callable[..., T], *arguments: Any) -> T:
     """Run here, or as a Ray task on a GPU of the cluster where the section asks for one."""
     import ray
 
@@ -248,7 +247,7 @@ def _with_resources(
         return function(*arguments)
     task = ray.remote(num_cpus=section.cpus, num_gpus=section.gpus)(function)
     try:
-        result: dict[str, Any] = ray.get(task.remote(*arguments))
+        result: T = ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     return result

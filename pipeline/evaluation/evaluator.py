@@ -51,6 +51,7 @@ class Evaluator:
             extractor=self.extractor.name,
             extractor_digest=self.extractor.digest,
             resize=self.extractor.resize,
+            precision=self.extractor.precision,
             reference_digest=self.collection.digest,
             split=self.section.split,
             samples=samples,
@@ -64,7 +65,7 @@ class Evaluator:
     def metric_names(self) -> list[str]:
         """Short names of what may be measured; the first is what `score: auto` means."""
         metric = self.extractor.metric
-        names = [metric("fd"), metric("isc"), "class_accuracy"]
+        names = [metric("fd"), *([metric("isc"), "class_accuracy"] if self.extractor.has_logits else [])]
         return [*names, metric("kid"), "precision", "recall"] if self.section.precision_recall else names
 
     @property
@@ -125,7 +126,8 @@ class Evaluator:
 
     @property
     def _identity(self) -> str:
-        return f"{self.extractor.name}-{self.extractor.digest[:8]}-{self.extractor.resize}"
+        extractor = self.extractor
+        return f"{extractor.name}-{extractor.digest[:8]}-{extractor.resize}-{extractor.precision}"
 
 
 @contextmanager
@@ -155,9 +157,16 @@ def load_extractor(
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if section.extractor == "classifier":
         return classifier(collection, data, judge_seed, device)
-    if section.extractor == "inception":
-        return extractors.inception(section.weights, device)
-    return extractors.from_file(section.extractor, collection.resolution, device)
+    if section.extractor_is_file:
+        return extractors.from_file(section.extractor, collection.resolution, device)
+    return extractors.pretrained(
+        section.extractor,
+        section.weights,
+        resize=section.resize,
+        precision=section.precision,
+        download=section.download,
+        device=device,
+    )
 
 
 def spread(collection: Collection, split: str, count: int) -> np.ndarray:

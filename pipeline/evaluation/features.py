@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.config.schema import DataSection
 from pipeline.data.index import Collection
 from pipeline.data.stream import read_images
+from pipeline.errors import EnvironmentFault
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.statistics import Moments
 from sagan.random import Purpose, labels, latents
@@ -128,14 +129,26 @@ def extract(
 
 
 class Workers:
-    """Ray workers that hold an extractor each. `load` makes it for a device there."""
+    """Ray workers that hold an extractor each. `load` makes it for a device there.
+
+    Raises EnvironmentFault where the cluster has no room for them, since Ray would wait in silence.
+    """
 
     def __init__(self, count: int, load: Callable[[str], Extractor], cpus: float, gpus: float) -> None:
         import ray
 
+        have = ray.cluster_resources()
+        for resource, each in (("CPU", cpus), ("GPU", gpus)):
+            if count * each > have.get(resource, 0):
+                raise EnvironmentFault(
+                    f"{count} evaluation workers need {count * each:g} {resource}s; "
+                    f"the cluster has {have.get(resource, 0):g}",
+                    "lower evaluate.workers or what each of them gets, or add nodes",
+                )
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
-        worker = ray.remote(_Worker).options(**options)
-        self._actors = [worker.remote(load, max(1, int(cpus)), bool(gpus)) for _ in range(count)]
+        worker = ray.remote(FeatureWorker).options(**options)
+        self._load = [ray.put(load)]  # kept, for a worker that takes the place of a dead one
+        self._actors = [worker.remote(self._load, max(1, int(cpus)), bool(gpus)) for _ in range(count)]
 
     def map(self, images: Images, parts: Sequence[range], *, batch: int, keep: bool) -> Iterator[Features]:
         """`extract` of every part, in their order."""
@@ -144,8 +157,11 @@ class Workers:
 
         # In a list, since Ray would fetch it anew for every call; the worker keeps what it has fetched.
         reference = [ray.put(images)]
-        call: Callable[[Any, range], Any] = lambda actor, part: actor.extract.remote(reference, part, batch, keep)  # noqa: E731
-        yield from ActorPool(self._actors).map(call, parts)
+
+        def ask(actor: Any, part: range) -> Any:
+            return actor.extract.remote(reference, part, batch, keep)
+
+        yield from ActorPool(self._actors).map(ask, parts)
 
     def stop(self) -> None:
         import ray
@@ -154,12 +170,14 @@ class Workers:
             ray.kill(actor)
 
 
-class _Worker:
+class FeatureWorker:
     """In a process of its own."""
 
-    def __init__(self, load: Callable[[str], Extractor], threads: int, gpu: bool) -> None:
+    def __init__(self, load: list[Any], threads: int, gpu: bool) -> None:
+        import ray
+
         torch.set_num_threads(threads)
-        self._extractor = load("cuda" if gpu and torch.cuda.is_available() else "cpu")
+        self._extractor = ray.get(load[0])("cuda" if gpu and torch.cuda.is_available() else "cpu")
         self._reference: Any = None
         self._images: Images
 

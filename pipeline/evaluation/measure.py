@@ -11,7 +11,7 @@ from pipeline.data.index import Collection
 from pipeline.errors import UsageError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluator import Evaluator, Reference, open_evaluator
-from pipeline.evaluation.features import Generated
+from pipeline.evaluation.features import Features, Generated
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.statistics import frechet_distance
 from sagan.sampling import Model
@@ -94,17 +94,25 @@ def measure(model: Model, evaluator: Evaluator, protocol: Protocol) -> Score:
 
 def _measure_once(model: Model, evaluator: Evaluator, seed: int, samples: range) -> dict[str, float]:
     """Every metric, by short name, of these samples."""
-    section, metric = evaluator.section, evaluator.extractor.metric
-    real = evaluator.reference(section.split)
-    made = evaluator.features(Generated(model, seed, samples), "samples", keep=section.precision_recall)
-    values = {
-        metric("fd"): frechet_distance(made.moments, real.moments),
-        metric("isc"): metrics.inception_score(made.logits),
-    }
-    if speaks_of(model, real):
+    keep = evaluator.section.precision_recall
+    made = evaluator.features(Generated(model, seed, samples), "samples", keep=keep)
+    return compared(made, evaluator, speaks=speaks_of(model, evaluator.reference(evaluator.section.split)))
+
+
+def compared(made: Features, evaluator: Evaluator, *, speaks: bool) -> dict[str, float]:
+    """Every metric, by short name, of features beside those of the real images.
+
+    class_accuracy where the logits are known to speak of the asked classes; kid, precision and recall where the rows
+    were kept.
+    """
+    split, metric = evaluator.section.split, evaluator.extractor.metric
+    values = {metric("fd"): frechet_distance(made.moments, evaluator.reference(split).moments)}
+    if evaluator.extractor.has_logits:
+        values[metric("isc")] = metrics.inception_score(made.logits)
+    if speaks:
         values["class_accuracy"] = metrics.class_accuracy(made.logits, made.labels)
     if made.rows is not None:
-        others = evaluator.reference_features(section.split, len(samples))
+        others = evaluator.reference_features(split, len(made.rows))
         values[metric("kid")] = metrics.kernel_distance(made.rows, others)
         values["precision"], values["recall"] = metrics.precision_recall(made.rows, others)
     return values

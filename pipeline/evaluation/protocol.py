@@ -30,6 +30,8 @@ class Protocol:
     """Generator weights: `ema` or `raw`."""
     batch_norm: str
     """Batch-norm statistics: `standing` and over how many images, or `running`."""
+    precision: str = "float32"
+    """What the extractor computes in: `float32` (without TF32) or `float64`."""
     repeats: int = 1
     """Ranges of `samples` images whose scores are averaged."""
 

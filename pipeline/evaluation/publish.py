@@ -17,7 +17,7 @@ from pipeline.evaluation.measure import Score, measure
 from pipeline.evaluation.models import open_model
 from pipeline.evaluation.records import ScoreRecord
 from pipeline.storage import files, fileset
-from pipeline.tracking import registry
+from pipeline.tracking import registry, source
 from pipeline.tracking.card import card
 from pipeline.tracking.tracker import Tracker, tracking_uri
 from sagan.sampling import Model
@@ -63,6 +63,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, pict
         "checkpoint_sha256": manifest.digest,
         "manifest_digest": score.protocol.reference_digest,
         "method_digest": facts["method_digest"],
+        "commit": facts.get("commit", source.UNKNOWN),
     }
     tags = {
         "metric": key,

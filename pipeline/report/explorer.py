@@ -13,9 +13,14 @@ from pipeline.report.page import Html, element, joined
 
 
 def explorer(layers: Sequence[Layer], images: Tensor, names: Sequence[str], budget: int) -> Html:
-    """Explorer of as many of the images uint8 [n, 3, H, W], named, as have maps within `budget` bytes; at least one."""
-    maps = [attention.quantised(attention.coarse(layer.maps)) for layer in layers]
-    count = max(1, min(len(images), budget // sum(part[0].numel() for part in maps)))
+    """Explorer of as many of the images uint8 [n, 3, H, W], named, as fit into `budget` characters with their maps.
+
+    Pictures get an eighth of it. Where one image's maps do not fit, all maps are kept on fewer cells.
+    """
+    room = budget * 7 // 8 // 4 * 3  # bytes, of which base64 makes a third more characters
+    each = budget // 8 // (len(images) + len(layers))
+    maps = _within(room, layers)
+    count = min(len(images), room // _size(maps))
     explored = {
         "scale": {"full": attention.FULL, "even": attention.EVEN, "doubling": attention.DOUBLING},
         "layers": [
@@ -23,7 +28,7 @@ def explorer(layers: Sequence[Layer], images: Tensor, names: Sequence[str], budg
             for layer, part in zip(layers, maps, strict=True)
         ],
         "images": [
-            {"name": names[i], "source": page.data_uri(images[i]), "maps": [_base64(part[i]) for part in maps]}
+            {"name": names[i], "source": page.data_uri(images[i], each), "maps": [_base64(part[i]) for part in maps]}
             for i in range(count)
         ],
     }
@@ -32,14 +37,30 @@ def explorer(layers: Sequence[Layer], images: Tensor, names: Sequence[str], budg
         f"attends from there, in full from {attention.FULL:g} times an even share on."
     )
     root = element("div", page.data(explored), element("noscript", "Exploring needs scripts."), class_="explorer")
-    return joined([element("p", said), root, *(_figure(layer, images[0], names[0]) for layer in layers)])
+    return joined([element("p", said), root, *(_figure(layer, images[0], names[0], each) for layer in layers)])
 
 
-def _figure(layer: Layer, image: Tensor, name: str) -> Html:
+def _within(room: int, layers: Sequence[Layer]) -> list[Tensor]:
+    """Maps as bytes, on as many cells as leave room for those of one image."""
+    queries, keys = attention.MOST_QUERIES, attention.MOST_KEYS
+    while True:
+        maps = [attention.quantised(attention.coarse(layer.maps, queries, keys)) for layer in layers]
+        if _size(maps) <= room:
+            return maps
+        queries, keys = queries // 2, keys // 2
+
+
+def _size(maps: Sequence[Tensor]) -> int:
+    """Bytes of one image's."""
+    return sum(part[0].numel() for part in maps)
+
+
+def _figure(layer: Layer, image: Tensor, name: str, budget: int) -> Html:
     alt = f"{name}: five points in colour, then where the {layer.network} attends from each of them"
-    picture = page.picture(attention.picture(image, layer.maps[0]), alt)
+    picture = page.picture(attention.picture(image, layer.maps[0]), alt, budget)
     said = f"{layer.title}, γ = {layer.gamma:.3g}"
-    return element("figure", picture, element("figcaption", said), class_="wide")
+    shown = element("div", picture, class_="sideways", tabindex=0, role="group", aria_label=said)
+    return element("figure", shown, element("figcaption", said), class_="wide")
 
 
 def _base64(values: Tensor) -> str:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-EXACT = 64  # pixels per side up to which an image is kept exactly, as PNG; larger ones as WebP
-WEBP_QUALITY = 70
+EXACT = 64  # pixels per side up to which an image is kept exactly where there is room
+# How an image is kept, the first way that fits: WebP's quality, and one in so many pixels per side
+FORMS = ((90, 1), (75, 1), (60, 1), (45, 1), (30, 1), (30, 2), (30, 4), (30, 8))
 COLOURS = ("#1f6feb", "#c2410c")  # of two runs in one plot
 
 
@@ -72,29 +73,40 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str
     return element("div", inside, class_="scroll", tabindex=0, role="group", aria_label=caption or "table")
 
 
-def data_uri(image: Image.Image | Tensor) -> str:
-    """An image, or uint8 [3, H, W], as a data URI."""
+def data_uri(image: Image.Image | Tensor, budget: int) -> str:
+    """An image, or uint8 [3, H, W], as a data URI of at most `budget` characters: exact, or as good as fits.
+
+    Even noise of 960 × 3 840 px fits into 2 000.
+    """
     if isinstance(image, Tensor):
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    written = _webp(image, lossless=True) if max(image.size) <= EXACT else ""
+    for quality, step in FORMS:
+        if written and len(written) <= budget:
+            break
+        written = _webp(image if step == 1 else image.reduce(step), quality=quality)
+    return written
+
+
+def _webp(image: Image.Image, **how: Any) -> str:
     file = io.BytesIO()
-    if max(image.size) <= EXACT:
-        image.save(file, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.save(file, "WEBP", quality=WEBP_QUALITY)
-        kind = "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, "WEBP", **how)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def picture(image: Image.Image | Tensor, alt: str, **attributes: object) -> Html:
-    written = element("img", src=data_uri(image), alt=alt, **attributes)
+def picture(image: Image.Image | Tensor, alt: str, budget: int, **attributes: object) -> Html:
+    """An image in at most `budget` characters (`data_uri`), besides its text."""
+    written = element("img", src=data_uri(image, budget), alt=alt, **attributes)
     return Html(written.removesuffix("</img>"))
 
 
-def tiles(title: str, images: Tensor, captions: Sequence[str], *, shown: bool = True) -> Html:
-    """A row of images uint8 [n, 3, H, W], each with its caption below it, or as its alternative text alone."""
+def tiles(title: str, images: Tensor, captions: Sequence[str], budget: int, *, shown: bool = True) -> Html:
+    """A row of images uint8 [n, 3, H, W], each in `budget` characters, with its caption below it, or as its
+    alternative text alone."""
     figures = [
-        element("figure", picture(image, caption, class_="pixels"), element("figcaption", caption) if shown else "")
+        element(
+            "figure", picture(image, caption, budget, class_="pixels"), element("figcaption", caption) if shown else ""
+        )
         for image, caption in zip(images, captions, strict=True)
     ]
     row = element("div", *figures, class_="tiles", style=f"--tiles: {len(figures)}")

@@ -22,14 +22,17 @@ from pipeline.tuning.sweep import WORST
 from sagan.random import Purpose, latents
 from sagan.sampling import Model
 
-# What bounds the file, over all that it shows together
-MAP_BYTES = 2 << 20
 EXPLORED = 6  # images of the attention explorer, where their maps fit
 FRAMES, FRAME_WIDTH = 6, 960  # sample grids over training, and pixels of each
 ROWS, STEPS = 4, 8  # interpolations
 SHOWN_CLASSES = 5  # best and worst ones
 PER_CLASS = 4  # samples of each
 SEED = 0
+
+# Bytes of the file, over all that it shows together; what is left is for text and tables
+PAGE_BYTES = 5_000_000
+EXPLORER_BYTES, FRAME_BYTES, TILE_BYTES, PLANE_BYTES = 3_200_000, 900_000, 650_000, 50_000
+TILES = 2 * ROWS * STEPS + ROWS * (1 + samples.NEIGHBOURS) + 2 * SHOWN_CLASSES * PER_CLASS  # of one subject
 
 
 def write(wheres: Sequence[str], out: Path, compared: int = 2000) -> int:
@@ -71,7 +74,8 @@ def _sweep(folder: RunFolder) -> Section:
         score = sign * trial["score"] if trial["score"] < WORST else None
         rows.append([trial["name"] or "–", *trial["point"].values(), score, trial["kimg"], trial["reason"]])
     with Image.open(io.BytesIO(files.read_bytes(folder.plane))) as plane:
-        shown = page.picture(plane.convert("RGB"), f"{key} of every trial over {' and '.join(space)}", class_="plane")
+        alt = f"{key} of every trial over {' and '.join(space)}"
+        shown = page.picture(plane.convert("RGB"), alt, PLANE_BYTES, class_="plane")
     best = summary["best"]["trial"]
     said = f"{len(trials)} trials, {summary['stopped_early']} stopped early. Below, the best: {best}."
     table = page.table(["trial", *space, key, "kimg", "ended"], rows, "trials, the best first")
@@ -101,6 +105,7 @@ def _facts(subject: Subject) -> dict[str, object]:
         "trained": f"{summary['images'] / 1000:g} kimg" if summary else "not ended yet",
         "images per second": summary.get("images_per_s"),
         "checkpoint shown": run.checkpoint,
+        "commit": run.commit,
         "score": _score(score),
         "final score, of other latents": _score(final),
         "class accuracy": summary.get("class_accuracy"),
@@ -118,7 +123,8 @@ _TOLD = ("loss", "gamma")
 def _score(score: dict[str, Any]) -> str | None:
     if score.get("value") is None:
         return None
-    return f"{score['key']}/{score['protocol']['id']} = {score['value']:.4g}"
+    spread = f" ± {score['deviation']:.2g}" if "deviation" in score else ""
+    return f"{score['key']}/{score['protocol']['id']} = {score['value']:.4g}{spread}"
 
 
 def _scores(subjects: Sequence[Subject]) -> Section:
@@ -186,8 +192,13 @@ def _method(subjects: Sequence[Subject]) -> Section:
 
 
 def _samples(subjects: Sequence[Subject]) -> Section:
-    columns = [(s.name, _flipbook(s.run, FRAMES // len(subjects)) if s.run else _plain(s.model)) for s in subjects]
+    frames, budget = FRAMES // len(subjects), _tile_budget(subjects)
+    columns = [(s.name, _flipbook(s.run, frames) if s.run else _plain(s.model, budget)) for s in subjects]
     return Section("Samples", page.side_by_side(columns))
+
+
+def _tile_budget(subjects: Sequence[Subject]) -> int:
+    return TILE_BYTES // TILES // len(subjects)
 
 
 def _flipbook(run: Run, frames: int) -> Html:
@@ -205,45 +216,47 @@ def _flipbook(run: Run, frames: int) -> Html:
         small.thumbnail((FRAME_WIDTH, 4 * FRAME_WIDTH), Image.Resampling.LANCZOS)
         value = "no score" if record.score.value is None else f"{record.score.key} {record.score.value:.4g}"
         said = f"{record.images / 1000:g} kimg, {value}"
-        pictures.append(page.picture(small, f"samples and real images: {said}", data_said=said, hidden=i != last))
+        alt = f"samples and real images: {said}"
+        pictures.append(page.picture(small, alt, FRAME_BYTES // FRAMES, data_said=said, hidden=i != last))
     still = element("div", *pictures, class_="frames", tabindex=0, role="group", aria_label="sample grid")
     return element("div", still, class_="flipbook")
 
 
-def _plain(model: Model) -> Html:
+def _plain(model: Model, budget: int) -> Html:
     rows = 2
     names = samples.names(model, rows * STEPS)
     images = model.sample(n=rows * STEPS, seed=SEED).cpu().split(STEPS)
-    return _tiles([samples.Row("", part, names[row * STEPS :][:STEPS]) for row, part in enumerate(images)])
+    return _tiles([samples.Row("", part, names[row * STEPS :][:STEPS]) for row, part in enumerate(images)], budget)
 
 
 def _interpolation(subjects: Sequence[Subject]) -> Section:
-    columns = []
+    columns, budget = [], _tile_budget(subjects)
     for subject in subjects:
         rows = samples.between_latents(subject.model, ROWS, STEPS, SEED)
         of_classes = samples.between_classes(subject.model, ROWS, STEPS, SEED)
-        content = [element("p", "From one latent to another, the class held:"), _tiles(rows, said=False)]
+        content = [element("p", "From one latent to another, the class held:"), _tiles(rows, budget, said=False)]
         if of_classes:
-            content += [element("p", "From one class to another, the latent held:"), _tiles(of_classes, said=False)]
+            content.append(element("p", "From one class to another, the latent held:"))
+            content.append(_tiles(of_classes, budget, said=False))
         columns.append((subject.name, joined(content)))
     return Section("Interpolation", page.side_by_side(columns))
 
 
-def _tiles(rows: Sequence[samples.Row], *, said: bool = True) -> Html:
-    return joined(page.tiles(row.title, row.images, row.captions, shown=said) for row in rows)
+def _tiles(rows: Sequence[samples.Row], budget: int, *, said: bool = True) -> Html:
+    return joined(page.tiles(row.title, row.images, row.captions, budget, shown=said) for row in rows)
 
 
 def _beside_real(subjects: Sequence[Subject], compared: int) -> list[Section]:
-    nearest, classes = [], []
+    nearest, classes, budget = [], [], _tile_budget(subjects)
     for subject, run in _runs(subjects):
         try:
             beside = _compared(subject.model, run, compared)
         except SaganError as error:
             nearest.append((subject.name, element("p", f"Left out: {error.message}", class_="warning")))
         else:
-            nearest.append((subject.name, _nearest(beside, compared)))
+            nearest.append((subject.name, _nearest(beside, compared, budget)))
             if subject.model.config.labels:
-                classes.append((subject.name, _classes(subject.model, beside, compared)))
+                classes.append((subject.name, _classes(subject.model, beside, compared, budget)))
     return [
         Section("Nearest real images", page.side_by_side(nearest)),
         Section("Classes", page.side_by_side(classes)),
@@ -259,7 +272,7 @@ def _compared(model: Model, run: Run, compared: int) -> samples.Beside:
     return samples.beside_real(model, collection, data, section, compared, ROWS)
 
 
-def _nearest(beside: samples.Beside, compared: int) -> Html:
+def _nearest(beside: samples.Beside, compared: int, budget: int) -> Html:
     said = (
         f"Of {compared:,} generated images those nearest to one of {beside.training_images:,} training images, in the "
         f"features of {beside.extractor}, each followed by its nearest. Median distance of generated images to the "
@@ -267,10 +280,10 @@ def _nearest(beside: samples.Beside, compared: int) -> Html:
     )
     if beside.heldout is not None:
         said += f"; of real images that were held out: {beside.heldout:.3g}. Copies would be far nearer than those"
-    return joined([element("p", f"{said}."), _tiles(beside.nearest)])
+    return joined([element("p", f"{said}."), _tiles(beside.nearest, budget)])
 
 
-def _classes(model: Model, beside: samples.Beside, compared: int) -> Html:
+def _classes(model: Model, beside: samples.Beside, compared: int, budget: int) -> Html:
     if not beside.classes:
         least = samples.LEAST_PER_CLASS
         said = (
@@ -284,13 +297,21 @@ def _classes(model: Model, beside: samples.Beside, compared: int) -> Html:
     for one in shown:
         images = model.sample([one.index], PER_CLASS, SEED)
         name = samples.class_name(model, one.index)
-        row = page.tiles("", images, [f"generated {name}"] * PER_CLASS, shown=False)
-        rows.append([name, one.generated, one.accuracy, one.distance, row])
+        row = page.tiles("", images, [f"generated {name}"] * PER_CLASS, budget, shown=False)
+        rows.append([name, one.generated, one.accuracy, one.distance, one.frechet, row])
     said = (
         f"Worst first, under {beside.extractor}: by the share of images it takes for their class, then by the distance"
     )
     said += " between the means of generated and of real features, less what so few images differ by chance."
-    head = ["class", "images", "class accuracy", "distance of means", "samples"]
+    refused = [one for one in figures if one.frechet is None]
+    if refused:
+        most = max(min(one.generated, one.real) for one in refused)
+        said += (
+            f" The Fréchet distance of {len(refused)} of {len(figures)} classes is left out: with "
+            f"{beside.features:,} features it is noise below {metrics.least_images(beside.features):,} generated and "
+            f"as many real images of a class, and here are at most {most:,}."
+        )
+    head = ["class", "images", "class accuracy", "distance of means", "Fréchet distance", "samples"]
     caption = f"the {SHOWN_CLASSES} worst and the {SHOWN_CLASSES} best of {len(figures)} classes" if many else "classes"
     return joined([element("p", said), page.table(head, rows, caption)])
 
@@ -299,7 +320,7 @@ def _classes(model: Model, beside: samples.Beside, compared: int) -> Html:
 
 
 def _attention(subjects: Sequence[Subject]) -> Section:
-    columns = [(subject.name, _explored(subject, MAP_BYTES // len(subjects))) for subject in subjects]
+    columns = [(subject.name, _explored(subject, EXPLORER_BYTES // len(subjects))) for subject in subjects]
     return Section("Attention", page.side_by_side(columns))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.data.index import Collection
 from pipeline.data.stream import read_images
+from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluator import open_evaluator, spread
 from pipeline.evaluation.features import Generated
 from pipeline.evaluation.measure import speaks_of
@@ -100,12 +101,15 @@ class ClassFigures:
     Attributes:
         accuracy: share of its images that the extractor takes for it; None where the extractor knows other classes.
         distance: between the means of its generated and its real features.
+        frechet: Fréchet distance between them; None where it would be noise (`metrics.least_images`).
     """
 
     index: int
     generated: int
+    real: int
     accuracy: float | None
     distance: float
+    frechet: float | None
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class Beside:
         generated, heldout: median distance to the nearest training image, of generated images and of as many held-out
             ones (None without that split): copies would be far nearer than images that were never seen.
         training_images: among how many was searched.
+        features: how many the extractor has.
         classes: worst first; [] where there are too few images of each.
     """
 
@@ -125,6 +130,7 @@ class Beside:
     generated: float
     heldout: float | None
     training_images: int
+    features: int
     classes: list[ClassFigures]
 
 
@@ -159,6 +165,7 @@ def beside_real(
         generated=distances.median().item(),
         heldout=heldout,
         training_images=len(real),
+        features=real.shape[1],
         classes=classes,
     )
 
@@ -176,8 +183,10 @@ def by_class(
         if min(int(mine.sum()), int(theirs.sum())) < LEAST_PER_CLASS:
             continue
         accuracy = None if logits is None else (logits[mine].argmax(1) == index).double().mean().item()
-        distance = mean_distance(Moments.of(features[mine]), Moments.of(real[theirs]))
-        found.append(ClassFigures(index, int(mine.sum()), accuracy, distance))
+        ours, others = features[mine], real[theirs]
+        distance = mean_distance(Moments.of(ours), Moments.of(others))
+        frechet = metrics.class_distance(ours, others)
+        found.append(ClassFigures(index, len(ours), len(others), accuracy, distance, frechet))
     return sorted(found, key=lambda figures: (figures.accuracy or 0.0, -figures.distance))
 
 

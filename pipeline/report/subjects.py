@@ -15,7 +15,7 @@ from pipeline.evaluation.models import open_model, state_of
 from pipeline.evaluation.records import ScoreRecord
 from pipeline.storage import files
 from pipeline.storage.run_folder import RunFolder
-from pipeline.training.checkpoints import METRICS
+from pipeline.training import checkpoints
 from sagan.discriminator import Discriminator
 from sagan.sampling import Model
 from sagan.state import FACTS
@@ -33,6 +33,8 @@ class Run:
     """The last ones that were logged before the newest checkpoint."""
     checkpoint: str
     """The one that is shown: the best that stands, else the newest."""
+    commit: str | None
+    """Of the code that trained it, where that is known."""
 
     @property
     def protocols(self) -> dict[str, dict[str, Any]]:
@@ -106,7 +108,7 @@ def _of_run(folder: RunFolder, record: dict[str, Any]) -> Subject:
     scores = [ScoreRecord.from_dict(files.read_json(folder.score(name))) for name in folder.scored()]
     best = records.best(score for score in scores if score.checkpoint in standing)
     shown = best.checkpoint if best else standing[-1]
-    lines = files.read_bytes(files.join(folder.checkpoint(standing[-1]), METRICS)).splitlines()
+    lines = files.read_bytes(files.join(folder.checkpoint(standing[-1]), checkpoints.METRICS)).splitlines()
     run = Run(
         folder=folder,
         record=record,
@@ -114,6 +116,7 @@ def _of_run(folder: RunFolder, record: dict[str, Any]) -> Subject:
         scores=scores,
         logged=json.loads(lines[-1])["metrics"] if lines else {},
         checkpoint=shown,
+        commit=files.read_json(files.join(folder.checkpoint(shown), checkpoints.FACTS)).get("commit"),
     )
     section = EvaluateSection.model_validate(record["evaluate"])
     return Subject(record["name"], *_networks(folder.checkpoint(shown), section), run)

@@ -118,6 +118,13 @@ def exists(url: str) -> bool:
         return True
 
 
+def size(url: str) -> int | None:
+    """Bytes of an object; None where its server does not say. Raises FileNotFoundError, EnvironmentFault."""
+    with _storage(url) as (fs, path):
+        found: int | None = fs.info(path)["size"]
+        return found
+
+
 def list_names(url: str) -> list[str]:
     """Names directly below a folder, sorted; [] where there is none. Raises EnvironmentFault."""
     with _storage(url) as (fs, path):
@@ -147,14 +154,18 @@ def upload(local: Path, url: str) -> None:
             fs.put_file(str(local), path)
 
 
-def download(url: str, local: Path, attempts: int = _ATTEMPTS) -> None:
+def download(
+    url: str, local: Path, attempts: int = _ATTEMPTS, advance: Callable[[int], None] = lambda bytes_: None
+) -> None:
     """Copy an object to a local file, whose folder exists. With 1 attempt, trying again is left to the caller.
+
+    `advance` is told of the bytes as they come.
 
     Raises FileNotFoundError, EnvironmentFault.
     """
     with _storage(url, attempts) as (fs, path):
         try:
-            fs.get_file(path, str(local), callback=_Pace(url))
+            fs.get_file(path, str(local), callback=_Pace(url, advance))
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -216,6 +227,11 @@ def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
 @lru_cache(maxsize=16)
 def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attempts: int) -> Any:
     """One file system per process and identity, both of which serve as the key alone, and number of attempts."""
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(sock_connect=_CONNECT_S, sock_read=_SILENCE_S)  # none on the whole of a large file
+        return fsspec.filesystem(protocol, skip_instance_cache=True, client_kwargs={"timeout": timeout})
     if protocol != "s3":
         return fsspec.filesystem(protocol, skip_instance_cache=True)
     # Servers other than AWS answer a part of an object with the checksum of the whole, which botocore then refuses.
@@ -234,12 +250,13 @@ def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attem
 class _Pace(Callback):
     """Ends a download that trickles, since the time-out of reading sees silence only."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, advance: Callable[[int], None]) -> None:
         super().__init__()
-        self._url, self._began = url, time.monotonic()
+        self._url, self._advance, self._began = url, advance, time.monotonic()
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
+        self._advance(inc)
         seconds = time.monotonic() - self._began
         if seconds > _SILENCE_S and self.value < _SLOWEST * seconds:
             raise EnvironmentFault(

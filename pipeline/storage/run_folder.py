@@ -35,6 +35,16 @@ class RunFolder:
         """Of a sweep: the picture of the score over its space."""
         return files.join(self.url, "plane.png")
 
+    @property
+    def report(self) -> str:
+        """The page about it, at the end."""
+        return files.join(self.url, "report.html")
+
+    @property
+    def animation(self) -> str:
+        """Its sample grids one after another, at the end."""
+        return files.join(self.url, "grids.gif")
+
     def checkpoint(self, name: str) -> str:
         return files.join(self.url, "checkpoints", name)
 

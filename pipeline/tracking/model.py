@@ -25,12 +25,11 @@ class Generator(mlflow.pyfunc.PythonModel):
         from PIL import Image
 
         rows = []
-        for i, row in enumerate(model_input.to_dict("records")):
-            wanted = row.get("class") if self.model.config.labels else None
-            if wanted is None or pd.isna(wanted):
-                labels = [i % self.model.config.labels] if self.model.config.labels else None
-            else:
-                labels = [wanted]
+        for i, given in enumerate(model_input.to_dict("records")):
+            row = {name: value for name, value in given.items() if not pd.isna(value)}
+            classes = self.model.config.labels
+            wanted = row.get("class", i % max(classes, 1))
+            labels = [wanted if isinstance(wanted, str) else int(wanted)] if classes else None
             images = self.model.sample(labels, 1, int(row.get("seed", i)), float(row.get("truncation", 1.0)))
             file = io.BytesIO()
             Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(file, "PNG")

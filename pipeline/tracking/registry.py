@@ -1,13 +1,15 @@
 """Versions of a model in MLflow's registry, and who of them is `champion`.
 
 A version's tags say everything that ranking needs: `metric` names the protocol key it was registered under
-(`fid/3fa9c1d2`), a tag of that name holds the value, `better` is `lower` or `higher`, `withdrawn` holds a reason.
+(`fid/3fa9c1d2`), a tag of that name holds the value, `better` is `lower` or `higher` and speaks of that key alone,
+`withdrawn` holds a reason.
 Aliases have no compare-and-swap, so promotion sets and looks again until what it sees agrees with what it set.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 ATTEMPTS = 10  # of what rivals may undo
+MOST_VERSIONS = 200_000  # MLflow lists no more at once
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,22 @@ class Version:
         """Protocol key that it was registered under."""
         return self.tags.get("metric", "")
 
-    def rank(self, metric: str) -> float:
-        """Lower is better; infinite where it has no score under that protocol key."""
-        value = float(self.tags.get(metric, "inf"))
-        return -value if self.tags.get("better") == "higher" and metric in self.tags else value
+    def compares(self, judge: Version) -> bool:
+        """Whether it has a score under the protocol key that `judge` was registered under."""
+        return judge.metric in self.tags
 
-    def described(self) -> str:
-        score = f"{self.metric} = {self.tags.get(self.metric, 'none')}"
-        return f"version {self.number}: {score}\n    {self.tags.get('protocol', 'no protocol')}"
+    def rank(self, judge: Version) -> float:
+        """By the score under the protocol key of `judge`: lower is better, infinite without one."""
+        if not self.compares(judge):
+            return math.inf
+        value = float(self.tags[judge.metric])
+        return -value if judge.tags.get("better") == "higher" else value
+
+    def described(self, judge: Version) -> str:
+        """Its scores under its own protocol key and under that of `judge`, and the protocol it was registered under."""
+        keys = dict.fromkeys((self.metric, judge.metric))
+        scores = ", ".join(f"{key} = {self.tags[key]}" for key in keys if key in self.tags)
+        return f"version {self.number}: {scores}\n    {self.tags.get('protocol', 'no protocol')}"
 
 
 def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str]) -> int:
@@ -88,16 +99,16 @@ def promote_best(uri: str, name: str) -> int | None:
             champion = champion_of(uri, name)
             if not eligible:
                 return champion.number if champion else None
-            metric = eligible[-1].metric
-            if champion and "withdrawn" not in champion.tags and metric not in champion.tags:
+            newest = eligible[-1]
+            if champion and "withdrawn" not in champion.tags and not champion.compares(newest):
                 log.warning(
                     "champion of %s stays version %d: it has no score under %s; compare by hand (sagan promote)",
                     name,
                     champion.number,
-                    metric,
+                    newest.metric,
                 )
                 return champion.number
-            best = min(eligible, key=lambda version: (version.rank(metric), version.number))
+            best = min(eligible, key=lambda version: (version.rank(newest), version.number))
             if champion and champion.number == best.number:
                 return best.number
             with suppress(MlflowException):  # a rival set it at the same moment
@@ -121,17 +132,11 @@ def promote(uri: str, name: str, version: int, force_reason: str | None = None) 
             numbers = ", ".join(str(v.number) for v in all_versions if v.ready) or "none"
             raise UsageError(f"{name} has no version {version} that is ready", f"choose one of: {numbers}")
         champion = champion_of(uri, name)
-        better = champion is None or chosen.rank(champion.metric) <= champion.rank(champion.metric)
-        if force_reason is None and not better:
-            assert champion is not None
-            raise UsageError(
-                f"version {version} of {name} is not better than its champion under the same protocol\n"
-                f"  {chosen.described()}\n  {champion.described()}",
-                f'give a reason to promote it all the same: sagan promote {name} {version} --force "…"',
-            )
+        if force_reason is None and champion is not None and champion.number != version:
+            _require_better(name, chosen, champion)
         if force_reason is not None:
             for other in all_versions:
-                wins = other.rank(chosen.metric) < chosen.rank(chosen.metric)
+                wins = other.rank(chosen) < chosen.rank(chosen)
                 if other.number > version or wins:
                     mlflow.set_model_version_tag(name, str(other.number), "withdrawn", force_reason)
             mlflow.set_model_version_tag(name, str(version), "promoted", force_reason)
@@ -139,6 +144,19 @@ def promote(uri: str, name: str, version: int, force_reason: str | None = None) 
             mlflow.delete_model_version_tag(name, str(version), "withdrawn")
         mlflow.set_registered_model_alias(name, CHAMPION, str(version))
         return version
+
+
+def _require_better(name: str, chosen: Version, champion: Version) -> None:
+    if not chosen.compares(champion):
+        said = "was scored under another protocol than its champion: the two do not compare"
+    elif chosen.rank(champion) >= champion.rank(champion):
+        said = "is not better than its champion under the same protocol"
+    else:
+        return
+    raise UsageError(
+        f"version {chosen.number} of {name} {said}\n  {chosen.described(champion)}\n  {champion.described(champion)}",
+        f'give a reason to promote it all the same: sagan promote {name} {chosen.number} --force "…"',
+    )
 
 
 def pull(uri: str, model_uri: str, destination: Path) -> Path:
@@ -188,7 +206,7 @@ def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
 
 def versions(uri: str, name: str) -> list[Version]:
     """All versions by number; [] where there is no such model."""
-    found = client(uri).search_model_versions(f"name = '{name}'", max_results=1000)
+    found = client(uri).search_model_versions(f"name = '{name}'", max_results=MOST_VERSIONS)
     return sorted(map(_version, found), key=lambda version: version.number)
 
 
@@ -278,7 +296,7 @@ def _packaged(folder: Path, target: Path) -> Path:
     inputs = Schema(
         [
             ColSpec(AnyType(), "class", required=False),
-            ColSpec("long", "seed", required=False),
+            ColSpec(AnyType(), "seed", required=False),  # whole numbers with gaps arrive as floats
             ColSpec("double", "truncation", required=False),
         ]
     )

@@ -17,6 +17,7 @@ from pipeline.data.index import Collection
 from pipeline.data.pack import pack
 from pipeline.errors import InterruptedRun, SaganError, UsageError
 from pipeline.storage import files, fileset
+from pipeline.tracking import source
 from pipeline.tracking.tracker import Tracker, last_step, tracking_uri
 from pipeline.training import cluster
 from pipeline.training.console import Console
@@ -24,6 +25,7 @@ from pipeline.training.decisions import superfluous
 from pipeline.training.status import Snapshot, create
 
 POLL_SECONDS = 0.5
+SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows it as the run's source
 
 
 class Evaluation(Protocol):
@@ -69,11 +71,13 @@ def train(
     parent: str | None = None,
     on_score: Callable[[int, float | None], None] | None = None,
     final: bool = True,
+    on_end: Callable[[TrainJob, str], None] | None = None,
 ) -> dict[str, Any]:
     """Train to `train.kimg`, resuming where the run stands; returns the summary.
 
     `on_score(images, score)` is told each score as it comes. `parent` is the MLflow run of a sweep, whose trials are
-    not `final`: their champion is chosen among them all.
+    not `final`: their champion is chosen among them all. `on_end(job, run_id)` is called once the summary stands and
+    before the MLflow run ends.
 
     Raises UsageError, EnvironmentFault or SaganError with what is wrong; InterruptedRun after SIGINT or SIGTERM, with
     one checkpoint committed at the next step border.
@@ -87,6 +91,8 @@ def train(
         scores = evaluation.finalise(run.job, run.run_id) if final else {}
         summary = _summary(run, snapshot, scores)
         _write_summary(run.job, summary)
+        if on_end is not None:
+            on_end(run.job, run.run_id)
         status = "FINISHED"
     except (InterruptedRun, KeyboardInterrupt):
         status = "KILLED"
@@ -134,7 +140,12 @@ def prepare(job: TrainJob, evaluation: Evaluation, parent: str | None = None) ->
         job.name,
         record["mlflow_run_id"] if record else None,
         params=method,
-        tags={"kind": "train", "method_digest": plan.digest(method), "collection": job.data.train},
+        tags={
+            "kind": "train",
+            "method_digest": plan.digest(method),
+            "collection": job.data.train,
+            SOURCE_COMMIT: source.commit(),
+        },
         artifacts=job.track.artifacts or artifacts(job),
         parent=parent,
     )

@@ -26,6 +26,7 @@ from pipeline.data.index import Collection
 from pipeline.data.stream import Stream
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError
 from pipeline.storage import fileset
+from pipeline.tracking import source
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoints, consistency
 from pipeline.training.checkpoints import FACTS, METRICS
@@ -82,6 +83,7 @@ class Worker:
         self.scratch = tempfile.TemporaryDirectory(prefix=f"sagan-{job.name}-")
         self.metrics_file = Path(self.scratch.name) / METRICS
         self.train_seconds = 0.0
+        self.commit = source.commit()  # now: a checkout may move on while this runs
         self.collection = Collection.open(job.data.train)
         self.state = self._restore()
         self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
@@ -204,6 +206,7 @@ class Worker:
                 "collection": self.collection.digest,
                 "class_names": self.collection.class_names,
                 "method_digest": self.assignment.method_digest,
+                "commit": self.commit,
             }
             name = checkpoints.write(local, self.state, self.metrics_file, facts)
             checkpoint = ray.train.Checkpoint.from_directory(str(local))

@@ -79,6 +79,11 @@ class Driver:
 
 def training_workers(cluster: str) -> list[int]:
     """Process ids of Ray Train's workers on this machine that have begun to train, of the cluster at HOST:PORT."""
+    return ray_workers("RayTrainWorker", cluster)
+
+
+def ray_workers(actor: str, cluster: str) -> list[int]:
+    """Process ids of this machine's actors of a class, of the cluster at HOST:PORT; there may be other clusters."""
     port, found = cluster.rpartition(":")[2], []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -89,6 +94,6 @@ def training_workers(cluster: str) -> list[int]:
             except OSError:
                 continue
             ours = any(option.startswith("--gcs-address=") and option.endswith(f":{port}") for option in options)
-            if ours and command.startswith(b"ray::RayTrainWorker"):
+            if ours and command.startswith(f"ray::{actor}".encode()):
                 found.append(int(entry.name))
     return found

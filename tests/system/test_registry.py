@@ -11,19 +11,22 @@ import socketserver
 import subprocess
 import sys
 import threading
+import urllib.request
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from infra.local.server import free_port
+from infra.local.server import BIN, CHECKOUT, Server, answers, free_port
 from infra.local.servers import MlflowServer
+from pipeline.cli import app
 from pipeline.data.grids import grid
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import files, fileset
@@ -37,13 +40,7 @@ from sagan.state import TrainState
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left_in_the_module_table() -> Iterator[None]:
-    """Registering in several threads at once can leave MLflow's stand-in for a module behind, at which hypothesis
-    stumbles in whichever test comes next."""
-    yield
-    sys.modules.pop("dbutils", None)
-
+TURNS = 6
 
 SAMPLE = """
 import sys
@@ -71,6 +68,52 @@ assert "pipeline" not in sys.modules
 """
 
 
+# Registers and promotes a version for each line that it is told: name and score.
+RIVAL = """
+import sys, uuid
+from pathlib import Path
+from pipeline.tracking import registry
+
+uri, folder, run_id = sys.argv[1:]
+print("ready", flush=True)
+for line in sys.stdin:
+    name, value = line.split()
+    tags = {"metric": "fd_x/11111111", "fd_x/11111111": value, "better": "lower", "checkpoint_sha256": uuid.uuid4().hex}
+    registry.register(uri, name, Path(folder), run_id, tags)
+    registry.promote_best(uri, name)
+    print("done", flush=True)
+"""
+
+
+class Serving(Server):
+    """`mlflow models serve`, as it is told to be used: any environment that has the model's requirements."""
+
+    name = "MLflow's model server"
+
+    def __init__(self, tracking: str, model: str) -> None:
+        pickle = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+        super().__init__(env={"MLFLOW_TRACKING_URI": tracking, "PYTHONSAFEPATH": "1", "PYTHONPATH": "", **pickle})
+        self.model = model
+
+    def command(self) -> list[str]:
+        where = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(self.port)]
+        return [str(BIN / "mlflow"), "models", "serve", "--model-uri", self.model, *where]
+
+    def ready(self) -> bool:
+        return answers(f"http://127.0.0.1:{self.port}/ping")
+
+    def predict(self, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/invocations",
+            json.dumps({"dataframe_records": rows}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=60) as answer:
+            predictions: list[dict[str, str]] = json.load(answer)["predictions"]
+        return predictions
+
+
 @pytest.fixture(scope="module")
 def server(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     with MlflowServer(tmp_path_factory.mktemp("mlflow"), artifacts=s3.bucket(), env=s3.env) as running:
@@ -93,7 +136,7 @@ def name() -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is ready to register."""
     networks = ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8)
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "golden retriever"]
     model = Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32, class_names=words)
     folder = tmp_path_factory.mktemp("model")
     model.save(folder)
@@ -177,12 +220,31 @@ def test_mlflow_opens_it_without_pickle_and_without_this_repository(
     registry.register(server.uri, name, folder, run_id, tags(1.0))
     registry.promote_best(server.uri, name)
     environment = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    assert not list(registry.pull(server.uri, f"models:/{name}@champion", tmp_path / "pulled").rglob("*.pkl"))
     printed = isolated("-c", PREDICT, server.uri, f"models:/{name}@champion", cwd=tmp_path, **environment)
     rows = json.loads(printed.splitlines()[-1])
     assert [row["class"] for row in rows] == ["seven", "zero"]
-    image = Image.open(io.BytesIO(base64.b64decode(rows[0]["png"])))
-    expected = Model.load(folder).sample(["seven"], 1, 3, 0.7)[0]
-    assert image.tobytes() == expected.permute(1, 2, 0).contiguous().numpy().tobytes()
+    assert torch.equal(decoded(rows[0]), Model.load(folder).sample(["seven"], 1, 3, 0.7)[0])
+
+
+def test_it_is_served_over_http(server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path) -> None:
+    registry.register(server.uri, name, folder, run_id, tags(1.0))
+    registry.promote_best(server.uri, name)
+    asked: list[dict[str, Any]] = [{"class": "seven", "seed": 3, "truncation": 0.7}, {"class": 2, "seed": 5}, {}]
+    with Serving(server.uri, f"models:/{name}@champion") as serving:
+        rows = serving.predict(asked)
+        numbers = serving.predict([{"class": 4}, {"seed": 1}])  # a column of numbers with a gap
+    assert [row["class"] for row in rows] == ["seven", "two", "two"]
+    assert [row["class"] for row in numbers] == ["four", "one"]
+    model = Model.load(folder)
+    expected = [model.sample(["seven"], 1, 3, 0.7)[0], model.sample([2], 1, 5)[0], model.sample([2], 1, 2)[0]]
+    assert all(torch.equal(decoded(row), image) for row, image in zip(rows, expected, strict=True))
+
+
+def decoded(row: dict[str, str]) -> torch.Tensor:
+    """uint8 [3, H, W] of a row that `predict` gave."""
+    image = Image.open(io.BytesIO(base64.b64decode(row["png"])))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 def test_champion_moves_to_better_ones_only_and_never_across_protocols(
@@ -199,6 +261,17 @@ def test_champion_moves_to_better_ones_only_and_never_across_protocols(
     assert add(0.1, metric="fd_x/22222222") == 3
     registry.add_score(server.uri, name, 3, "fd_x/22222222", 0.2)  # once scored under the other protocol, it is beaten
     assert registry.promote_best(server.uri, name) == 4
+
+
+def test_each_key_ranks_in_its_own_direction(server: MlflowServer, run_id: str, name: str, folder: Path) -> None:
+    """A distance champion is scored by recall too: there the higher one wins."""
+    registry.register(server.uri, name, folder, run_id, tags(5.0))
+    registry.promote_best(server.uri, name)
+    registry.add_score(server.uri, name, 1, "recall/33333333", 0.9)
+    registry.register(server.uri, name, folder, run_id, tags(0.7, "recall/33333333", "higher"))
+    assert registry.promote_best(server.uri, name) == 1
+    registry.register(server.uri, name, folder, run_id, tags(0.95, "recall/33333333", "higher"))
+    assert registry.promote_best(server.uri, name) == 3
 
 
 def test_a_higher_score_wins_where_higher_is_better(server: MlflowServer, run_id: str, name: str, folder: Path) -> None:
@@ -228,22 +301,80 @@ def test_promotion_by_hand_needs_a_reason_and_lasts(server: MlflowServer, run_id
     assert registry.promote_best(server.uri, name) == 3
 
 
-def test_processes_that_promote_at_a_time_end_at_the_best(
-    server: MlflowServer, run_id: str, name: str, folder: Path
+def test_across_protocols_nothing_is_promoted_and_both_are_said(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = [7.0, 3.0, 9.0, 1.0, 5.0, 8.0]
-
-    def add(value: float) -> None:
-        registry.register(server.uri, name, folder, run_id, tags(value))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    one, other = tags(5.0), tags(0.1, metric="fd_x/22222222")
+    for facts in (one, other):
+        registry.register(server.uri, name, folder, run_id, facts)
         registry.promote_best(server.uri, name)
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(add, values))
-    versions = registry.versions(server.uri, name)
-    assert len(versions) == len(values)
+    with pytest.raises(UsageError, match="another protocol") as refused:
+        sagan("promote", name, "2")
+    assert all(facts["protocol"] in refused.value.message for facts in (one, other))
+    assert "fd_x/11111111 = 5.0" in refused.value.message
+    assert "fd_x/22222222 = 0.1" in refused.value.message
+    assert refused.value.exit_code == 2
     champion = registry.champion_of(server.uri, name)
     assert champion is not None
-    assert champion.tags["fd_x/11111111"] == "1.0"
+    assert champion.number == 1
+
+
+def test_the_commands_promote_forward_and_back_and_sample_the_champion(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    for value in (2.0, 1.0):
+        registry.register(server.uri, name, folder, run_id, tags(value))
+    registry.promote_best(server.uri, name)
+    with pytest.raises(UsageError, match="not better"):
+        sagan("promote", name, "1")
+    assert "version 1" in sagan("promote", name, "1", "--force", "2 shows memorised images")
+    assert registry.promote_best(server.uri, name) == 1
+    champion = f"models:/{name}@champion"
+    assert "sagan.load" in sagan("pull", champion, str(tmp_path / "pulled"))
+    asked = ["--classes", "golden retriever", "--n", "16", "--truncation", "0.7", "--seed", "0"]
+    sagan("sample", champion, "--out", str(tmp_path / "grid.png"), *asked)
+    images = Model.load(tmp_path / "pulled").sample(["golden retriever"], 16, 0, 0.7)
+    expected = grid(images, ["golden retriever"] * 16, columns=4)
+    assert Image.open(tmp_path / "grid.png").tobytes() == expected.tobytes()
+    assert "version 2" in sagan("promote", name, "2")
+    assert registry.promote_best(server.uri, name) == 2
+
+
+def sagan(*arguments: str) -> str:
+    """What a command prints. Raises as it does."""
+    return CliRunner().invoke(app, arguments, catch_exceptions=False).output
+
+
+def test_processes_that_register_and_promote_at_a_time_end_at_the_best(
+    server: MlflowServer, run_id: str, name: str, folder: Path
+) -> None:
+    arguments = [sys.executable, "-c", RIVAL, server.uri, str(folder), run_id]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with ExitStack() as stack:
+        rivals = [stack.enter_context(subprocess.Popen(arguments, env=environment, **pipes)) for _ in range(2)]
+
+        def heard() -> list[str]:
+            return [rival.stdout.readline().strip() for rival in rivals if rival.stdout]
+
+        assert heard() == ["ready", "ready"]
+        for turn in range(TURNS):
+            for i, rival in enumerate(rivals):
+                assert rival.stdin
+                rival.stdin.write(f"{name}-{turn} {(turn + i) % 2 + 1}\n")
+                rival.stdin.flush()
+            assert heard() == ["done", "done"]
+        for rival in rivals:
+            assert rival.stdin
+            rival.stdin.close()
+    for turn in range(TURNS):
+        versions = registry.versions(server.uri, f"{name}-{turn}")
+        assert [version.number for version in versions] == [1, 2]
+        champion = registry.champion_of(server.uri, f"{name}-{turn}")
+        assert champion is not None
+        assert champion.tags["fd_x/11111111"] == "1"
 
 
 def test_a_model_that_is_not_there_is_said_with_those_that_are(

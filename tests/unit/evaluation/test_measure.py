@@ -39,6 +39,7 @@ def test_a_protocol_says_all_that_was_chosen(model: Model, digits: Collection, d
         "extractor": "classifier",
         "extractor_digest": protocol.extractor_digest,
         "resize": "none",
+        "precision": "float32",
         "reference_digest": digits.digest,
         "split": "train",
         "samples": 50,
@@ -91,3 +92,19 @@ def test_accuracy_is_left_out_where_the_extractor_knows_other_classes(
     torch.jit.script(Stranger()).save(f"{tmp_path}/stranger.ts")
     values = score(model, digits, data, SECTION.model_copy(update={"extractor": f"{tmp_path}/stranger.ts"}))
     assert set(values) == {"fd_stranger", "isc_stranger"}
+
+
+def test_what_needs_logits_is_left_out_where_there_are_none(
+    model: Model, digits: Collection, data: DataSection, tmp_path: object
+) -> None:
+    class Mute(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = images.float().mean((1, 3))
+            return x, x[:, :0]
+
+    torch.jit.script(Mute()).save(f"{tmp_path}/mute.ts")
+    section = SECTION.model_copy(update={"extractor": f"{tmp_path}/mute.ts", "precision_recall": True})
+    assert set(score(model, digits, data, section)) == {"fd_mute", "kid_mute", "precision", "recall"}
+    for missing in ("isc_mute", "class_accuracy"):
+        with pytest.raises(UsageError, match="does not give"):
+            score(model, digits, data, section.model_copy(update={"score": missing}))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from pipeline.evaluation import extractors
-from pipeline.evaluation.metrics import class_accuracy, inception_score
+from pipeline.evaluation.metrics import class_accuracy, class_distance, inception_score
 from pipeline.evaluation.statistics import Moments, frechet_distance
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -125,6 +125,21 @@ def test_resnet20_on_the_test_set(resnet20: Measured) -> None:
 
 def test_resnet20_on_the_training_set(resnet20: Measured) -> None:
     check_training_set(resnet20)
+
+
+def test_the_distance_of_a_class_is_given_where_it_is_more_than_noise(resnet20: Measured) -> None:
+    features, labels = resnet20.of("train")[0], resnet20.labels("train")
+    for label in range(10):
+        mine, other = features[labels == label], features[labels == (label + 1) % 10]
+        variance = float(Moments.of(mine).covariance.trace())
+        by_chance = class_distance(mine[0:256:2], mine[1:256:2])
+        assert by_chance is not None
+        assert by_chance < 0.2 * variance  # 0.07 to 0.12 where the bound was chosen
+        between = class_distance(mine[:128], other[:128])
+        assert between is not None
+        assert between > 10 * by_chance
+        assert class_distance(mine[:127], other) is None
+        assert class_distance(mine, other[:127]) is None
 
 
 def test_resnet56_on_the_test_set(resnet56: Measured) -> None:

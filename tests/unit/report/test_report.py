@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
@@ -7,13 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.config.schema import EvaluateSection, TrainJob
 from pipeline.data.index import Collection
 from pipeline.errors import UsageError
 from pipeline.report import page, report
+from pipeline.report.publish import publish
 from pipeline.storage import files
+from pipeline.tracking.tracker import client
 from pipeline.tuning.picture import draw
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
@@ -115,7 +122,44 @@ def test_what_is_no_run_is_told_what_is_one(tmp_path: Path) -> None:
 
 
 def test_few_images_of_a_class_are_not_ranked(run: Run, tmp_path: Path) -> None:
-    assert "fewer than 10 of each class" in written([run("first")], tmp_path, compared=20)
+    url = run("first")
+    assert "with 48 features it is noise below 96 generated" in written([url], tmp_path, compared=400)
+    assert "fewer than 10 of each class" in written([url], tmp_path, compared=20)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy())
+
+
+def test_a_picture_is_exact_where_it_may_be_and_fits_where_it_must() -> None:
+    def sizes(image: Image.Image, budget: int) -> tuple[int, Image.Image]:
+        uri = page.data_uri(image, budget)
+        return len(uri), Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+    small, large = noise(32, 32), noise(960, 1200)
+    assert sizes(small, 10_000)[1].convert("RGB").tobytes() == small.tobytes()
+    for image, budget in ((small, 1_000), (noise(256, 256), 3_000), (large, 150_000), (large, 2_000)):
+        assert sizes(image, budget)[0] <= budget
+    assert sizes(large, 800_000)[1].size == large.size
+
+
+def test_the_largest_page_of_two_stays_below_its_bound(run: Run, tmp_path: Path) -> None:
+    """Runs whose grids are noise, and 128 px models of saturated noise with two attention layers."""
+    runs = [run("first"), run("second")]
+    for url in runs:
+        for path in Path(url, "grids").iterdir():
+            noise(960, 960).save(path)
+    of_runs = len(written(runs, tmp_path).encode())
+    config = ModelConfig(resolution=128, classes=10, channels_g=4, channels_d=8, attention=(32, 64))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        model = Model.from_state(TrainState(config, OptimConfig(), seed), standing_images=32)
+        model.generator.conv.weight.mul_(1e4)
+        images = model.sample(n=2).float()
+        assert images.std() > 60  # no compression makes little of it
+        model.save(folder)
+    of_models = len(written([str(folder) for folder in folders], tmp_path).encode())
+    assert max(of_runs, of_models) < report.PAGE_BYTES
 
 
 def test_what_attention_takes_of_the_file_is_bounded(tmp_path: Path) -> None:
@@ -123,10 +167,10 @@ def test_what_attention_takes_of_the_file_is_bounded(tmp_path: Path) -> None:
     for name, networks in (("a", config), ("b", replace(config, attention=()))):
         Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32).save(tmp_path / name)
     text = written([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
-    assert len(text) < 5 * MEGABYTE
+    assert len(text) < report.PAGE_BYTES
     (data,) = explored(text)
     assert [(layer["queries"], layer["keys"]) for layer in data["layers"]] == [(32, 16)]
-    assert len(data["images"]) == 4  # of 256 KiB, in the half of 2 MiB that one of two models gets
+    assert len(data["images"]) == 4  # of 256 KiB, in the half that one of two models gets
     assert "no self-attention" in text
 
 
@@ -135,3 +179,27 @@ def test_nothing_of_a_name_becomes_part_of_the_page() -> None:
     text = page.whole(hostile, [page.Section(hostile, page.joined([page.data({"name": hostile}), hostile]))])
     assert "<b>" not in text
     assert json.loads(re.findall(r"json\">(.*?)</script>", text)[0]) == {"name": hostile}
+
+
+def test_a_run_that_ends_leaves_its_page_and_its_grids_in_motion(
+    run: Run, job: TrainJob, run_id: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = files.read_json(f"{run('first')}/run.json")
+    job = job.model_copy(update={"name": "first", "evaluate": EvaluateSection.model_validate(record["evaluate"])})
+    publish(job, run_id)
+    assert job.folder.report in capsys.readouterr().out
+    page, grids = Path(job.folder.report), Path(job.folder.animation)
+    assert "Nearest real images" in page.read_text()
+    with Image.open(grids) as moving:
+        assert (moving.format, len(ImageSequence.all_frames(moving))) == ("GIF", 2)
+    logged = client(job.track.uri or "").list_artifacts(run_id)
+    assert {a.path: a.file_size for a in logged if not a.is_dir} == {
+        path.name: path.stat().st_size for path in (page, grids)
+    }
+
+
+def test_a_page_that_cannot_be_written_costs_the_run_nothing(
+    job: TrainJob, run_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(job, run_id)  # there is no run
+    assert f"sagan report {job.folder.url}" in caplog.text

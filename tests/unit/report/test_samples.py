@@ -65,9 +65,12 @@ def test_classes_are_ranked_worst_first_and_small_ones_left_out() -> None:
     figures = samples.by_class(features, logits, asked, real, real_labels)
     assert [(f.index, f.generated, f.accuracy) for f in figures] == [(0, 20, 0.5), (2, 20, 1.0), (1, 20, 1.0)]
     assert figures[1].distance == pytest.approx(6.0, rel=0.05)
+    assert [f.frechet for f in figures] == pytest.approx([0.0, 36.0, 0.0], abs=1e-4)
     without = samples.by_class(features, None, asked, real, real_labels)
     assert without[0].index == 2
     assert all(f.accuracy is None for f in without)
+    wide = samples.by_class(features.repeat(1, 4), logits, asked, real.repeat(1, 4), real_labels)
+    assert [(f.generated, f.real, f.frechet) for f in wide] == 3 * [(20, 20, None)]  # 16 features want 32 images
 
 
 def test_copies_of_training_images_are_the_nearest(

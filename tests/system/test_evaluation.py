@@ -1,0 +1,152 @@
+"""Scores on Ray workers are those of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from pipeline.config.schema import DataSection, EvaluateSection, PackSection
+from pipeline.data.index import Collection
+from pipeline.data.pack import pack
+from pipeline.errors import EnvironmentFault
+from pipeline.evaluation.evaluator import Evaluator, open_evaluator
+from pipeline.evaluation.features import Features, Generated, Real
+from pipeline.evaluation.measure import score_model
+from pipeline.training import cluster
+from sagan.config import ModelConfig, OptimConfig
+from sagan.sampling import Model
+from sagan.state import TrainState
+from tests.system.driving import ray_workers
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
+
+SAMPLES = 300  # in five chunks, the last of them smaller
+# Convolutions of another batch add up in another order, and a generated pixel at the border of two grey levels may fall
+# to either: one level in one pixel moves these features by up to 1e-4.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+
+
+class Small(torch.nn.Module):
+    """Convolved features and logits of ten classes, from seeded weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.convolution = torch.nn.Conv2d(3, 16, 5, stride=4)
+            self.head = torch.nn.Linear(16, 10)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.convolution(images.float() / 255).relu().mean((2, 3))
+        return features, self.head(features)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    """A Ray of this process's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        cluster.connect(3)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("extractor") / "small.ts"
+    torch.jit.script(Small()).save(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    return pack(str(tmp_path_factory.mktemp("digits") / "shards"), PackSection(source="digits", resolution=32))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    networks = ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8)
+    return Model.from_state(TrainState(networks, OptimConfig(), seed=0), standing_images=64)
+
+
+@contextmanager
+def evaluator(extractor: str, digits: Collection, folder: Path, workers: int, batch: int = 64) -> Iterator[Evaluator]:
+    data = DataSection(train=digits.url, cache=str(folder))
+    section = EvaluateSection(extractor=extractor, workers=workers, batch=batch, precision_recall=True)
+    with open_evaluator(section, digits, data, 0) as opened:
+        yield opened
+
+
+def both(evaluator: Evaluator, model: Model) -> tuple[Features, Features]:
+    real = Real(evaluator.collection, np.asarray(evaluator.collection.ids("train"))[:SAMPLES], evaluator.data)
+    return (
+        evaluator.features(Generated(model, 0, range(7, 7 + SAMPLES)), "samples", keep=True),
+        evaluator.features(real, "real images", keep=True),
+    )
+
+
+def assert_equal(ours: Features, theirs: Features, *, rtol: float = 0, atol: float = 0) -> None:
+    assert ours.moments.count == theirs.moments.count == SAMPLES
+    torch.testing.assert_close(ours.labels, theirs.labels, rtol=0, atol=0)
+    for a, b in (
+        (ours.rows, theirs.rows),
+        (ours.logits, theirs.logits),
+        (ours.moments.mean, theirs.moments.mean),
+        (ours.moments.scatter, theirs.moments.scatter),
+    ):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_give_the_features_of_one_process_in_the_same_order(
+    workers: int, extractor: str, digits: Collection, model: Model, tmp_path: Path
+) -> None:
+    with (
+        evaluator(extractor, digits, tmp_path, 1) as alone,
+        evaluator(extractor, digits, tmp_path, workers) as together,
+    ):
+        for ours, theirs in zip(both(together, model), both(alone, model), strict=True):
+            assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_the_batch_changes_features_by_rounding_alone(
+    batch: int, extractor: str, digits: Collection, model: Model, tmp_path: Path
+) -> None:
+    with evaluator(extractor, digits, tmp_path, 1) as usual, evaluator(extractor, digits, tmp_path, 2, batch) as other:
+        for ours, theirs in zip(both(other, model), both(usual, model), strict=True):
+            assert_equal(ours, theirs, **ROUNDING)
+
+
+def test_a_worker_that_dies_is_replaced(extractor: str, digits: Collection, model: Model, tmp_path: Path) -> None:
+    with evaluator(extractor, digits, tmp_path, 1) as alone, evaluator(extractor, digits, tmp_path, 2) as together:
+        expected = both(alone, model)
+        both(together, model)
+        os.kill(ray_workers("FeatureWorker", ray.get_runtime_context().gcs_address)[0], signal.SIGKILL)
+        for ours, theirs in zip(both(together, model), expected, strict=True):
+            assert_equal(ours, theirs)
+
+
+def test_a_score_does_not_depend_on_the_workers(
+    extractor: str, digits: Collection, model: Model, tmp_path: Path
+) -> None:
+    def score(workers: int) -> dict[str, float]:
+        data = DataSection(train=digits.url, cache=str(tmp_path))
+        section = EvaluateSection(extractor=extractor, workers=workers, precision_recall=True)
+        return score_model(model, section, digits, data=data, seed=0, samples=SAMPLES, judge_seed=0).values
+
+    assert score(3) == score(1)
+
+
+def test_workers_that_find_no_room_are_refused(extractor: str, digits: Collection, tmp_path: Path) -> None:
+    refused = pytest.raises(EnvironmentFault, match=r"50 evaluation workers need 50 CPUs; the cluster has")
+    with refused, evaluator(extractor, digits, tmp_path, 50):
+        pass
