@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +84,14 @@ def prepare(job: TrainJob) -> bool:
     if not fits:
         print(
             f"no room to evaluate beside training ({more['CPU']:g} CPUs, {more['GPU']:g} GPUs more): "
-            "scores are taken after it",
+            "it waits for each score",
             flush=True,
         )
     return fits
 
 
-def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
-    """Train with Ray Train until the workers return. Blocks; raises what Ray raises."""
+def fit(run: Run, status: Any, evaluation: Evaluation, beside: bool) -> None:
+    """Train with Ray Train until the workers return, scoring beside them or in line. Blocks; raises what Ray raises."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -100,13 +101,14 @@ def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
     gpu = uses_gpu(job)
     filesystem, path = ray_storage(job.checkpoint.root)
     _forget_ray_state(job)
+    scoring = Scoring(job if beside else _alone(job, gpu), run.run_id, status, evaluation)
     assignment = Assignment(
         job.model_dump(mode="json", by_alias=True),
         run.tracking_uri,
         run.run_id,
         status,
         run.method_digest,
-        evaluation is not None,
+        None if beside else scoring,
     )
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
     env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **job.resources.env}
@@ -128,7 +130,7 @@ def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
             worker_runtime_env={"env_vars": env},
         ),
         validation_config=ValidationConfig(
-            fn=Validation(job, run.run_id, status, evaluation),
+            fn=lambda _, name: scoring(name),
             ray_remote_kwargs={
                 # with several workers it only waits for them
                 "num_cpus": job.evaluate.cpus if job.evaluate.workers == 1 else 0,
@@ -136,25 +138,35 @@ def fit(run: Run, status: Any, evaluation: Evaluation | None) -> None:
                 "scheduling_strategy": "DEFAULT",  # a sweep's trial would have it inside its own placement group
             },
         )
-        if evaluation
+        if beside
         else None,
     ).fit()
 
 
-class Validation:
-    """Scores a committed checkpoint in a Ray task of its own, beside training."""
+def _alone(job: TrainJob, gpu: bool) -> TrainJob:
+    """The job whose scores are taken by one process, on the device that it trains on."""
+    section = job.evaluate.model_copy(update={"workers": 1, "gpus": float(gpu)})
+    return job.model_copy(update={"evaluate": section})
 
-    def __init__(self, job: TrainJob, run_id: str, status: Any, evaluation: Evaluation) -> None:
-        self.job, self.run_id, self.status, self.evaluation = job, run_id, status, evaluation
 
-    def __call__(self, checkpoint: Any, name: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Scoring:
+    """Scores committed checkpoints of a run, in whatever process, and tells the driver."""
+
+    job: TrainJob
+    run_id: str
+    status: Any
+    evaluation: Evaluation
+
+    def __call__(self, checkpoint: str) -> dict[str, Any]:
+        """Values by short name of the checkpoint of this name. Raises what evaluation raises."""
         try:
-            scores = self.evaluation.score_checkpoint(self.job, self.job.folder.checkpoint(name), self.run_id)
+            scores = self.evaluation.score_checkpoint(self.job, self.job.folder.checkpoint(checkpoint), self.run_id)
         except Exception as error:
-            self.status.note.remote(f"{name} could not be scored now and will be after training: {error}")
+            self.status.note.remote(f"{checkpoint} could not be scored now and will be after training: {error}")
             raise
         key, value = next(iter(scores.items()))
-        self.status.scored.remote(images_of(name), key, value)
+        self.status.scored.remote(images_of(checkpoint), key, value)
         return scores
 
 

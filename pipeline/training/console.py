@@ -76,5 +76,6 @@ class Console:
 def _short(metrics: dict[str, float]) -> str:
     return (
         f"D {metrics['loss_d']:.3f}  G {metrics['loss_g']:+.3f}  {metrics['images_per_s']:.0f} img/s  "
-        f"data {metrics['data_wait_share']:.0%}  checkpoints {metrics['checkpoint_share']:.0%}"
+        f"data {metrics['data_wait_share']:.0%}  checkpoints {metrics['checkpoint_share']:.0%}  "
+        f"scores {metrics['evaluation_share']:.0%}"
     )

@@ -22,6 +22,8 @@ class StepBorder:
     checkpoint: bool
     evaluate: bool
     stop: bool
+    early: bool
+    """Whether that is before the end."""
 
 
 def at_border(job: TrainJob, before: int, after: int, stop_requested: bool) -> StepBorder:
@@ -35,6 +37,7 @@ def at_border(job: TrainJob, before: int, after: int, stop_requested: bool) -> S
         checkpoint=checkpoint,
         evaluate=evaluate,
         stop=stop,
+        early=stop and not finished,
     )
 
 

@@ -202,9 +202,9 @@ def _fit(run: Run, evaluation: Evaluation, on_score: Callable[[int, float | None
     import ray
 
     job = run.job
-    validates = cluster.prepare(job)
+    beside = cluster.prepare(job)
     status = create(run.reached, run.record["starts"], run.record["images_lost"])
-    fit = _Fit(lambda: cluster.fit(run, status, evaluation if validates else None))
+    fit = _Fit(lambda: cluster.fit(run, status, evaluation, beside))
     seen = Snapshot(starts=run.record["starts"])
     with _signals(lambda: status.request_stop.remote()) as asked, Console(job) as console:
         fit.start()

@@ -91,11 +91,11 @@ def create(images: int, starts: int, images_lost: int) -> Any:
 
 
 class Rate:
-    """Where rank 0's time goes since the last log: data wait, checkpoints, and everything (the rest is the step)."""
+    """Where rank 0's time goes since the last log: data wait, checkpoints, scores in line; the rest is the step."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.data = self.checkpoint = 0.0
+        self.data = self.checkpoint = self.evaluation = 0.0
 
     def metrics(self, images: int) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.start, 1e-9)
@@ -103,4 +103,5 @@ class Rate:
             "images_per_s": images / seconds,
             "data_wait_share": self.data / seconds,
             "checkpoint_share": self.checkpoint / seconds,
+            "evaluation_share": self.evaluation / seconds,
         }

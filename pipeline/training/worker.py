@@ -7,13 +7,14 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
@@ -48,7 +49,8 @@ class Assignment:
     run_id: str
     status: Any  # handle of the RunStatus actor
     method_digest: str
-    validates: bool
+    score_in_line: Callable[[str], object] | None
+    """Scores the committed checkpoint of a name; None where the cluster has room to do that beside training."""
 
 
 def train(config: dict[str, Any]) -> None:
@@ -187,11 +189,14 @@ class Worker:
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _checkpoint(self, border: StepBorder) -> None:
-        """Rank 0 writes, a background thread uploads; the last checkpoint of a run is waited for."""
+        """Rank 0 writes, a background thread uploads; a run's last checkpoint is waited for, and one scored in line."""
         began = time.perf_counter()
+        score = self.assignment.score_in_line
+        in_line = border.evaluate and score is not None and not border.early  # who asked to stop waits for no score
         consistency.check(self.state, self.world)
         consistency.require_finite(self.state)
-        upload = ray.train.CheckpointUploadMode.SYNC if border.stop else ray.train.CheckpointUploadMode.ASYNC
+        wait = border.stop or in_line
+        upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
         name, checkpoint = None, None
         if self.leads:
             local = Path(tempfile.mkdtemp(prefix="checkpoint-"))
@@ -205,19 +210,35 @@ class Worker:
             }
             name = checkpoints.write(local, self.state, self.metrics_file, facts)
             checkpoint = ray.train.Checkpoint.from_directory(str(local))
+        name = self._from_leader(name)
         ray.train.report(
             {"images": self.state.images},
             checkpoint=checkpoint,
-            checkpoint_dir_name=self._from_leader(name),
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=upload,
             checkpoint_upload_fn=self._commit,
             delete_local_checkpoint_after_upload=True,
-            validation=_validation(name) if checkpoint and border.evaluate and self.assignment.validates else False,
+            validation=_validation(name) if checkpoint and border.evaluate and score is None else False,
         )
-        finished = self.state.images >= 1000 * self.job.train.kimg
-        if border.stop and not finished and self.leads:
+        if border.early and self.leads:
             ray.get(self.status.stopped.remote())
         self.rate.checkpoint += time.perf_counter() - began
+        if score and in_line:
+            self._score_in_line(score, name)
+
+    def _score_in_line(self, score: Callable[[str], object], checkpoint: str) -> None:
+        """Rank 0 scores while the others wait; afterwards all go on as if nothing had been. Collective."""
+        began = time.perf_counter()
+        if self.leads:
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), contextlib.suppress(Exception):  # the driver is told, and tries again
+                score(checkpoint)
+            machine.prepare(self.device)  # an extractor has its own wishes
+        ray.train.collective.barrier()  # which, unlike those of torch, does not give up a rank that takes its time
+        seconds = time.perf_counter() - began
+        self.rate.evaluation += seconds
+        if self.leads:
+            self._note(f"training waited {seconds:.1f} s for it")
 
     def _commit(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         checkpoints.commit(Path(checkpoint.path), self.job.folder, name)

@@ -77,20 +77,23 @@ class Driver:
         return value
 
 
-def training_workers() -> list[int]:
-    """Process ids of Ray Train's workers on this machine that have begun to train."""
-    return ray_workers("RayTrainWorker")
+def training_workers(cluster: str) -> list[int]:
+    """Process ids of Ray Train's workers on this machine that have begun to train, of the cluster at HOST:PORT."""
+    return ray_workers("RayTrainWorker", cluster)
 
 
-def ray_workers(actor: str) -> list[int]:
-    """Process ids of this machine's actors of a class."""
-    found = []
+def ray_workers(actor: str, cluster: str) -> list[int]:
+    """Process ids of this machine's actors of a class, of the cluster at HOST:PORT; there may be other clusters."""
+    port, found = cluster.rpartition(":")[2], []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes()
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                options = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
             except OSError:
                 continue
-            if command.startswith(f"ray::{actor}".encode()):
+            ours = any(option.startswith("--gcs-address=") and option.endswith(f":{port}") for option in options)
+            if ours and command.startswith(f"ray::{actor}".encode()):
                 found.append(int(entry.name))
     return found

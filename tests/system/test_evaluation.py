@@ -130,7 +130,7 @@ def test_a_worker_that_dies_is_replaced(extractor: str, digits: Collection, mode
     with evaluator(extractor, digits, tmp_path, 1) as alone, evaluator(extractor, digits, tmp_path, 2) as together:
         expected = both(alone, model)
         both(together, model)
-        os.kill(ray_workers("FeatureWorker")[0], signal.SIGKILL)
+        os.kill(ray_workers("FeatureWorker", ray.get_runtime_context().gcs_address)[0], signal.SIGKILL)
         for ours, theirs in zip(both(together, model), expected, strict=True):
             assert_equal(ours, theirs)
 

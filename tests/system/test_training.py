@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,8 +16,11 @@ from mlflow import MlflowClient
 
 from infra.local.server import BIN
 from pipeline.storage import files
+from pipeline.storage.run_folder import images_of
 from tests.readme import ROOT, block
 from tests.system.driving import Driver, training_workers
+
+MORE_THAN_THERE_ARE = 16  # CPUs of the cluster, so that nothing fits beside training
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray"), pytest.mark.timeout(400)]
 
@@ -32,6 +36,10 @@ def place(s3, ray_cluster, tmp_path_factory):
 
 def checkpoints(bucket, name):
     return files.list_names(f"{bucket}/runs/{name}/checkpoints")
+
+
+def scores_of(bucket, name):
+    return files.list_names(f"{bucket}/runs/{name}/scores")
 
 
 def points(env, run_id, key):
@@ -139,7 +147,7 @@ def test_interrupted_killed_and_resumed_it_ends_in_the_same_state(place, left_al
     second = Driver(folder, env, name="tried")
     second.until(f"resumed from {newest}")
     second.until("checkpoint 0")
-    os.kill(training_workers()[0], signal.SIGKILL)
+    os.kill(training_workers(env["RAY_ADDRESS"])[0], signal.SIGKILL)
     second.until("resumed from")
     assert second.end() == 0, second.output
 
@@ -150,6 +158,59 @@ def test_interrupted_killed_and_resumed_it_ends_in_the_same_state(place, left_al
     ours, theirs = (points(env, run["mlflow_run_id"], "loss_d") for run in (summary, left_alone))
     assert sorted(set(ours)) == sorted(ours), "no point is logged twice"
     assert dict(theirs).items() <= dict(ours).items(), "every point of the undisturbed run, and of the extra borders"
+
+
+@pytest.mark.parametrize(("name", "cpus"), [("beside", 1), ("in-line", MORE_THAN_THERE_ARE)])
+def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(place, left_alone, name, cpus):
+    folder, bucket, env = place
+    every = range(320, 1601, 320)
+    ranked = {"evaluate.kimg": 0.32, "evaluate.score": "isc_classifier", "track.register": "false"}
+    run = Driver(folder, env, name=name, **ranked, **{"evaluate.cpus": cpus, "checkpoint.keep": 1})
+    assert run.end() == 0, run.output
+    summary = run.summary(name)
+
+    scored = [run.output.index(f"score at {images / 1000:.1f} kimg: isc_classifier") for images in every]
+    key = f"isc_classifier/{summary['score']['protocol']['id']}"
+    values = dict(points(env, summary["mlflow_run_id"], key))
+    assert list(values) == list(every)
+    scores = [files.read_json(f"{bucket}/runs/{name}/scores/{file}") for file in scores_of(bucket, name)]
+    spans = sorted((score["time_ms"] - 1000 * score["seconds"], score["time_ms"]) for score in scores)
+    assert all(end <= begin + 10 for (_, end), (begin, _) in itertools.pairwise(spans)), "one at a time, to 10 ms"
+
+    best = max(values, key=lambda images: values[images])
+    assert best != 1600, "while the newest is the best, nothing is shown of what becomes of the best"
+    first, last = checkpoints(bucket, name)
+    assert (images_of(first), images_of(last)) == (best, 1600)
+    assert last == files.name(left_alone["checkpoint"]), "its name holds the digest of the state"
+
+    committed = [run.output.index(f"checkpoint {images:012d}") for images in every]
+    waited = [share for _, share in points(env, summary["mlflow_run_id"], "evaluation_share") if share]
+    if name == "beside":
+        assert not waited
+    else:
+        assert "no room to evaluate beside training (16 CPUs, 0 GPUs more): it waits for each score" in run.output
+        assert all(score < later for score, later in zip(scored, committed[1:], strict=False))
+        assert run.output.count("training waited") == len(every)
+        assert len(waited) == len(every) - 1, "in the first metrics after each; after the last there are none"
+
+
+@pytest.mark.slow
+def test_what_died_while_it_was_scored_in_line_is_scored_at_the_end(place, left_alone):
+    """SIGKILL to the workers, of which one scores and one waits."""
+    folder, bucket, env = place
+    longer = {"evaluate.samples": 20_000, "evaluate.repeats": 1, "evaluate.kimg": 0.96}
+    run = Driver(folder, env, name="scored-late", **longer, **{"evaluate.cpus": MORE_THAN_THERE_ARE})
+    committed = run.until("checkpoint 000000000960").split()[-1]
+    one, other = training_workers(env["RAY_ADDRESS"])
+    os.kill(one, signal.SIGKILL)
+    os.kill(other, signal.SIGKILL)
+    run.until(f"resumed from {committed}")
+    assert run.end() == 0, run.output
+    assert "score at 1.0 kimg" not in run.output, "the worker was killed before that"
+    summary = run.summary("scored-late")
+    assert checkpoints(bucket, "scored-late")[-1] == files.name(left_alone["checkpoint"])
+    key = f"fd_classifier/{summary['score']['protocol']['id']}"
+    assert sorted(step for step, _ in points(env, summary["mlflow_run_id"], key)) == [960, 1600]
 
 
 @pytest.mark.slow

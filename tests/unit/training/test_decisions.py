@@ -36,9 +36,10 @@ def test_what_happens_at_borders():
     scored = at_border(job(), 480, 512, stop_requested=False)
     assert (scored.checkpoint, scored.evaluate, scored.stop) == (True, True, False)
     asked = at_border(job(), 0, 32, stop_requested=True)
-    assert (asked.log, asked.checkpoint, asked.evaluate, asked.stop) == (True, True, False, True)
+    assert (asked.log, asked.checkpoint, asked.evaluate, asked.stop, asked.early) == (True, True, False, True, True)
     last = at_border(job(), 992, 1024, stop_requested=False)
-    assert (last.log, last.checkpoint, last.evaluate, last.stop) == (True, True, True, True)
+    assert (last.log, last.checkpoint, last.evaluate, last.stop, last.early) == (True, True, True, True, False)
+    assert not at_border(job(), 992, 1024, stop_requested=True).early
 
 
 def test_retention_keeps_the_newest_and_the_protected():
