@@ -29,7 +29,7 @@ class Published:
 
     url: str
     digest: str | None
-    """How its SHA-256 begins; None where nobody says (DINOv2)."""
+    """How its SHA-256 begins; None where that is not known (DINOv2)."""
 
 
 def names() -> list[str]:
