@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -43,6 +43,8 @@ class Evaluator:
     extractor: Extractor
     workers: Workers | None
     """None: this process does it."""
+    _seen: dict[str, Tensor] = field(default_factory=dict)
+    """Features of all images of a split, where there are few enough to be compared with as they are."""
 
     def protocol(self, kind: tuple[str, str], *, seed: int, samples: int, repeats: int = 1) -> Protocol:
         """`kind`: weights and batch-norm statistics of the model, as it names them."""
@@ -100,7 +102,11 @@ class Evaluator:
         collection = self.collection
 
         def make() -> tuple[Tensors, dict[str, float | int | None]]:
-            real = self.features(self._real(np.asarray(collection.ids(split))), f"real images, {split}")
+            ids = np.asarray(collection.ids(split))
+            keep = self.section.precision_recall and len(ids) <= self.section.samples
+            real = self.features(self._real(ids), f"real images, {split}", keep=keep)
+            if real.rows is not None:
+                self._seen[f"{self._identity}-{split}"] = real.rows
             speaks_of_classes = collection.classes > 1 and real.logits.shape[1] == collection.classes
             accuracy = metrics.class_accuracy(real.logits, real.labels) if speaks_of_classes else None
             facts = {"count": real.moments.count, "accuracy": accuracy}
@@ -114,7 +120,9 @@ class Evaluator:
         ids = spread(self.collection, split, count)
 
         def make() -> tuple[Tensors, dict[str, int]]:
-            rows = self.features(self._real(ids), f"{len(ids)} real images, {split}", keep=True).rows
+            rows = self._seen.get(f"{self._identity}-{split}")
+            if rows is None or len(rows) != len(ids):
+                rows = self.features(self._real(ids), f"{len(ids)} real images, {split}", keep=True).rows
             assert rows is not None
             return {"features": rows}, {}
 

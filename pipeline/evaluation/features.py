@@ -6,9 +6,11 @@ the batch has a say in a score.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import cycle
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,8 +26,9 @@ from pipeline.evaluation.statistics import Moments
 from sagan.random import Purpose, labels, latents
 from sagan.sampling import Model
 
-# Some fifty chunks keep any number of workers busy; the scatter of a larger one costs less than what it sums.
-CHUNKS, LEAST_CHUNK, LARGEST_CHUNK = 50, 64, 1000
+# Some fifty chunks keep any number of workers busy, and 1 024 images cost less to sum than to look at. 64: whole batches.
+CHUNKS, LEAST_CHUNK, LARGEST_CHUNK = 50, 64, 1024
+AHEAD = 2  # chunks that wait at each worker, so that none is idle while an earlier one is fetched
 
 
 class Images(Protocol):
@@ -103,7 +106,7 @@ class Features:
 
 def chunks_of(count: int) -> list[range]:
     """The parts that `count` images are worked on in; they depend on nothing else."""
-    size = min(LARGEST_CHUNK, max(LEAST_CHUNK, -(-count // CHUNKS)))
+    size = min(LARGEST_CHUNK, LEAST_CHUNK * -(-count // (CHUNKS * LEAST_CHUNK)))
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
@@ -153,15 +156,15 @@ class Workers:
     def map(self, images: Images, parts: Sequence[range], *, batch: int, keep: bool) -> Iterator[Features]:
         """`extract` of every part, in their order."""
         import ray
-        from ray.util import ActorPool
 
         # In a list, since Ray would fetch it anew for every call; the worker keeps what it has fetched.
-        reference = [ray.put(images)]
-
-        def ask(actor: Any, part: range) -> Any:
-            return actor.extract.remote(reference, part, batch, keep)
-
-        yield from ActorPool(self._actors).map(ask, parts)
+        reference, asked = [ray.put(images)], deque[Any]()
+        for actor, part in zip(cycle(self._actors), parts, strict=False):
+            asked.append(actor.extract.remote(reference, part, batch, keep))
+            if len(asked) > AHEAD * len(self._actors):
+                yield ray.get(asked.popleft())
+        while asked:
+            yield ray.get(asked.popleft())
 
     def stop(self) -> None:
         import ray

@@ -56,3 +56,20 @@ def test_reference_features_are_spread_over_the_split(digits: Collection, data: 
     some = of_brightness.reference_features("heldout", 90)
     assert everything.shape == (360, 4)
     torch.testing.assert_close(some, everything[::4])
+
+
+def test_rows_of_all_real_images_are_those_that_the_statistics_were_taken_of(
+    digits: Collection, data: DataSection
+) -> None:
+    calls = []
+
+    def counted(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(images))
+        return brightness(images)
+
+    section = EvaluateSection(precision_recall=True, samples=1000)
+    of_brightness = Evaluator(section, digits, data, Extractor("b", "ee" * 32, counted), None)
+    moments = of_brightness.reference("heldout").moments
+    rows = of_brightness.reference_features("heldout", 1000)
+    assert sum(calls) == digits.size("heldout") == len(rows)
+    torch.testing.assert_close(rows.double().mean(0), moments.mean)
