@@ -26,7 +26,7 @@ from pipeline.evaluation.statistics import Moments
 from sagan.random import Purpose, labels, latents
 from sagan.sampling import Model
 
-# Some fifty chunks keep any number of workers busy, and 1 024 images cost less to sum than to look at. 64: whole batches.
+# Some fifty chunks keep any number of workers busy; 1 024 images cost less to sum than to look at. 64: whole batches.
 CHUNKS, LEAST_CHUNK, LARGEST_CHUNK = 50, 64, 1024
 AHEAD = 2  # chunks that wait at each worker, so that none is idle while an earlier one is fetched
 
