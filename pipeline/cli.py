@@ -227,8 +227,9 @@ def evaluate(
 
 def _self_test(job: EvaluateJob, as_json: bool) -> None:
     from pipeline.evaluation import selftest
+    from pipeline.jobs import self_test
 
-    findings = selftest.run(job.evaluate, job.reference)
+    findings = self_test(job)
     if as_json:
         print(json.dumps({"self_test": [asdict(one) for one in findings]}, indent=1, ensure_ascii=False))
     else:

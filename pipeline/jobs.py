@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import plan
 from pipeline.config.load import load
 from pipeline.config.schema import EvaluateJob, Job, PackJob, TrainJob, TuneJob
 from pipeline.errors import SaganError
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.selftest import Finding
 
 
 def run(path: Path | str, overrides: Mapping[str, Any] | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -26,10 +29,8 @@ def execute(job: Job, *, fresh: bool = False) -> dict[str, Any]:
         return _pack(job)
     if isinstance(job, EvaluateJob):
         from pipeline.evaluation import evaluate
-        from pipeline.training import cluster
 
-        if job.evaluate.workers > 1:
-            cluster.connect(job.evaluate.workers * job.evaluate.cpus)
+        _connect_workers(job)
         return evaluate.run(job)
     if isinstance(job, TuneJob):
         from pipeline.evaluation import evaluate
@@ -37,6 +38,21 @@ def execute(job: Job, *, fresh: bool = False) -> dict[str, Any]:
 
         return sweep.tune(job, evaluate, fresh=fresh)
     return _train(job, fresh)
+
+
+def self_test(job: EvaluateJob) -> list[Finding]:
+    """What a job's extractor makes of its reference's images and of spoilt ones. Raises SaganError and its kin."""
+    from pipeline.evaluation import selftest
+
+    _connect_workers(job)
+    return selftest.run(job.evaluate, job.reference)
+
+
+def _connect_workers(job: EvaluateJob) -> None:
+    from pipeline.training import cluster
+
+    if job.evaluate.workers > 1:
+        cluster.connect(job.evaluate.workers * job.evaluate.cpus)
 
 
 def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:

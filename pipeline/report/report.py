@@ -265,7 +265,8 @@ def _beside_real(subjects: Sequence[Subject], compared: int) -> list[Section]:
 
 def _compared(model: Model, run: Run, compared: int) -> samples.Beside:
     data = DataSection.model_validate(run.record["data"])
-    section = EvaluateSection.model_validate(run.record["evaluate"])
+    # a page is written by one process, wherever it is looked at: there may be no cluster
+    section = EvaluateSection.model_validate(run.record["evaluate"] | {"workers": 1})
     collection = Collection.open(data.train)
     if collection.digest != run.record["method"]["data.collection"]:
         raise UsageError(f"{data.train} now holds another collection than the run was trained on")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,3 +153,17 @@ def test_workers_that_find_no_room_are_refused(extractor: str, digits: Collectio
     refused = pytest.raises(EnvironmentFault, match=r"50 evaluation workers need 50 CPUs; the cluster has")
     with refused, evaluator(extractor, digits, tmp_path, 50):
         pass
+
+
+@pytest.mark.parametrize("what", ["self-test", "score"])
+def test_the_command_starts_what_its_workers_need(
+    what: str, extractor: str, digits: Collection, model: Model, tmp_path: Path
+) -> None:
+    model.save(tmp_path / "model")
+    asked = ["--self-test"] if what == "self-test" else [str(tmp_path / "model")]
+    arguments = ["--reference", digits.url, "--extractor", extractor, "--samples", "100", "--workers", "2", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "evaluate", *asked, *arguments], capture_output=True, text=True, timeout=240
+    )
+    found = json.loads(done.stdout)
+    assert found["self_test"] if what == "self-test" else found["score"]["value"] > 0

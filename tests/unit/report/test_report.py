@@ -113,6 +113,14 @@ def test_what_cannot_be_compared_is_left_out_and_said(run: Run, digits: Collecti
     assert "another collection" in written([url], tmp_path)
 
 
+def test_a_run_whose_scores_several_workers_took_needs_none_of_them(run: Run, tmp_path: Path) -> None:
+    url = run("first")
+    record = files.read_json(f"{url}/run.json")
+    record["evaluate"]["workers"] = 2
+    files.write_json(f"{url}/run.json", record)
+    assert "Left out" not in written([url], tmp_path)
+
+
 def test_what_is_no_run_is_told_what_is_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither run, sweep nor model") as caught:
         written([str(tmp_path)], tmp_path)
