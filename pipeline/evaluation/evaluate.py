@@ -51,7 +51,7 @@ def check(job: TrainJob) -> None:
         extractor = Extractor("classifier", "", Classifier(collection.resolution, collection.classes))
     else:
         extractor = load_extractor(job.evaluate, collection, job.data, job.evaluate.seed)
-    assert Evaluator(job.evaluate, collection, job.data, extractor, None).ranking
+    Evaluator(job.evaluate, collection, job.data, extractor, None).ranking()
 
 
 def higher_is_better(job: TrainJob) -> bool:
@@ -124,7 +124,7 @@ def _evaluator(job: TrainJob, judge_seed: int) -> AbstractContextManager[Evaluat
 
 def _score(job: TrainJob, checkpoint: str, run_id: str, evaluator: Evaluator) -> ScoreRecord:
     """The record of a checkpoint, taken now unless it stands."""
-    section, key = job.evaluate, evaluator.ranking
+    section, key = job.evaluate, evaluator.ranking()
     kind = (section.generator, statistics_name(section.standing_images))
     protocol = evaluator.protocol(kind, seed=section.seed, samples=section.samples)
     known = records.read(job, checkpoint)

@@ -70,7 +70,6 @@ class Evaluator:
         names = [metric("fd"), *([metric("isc"), "class_accuracy"] if self.extractor.has_logits else [])]
         return [*names, metric("kid"), "precision", "recall"] if self.section.precision_recall else names
 
-    @property
     def ranking(self) -> str:
         """Short name of the metric that ranks. Raises UsageError for one that is not measured."""
         names, score = self.metric_names, self.section.score

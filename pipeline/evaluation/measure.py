@@ -74,7 +74,7 @@ def score_model(
 
 def measure(model: Model, evaluator: Evaluator, protocol: Protocol) -> Score:
     """The score of a model under a protocol of the evaluator's. Raises UsageError, EnvironmentFault."""
-    key = evaluator.ranking
+    key = evaluator.ranking()
     if not is_finite(model):
         return Score(protocol, {}, key)
     repeats = [
