@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 BENCHMARKS = $(filter-out reference turns,$(basename $(notdir $(wildcard tests/benchmarks/*.py))))
 
-.PHONY: help setup quickstart test test-slow test-gpu lint bench clean
+.PHONY: help setup quickstart test test-slow test-gpu lint schema bench clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +38,10 @@ lint: setup  ## style, types and the direction of imports
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+schema: setup  ## rewrite jobs/schema.json, by which editors check job files
+	$(PY) -m pipeline config --schema > .venv/schema.json
+	mv .venv/schema.json jobs/schema.json
 
 bench: setup  ## every benchmark; one alone: .venv/bin/python -m tests.benchmarks.NAME
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) -m tests.benchmarks.$$name; done

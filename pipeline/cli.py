@@ -1,10 +1,11 @@
-"""The command line: `sagan …` and `python -m pipeline …` alike."""
+"""The command line: `sagan …`, or `python -m pipeline …`."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,15 +14,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config.load import load, parse_overrides, to_yaml
+from pipeline.config.job_file import job_schema, load_job, parse_overrides, to_yaml
 from pipeline.errors import SaganError, UsageError
+from pipeline.runs.score import ScoreProtocol
 
 if TYPE_CHECKING:
     from pipeline.config.schema import EvaluateJob
 
 app = typer.Typer(
     name="sagan",
-    help="Self-Attention GANs on Ray: pack images into shards, train, search, score, and pull the champion.",
+    help="Train Self-Attention GANs on Ray: pack images into shards, train, search, score, and pull the champion.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,49 +31,47 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, e.g. jobs/quickstart.yaml.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keys that differ from the file: train.workers=2")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Values that replace values of the job file, such as train.workers=2."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object for machines instead of words for people.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 @app.command(epilog="Example: `sagan run jobs/cifar10.yaml train.workers=2 data.train=s3://bucket/cifar10`")
 def run(
     job: JobFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Show what would be done, with the arithmetic; start nothing.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Delete the run of this name first and start over.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show what the job would do and cost. Start nothing.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Delete the run of this name first, then start over.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a job of any kind. The same command resumes what was interrupted."""
-    from pipeline import jobs
+    """Run a job of any kind. The same command resumes an interrupted run."""
+    from pipeline.job_runner import dry_run_job, run_job
 
-    resolved = load(job, parse_overrides(overrides or []))
+    resolved = load_job(job, parse_overrides(overrides or []))
     if dry_run:
-        planned = jobs.dry_run(resolved)
-        _show(planned if isinstance(planned, dict) else planned.to_dict(), as_json, "would run")
+        _show(dry_run_job(resolved), as_json, "dry run")
     else:
-        _show(jobs.execute(resolved, fresh=fresh), as_json, "done")
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # with --json, stdout has nothing but the JSON
+            summary = run_job(resolved, fresh=fresh)
+        _show(summary, as_json, "done")
 
 
 @app.command(epilog="Example: `sagan config jobs/imagenet128.yaml train.kimg=1000`")
 def config(
-    job: Annotated[Path | None, typer.Argument(metavar="[JOB]", help="A job file.")] = None,
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB]", help="Job file.")] = None,
     overrides: Overrides = None,
-    schema: Annotated[bool, typer.Option(help="The JSON schema of every kind of job, for editors.")] = False,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of all kinds of jobs, for editors.")] = False,
 ) -> None:
-    """Show a job with every default visible, or the schema of all jobs."""
-    from pydantic import TypeAdapter
-
-    from pipeline.config.schema import Job
-
+    """Print a job with all default values, or the schema of all jobs."""
     if schema:
-        print(json.dumps(TypeAdapter(Job).json_schema(), indent=1, ensure_ascii=False))
+        print(json.dumps(job_schema(), indent=1, ensure_ascii=False))
     elif job is not None:
-        print(to_yaml(load(job, parse_overrides(overrides or []))), end="")
+        print(to_yaml(load_job(job, parse_overrides(overrides or []))), end="")
     else:
-        raise UsageError("nothing to show", "name a job file, or ask for --schema")
+        raise UsageError("no job file is given", "give a job file, or --schema")
 
 
 @app.command(
@@ -82,31 +82,43 @@ def config(
 def pack(
     sources: Annotated[list[str], typer.Argument(metavar="[SPLIT=]SOURCE… DESTINATION")],
     resolution: Annotated[int, typer.Option(help="Pixels per side: 32, 64, 128 or 256.")] = 128,
-    encoding: Annotated[str | None, typer.Option(help="jpeg, png or webp; default png at 32 px, else jpeg.")] = None,
-    quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
-    chroma: Annotated[str, typer.Option(help="JPEG colour: 4:4:4 whole, 4:2:0 halved.")] = "4:4:4",
+    encoding: Annotated[
+        str | None, typer.Option(help="jpeg, png or webp. Default: png at 32 px, jpeg at other resolutions.")
+    ] = None,
+    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 95,
+    chroma: Annotated[
+        str, typer.Option(help="Colour resolution of JPEG: 4:4:4 keeps all of it, 4:2:0 halves it.")
+    ] = "4:4:4",
     shard_images: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the order in which samples are written.")] = 0,
-    max_broken: Annotated[int, typer.Option(help="Undecodable images that are tolerated.")] = 0,
-    exclude: Annotated[str | None, typer.Option(help="File with names of images to leave out, one a line.")] = None,
-    index_only: Annotated[bool, typer.Option(help="SOURCE is WebDataset shards: index them where they are.")] = False,
+    max_broken: Annotated[int, typer.Option(help="Number of broken images that are tolerated.")] = 0,
+    exclude: Annotated[
+        str | None, typer.Option(help="File with the names of images to leave out, one per line.")
+    ] = None,
+    index_only: Annotated[
+        bool, typer.Option(help="Index the WebDataset shards of SOURCE where they are. Write no image.")
+    ] = False,
 ) -> None:
-    """Pack images into shards; from and to any URL.
+    """Pack images into shards. Sources and destination are paths or URLs.
 
-    SOURCE is a folder of images per class or a tar of such; ImageNet, CIFAR, Tiny ImageNet, CelebA or LSUN as they are
-    published; WebDataset shards; Parquet with images; a table of path,label (TABLE#COLUMN names the label); `digits`.
+    A source is one of: a folder of images per class, or a tar of such a folder; ImageNet, CIFAR, Tiny ImageNet, CelebA
+    or LSUN, as published; WebDataset shards; Parquet files with images; a table with columns path and label
+    (TABLE#COLUMN names the column of the label); `digits`.
     """
-    from pipeline.config.load import parse
+    from pipeline.config.job_file import parse_job
     from pipeline.config.schema import PackJob
-    from pipeline.jobs import execute
+    from pipeline.job_runner import run_job
 
-    *given, destination = sources * 2 if index_only and len(sources) == 1 else sources
-    if not given:
-        raise UsageError("no source is given", "sagan pack SOURCE DESTINATION")
-    splits = {name: source for name, _, source in (s.partition("=") for s in given if "=" in s)}
-    plain = [s for s in given if "=" not in s]
+    *sources, destination = sources * 2 if index_only and len(sources) == 1 else sources
+    if not sources:
+        raise UsageError("no source is given", "give a source and a destination: sagan pack SOURCE DESTINATION")
+    splits = {name: source for name, _, source in (s.partition("=") for s in sources if "=" in s)}
+    plain = [s for s in sources if "=" not in s]
     if len(plain) > 1 or (plain and splits):
-        raise UsageError("several sources need names", "sagan pack train=A heldout=B DESTINATION")
+        raise UsageError(
+            "each of several sources needs the name of its split",
+            "name the splits: sagan pack train=A heldout=B DESTINATION",
+        )
     section = {
         "source": plain[0] if plain else splits,
         "resolution": resolution,
@@ -119,26 +131,30 @@ def pack(
         "exclude": exclude,
         "index_only": index_only,
     }
-    job = parse({"kind": "pack", "name": "pack", "destination": destination, "pack": section}, "sagan pack")
+    job = parse_job({"kind": "pack", "name": "pack", "destination": destination, "pack": section}, "sagan pack")
     assert isinstance(job, PackJob)
-    execute(job)
+    run_job(job)
 
 
-@app.command(epilog="Example: `sagan verify s3://bucket/imagenet128 > bad.txt`, which `sagan pack --exclude` takes")
-def verify(url: Annotated[str, typer.Argument(help="Shards, or a checkpoint.")]) -> None:
-    """Check every hash, and every image of a packed collection: names of bad ones go to stdout, all else to stderr."""
-    from pipeline.data.index import INDEX
-    from pipeline.data.verify import verify as verify_collection
-    from pipeline.storage import files, fileset
-    from pipeline.training import cluster
+@app.command(
+    epilog="Example: `sagan verify s3://bucket/imagenet128 > bad.txt`. Pass the file to `sagan pack --exclude`."
+)
+def verify(url: Annotated[str, typer.Argument(help="URL of a packed collection or of a checkpoint.")]) -> None:
+    """Check the size and SHA-256 of every file. In a packed collection, also decode every image.
+
+    The names of bad images go to stdout, one per line. Other messages go to stderr.
+    """
+    from pipeline.collection.manifest import INDEX
+    from pipeline.collection.verify import verify_collection
+    from pipeline.compute.cluster import join_named_cluster
+    from pipeline.storage import file_sets, files
 
     if files.exists(files.join(url, INDEX)):
-        cluster.join()
-        collection = verify_collection(url)
+        collection = verify_collection(url, on_cluster=join_named_cluster())
         checked = f"{len(collection.labels):,} images in {len(collection.shards):,} shards"
     else:
-        checked = f"{len(fileset.verify(url).files)} files"
-    print(f"{url}: {checked}, all right", file=sys.stderr)
+        checked = f"{len(file_sets.verify_set(url).files)} files"
+    print(f"{url}: checked {checked}; all are good", file=sys.stderr)
 
 
 @app.command(
@@ -148,28 +164,32 @@ def sample(
     model: Annotated[
         str, typer.Argument(help="Registry URI (models:/NAME@champion), checkpoint URL or pulled folder.")
     ],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
-    n: Annotated[int, typer.Option(help="How many images.")] = 64,
-    classes: Annotated[str | None, typer.Option(help="Names or numbers, separated by commas; default all.")] = None,
-    truncation: Annotated[float, typer.Option(help="Scales latents: below 1 more typical, less varied.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same images.")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
+    n: Annotated[int, typer.Option(help="Number of images.")] = 64,
+    classes: Annotated[
+        str | None, typer.Option(help="Names or numbers of classes, separated by commas. Default: all classes.")
+    ] = None,
+    truncation: Annotated[
+        float, typer.Option(help="Factor of the latents. Below 1, images are more typical and less varied.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the latents. The same seed gives the same images.")] = 0,
 ) -> None:
-    """Write a labelled grid of samples."""
-    from pipeline.data.grids import grid
-    from pipeline.evaluation.models import open_model
+    """Write a labelled grid of samples as a PNG file."""
+    from pipeline.evaluation.open_model import open_model
+    from pipeline.pictures import grid
 
     generator = open_model(model)
-    wanted = [c.strip() for c in classes.split(",")] if classes else None
+    chosen = [c.strip() for c in classes.split(",")] if classes else None
     try:
-        labels = generator.labels(wanted, n)
-        images = generator.sample(wanted, n, seed, truncation)
+        labels = generator.labels_for(chosen, n)
+        images = generator.sample(chosen, n, seed, truncation)
     except ValueError as error:
         raise UsageError(str(error)) from None
     names = generator.class_names
     captions = None if labels is None else [names[i] if names else str(i) for i in labels.tolist()]
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(images, captions, columns=max(1, round(n**0.5))).save(out)
-    print(f"{n} images in {out}")
+    print(f"wrote {n} images to {out}")
 
 
 @app.command(
@@ -177,59 +197,90 @@ def sample(
     "`sagan evaluate --self-test --reference s3://bucket/cifar10 --extractor classifier`"
 )
 def evaluate(
-    reference: Annotated[str, typer.Option(help="Packed collection to compare with.")],
+    reference: Annotated[str, typer.Option(help="URL of the packed collection with the real images.")],
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Registry URI, checkpoint URL or pulled folder.")
     ] = None,
     extractor: Annotated[
-        str, typer.Option(help="inception, vgg16, clip-…, dinov2-…, classifier, or a .ts/.pt2 file.")
+        str,
+        typer.Option(help="Feature extractor: inception, vgg16, clip-…, dinov2-…, classifier, or a .ts or .pt2 file."),
     ] = "inception",
-    weights: Annotated[
-        str | None, typer.Option(help="Weights file (URL) of inception, vgg16, clip-…, dinov2-….")
+    extractor_weights: Annotated[
+        str | None,
+        typer.Option(help="Path or URL of the file with the parameters of inception, vgg16, clip-… or dinov2-…."),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch the published weights if they are missing.")
+        bool,
+        typer.Option("--download", help="Download the published parameters if they are missing."),
     ] = False,
-    resize: Annotated[str, typer.Option(help="fidelity, or clean: antialiased, for fid_clean.")] = "fidelity",
-    precision: Annotated[str, typer.Option(help="The extractor's: float32 or float64.")] = "float32",
-    samples: Annotated[int | None, typer.Option(help="Images; default 50000, of a self-test 2000.")] = None,
+    resize: Annotated[
+        str, typer.Option(help="Resize for inception: fidelity, or clean (antialiased, for fid_clean).")
+    ] = "fidelity",
+    extractor_dtype: Annotated[
+        str, typer.Option(help="Floating-point type of the extractor: float32 or float64.")
+    ] = "float32",
+    samples: Annotated[
+        int | None, typer.Option(help="Number of images. Default: 50000, or 2000 with --self-test.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of latents and labels.")] = 0,
-    generator: Annotated[str, typer.Option(help="Weights of a checkpoint: ema or raw.")] = "ema",
-    running: Annotated[bool, typer.Option("--running", help="A checkpoint's running averages in batch norm.")] = False,
-    workers: Annotated[int, typer.Option(help="Ray workers that share the images.")] = 1,
-    gpus: Annotated[float | None, typer.Option(help="GPUs of each; default 1 where this machine has any.")] = None,
+    weights: Annotated[str, typer.Option(help="Parameters of a checkpoint: ema (the moving average) or raw.")] = "ema",
+    running: Annotated[
+        bool,
+        typer.Option(
+            "--running",
+            help="For a checkpoint, use the running averages of batch norm instead of standing statistics.",
+        ),
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Number of Ray workers that share the images.")] = 1,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs per worker. Default: 1 if this machine has a GPU, otherwise 0.")
+    ] = None,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Try the extractor instead, on real images and spoilt ones.")
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Test the extractor on real images and on degraded images, instead of scoring a model.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score a model against a collection; or find out whether scores under an extractor mean something."""
+    """Score a model against a packed collection, or test an extractor on a collection."""
     import torch
 
-    from pipeline.config.load import parse
+    from pipeline.config.job_file import parse_job
     from pipeline.config.schema import EvaluateJob
-    from pipeline.jobs import execute
+    from pipeline.job_runner import run_job
 
     if (model is None) != self_test:
-        raise UsageError("give either a model or --self-test", "sagan evaluate MODEL --reference SHARDS")
-    section: dict[str, Any] = {"extractor": extractor, "weights": weights, "download": download, "resize": resize}
+        raise UsageError(
+            "give either a model or --self-test",
+            "for example: sagan evaluate MODEL --reference COLLECTION",
+        )
+    section: dict[str, Any] = {"extractor": extractor, "extractor_weights": extractor_weights, "download": download}
     section |= {"workers": workers, "gpus": float(torch.cuda.is_available()) if gpus is None else gpus}
-    section |= {"precision": precision, "samples": samples or (2000 if self_test else 50_000), "seed": seed}
-    section |= {"generator": generator} | ({"standing_images": None} if running else {})
+    section |= {
+        "resize": resize,
+        "extractor_dtype": extractor_dtype,
+        "samples": samples or (2000 if self_test else 50_000),
+        "seed": seed,
+    }
+    section |= {"weights": weights} | ({"standing_images": None} if running else {})
     values = {"kind": "evaluate", "name": "evaluate", "model": model or "", "reference": reference, "evaluate": section}
-    job = parse(values, "sagan evaluate")
+    job = parse_job(values, "sagan evaluate")
     assert isinstance(job, EvaluateJob)
     if self_test:
         _self_test(job, as_json)
     else:
-        _show(execute(job), as_json, "scores")
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            scores = run_job(job)
+        _show(scores, as_json, "scores")
 
 
 def _self_test(job: EvaluateJob, as_json: bool) -> None:
-    from pipeline.evaluation import selftest
-    from pipeline.jobs import self_test
+    from pipeline.evaluation.self_test import require_passed
+    from pipeline.job_runner import run_self_test
 
-    findings = self_test(job)
+    findings = run_self_test(job)
     if as_json:
         print(json.dumps({"self_test": [asdict(one) for one in findings]}, indent=1, ensure_ascii=False))
     else:
@@ -244,7 +295,7 @@ def _self_test(job: EvaluateJob, as_json: bool) -> None:
                 "FAILS" if one.failure else "ok",
             )
         Console().print(table)
-    selftest.require_passed(findings)
+    require_passed(findings)
 
 
 @app.command(
@@ -254,15 +305,21 @@ def _self_test(job: EvaluateJob, as_json: bool) -> None:
 def pull(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
-    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="The training state it was made from.")] = False,
+    checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint",
+            help="Download the checkpoint, which is the whole training state, instead of the model.",
+        ),
+    ] = False,
 ) -> None:
-    """Bring a registered model into a folder that torch and safetensors alone can load."""
+    """Download a registered model into a folder. Loading it needs torch, numpy and safetensors only."""
     from pipeline.tracking import registry
-    from pipeline.tracking.tracker import default_uri
+    from pipeline.tracking.mlflow_run import default_uri
 
     if checkpoint:
         folder = registry.pull_checkpoint(default_uri(), model, destination)
-        print(f"the training state behind {model} is in {folder}; load it with: sagan.TrainState.load({str(folder)!r})")
+        print(f"the training state of {model} is in {folder}; load it with: sagan.TrainState.load({str(folder)!r})")
         return
     folder = registry.pull(default_uri(), model, destination)
     print(f"{model} is in {folder}; load it with: sagan.load({str(folder)!r})")
@@ -272,11 +329,17 @@ def pull(
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],
     version: Annotated[int, typer.Argument(help="Version that becomes champion.")],
-    force: Annotated[str | None, typer.Option(help="Reason for a version that is not the best.")] = None,
+    force: Annotated[
+        str | None, typer.Option(help="Reason to promote a version that is not better than the champion.")
+    ] = None,
 ) -> None:
-    """Move the alias `champion` by hand; an older version withdraws the newer ones."""
+    """Set the alias `champion` to a version.
+
+    Without --force, the version must be better than the champion. With --force, all newer and all better versions are
+    withdrawn, and training does not make them champion again.
+    """
     from pipeline.tracking import registry
-    from pipeline.tracking.tracker import default_uri
+    from pipeline.tracking.mlflow_run import default_uri
 
     registry.promote(default_uri(), name, version, force)
     print(f"models:/{name}@champion is version {version}")
@@ -286,25 +349,30 @@ def promote(
 def report(
     of: Annotated[
         list[str],
-        typer.Argument(metavar="RUN|SWEEP [RUN]", help="Folder of a run or a sweep, a checkpoint, a model; or two."),
+        typer.Argument(
+            metavar="RUN|SWEEP [RUN]", help="One or two of: folder of a run or a sweep, checkpoint URL, model."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    samples: Annotated[int, typer.Option(help="Generated images, compared with as many real ones.", min=1)] = 2000,
+    samples: Annotated[
+        int, typer.Option(help="Number of generated images that are compared with as many real images.", min=1)
+    ] = 2000,
 ) -> None:
-    """Write one page to look at: scores, samples, classes, nearest real images, attention to explore."""
-    from pipeline.report import report as pages
+    """Write an HTML page with scores, samples, classes, nearest real images and an attention explorer."""
+    from pipeline.report.write_report import write_report
 
     if len(of) > 2:
-        raise UsageError(f"{len(of)} runs are given", "a page shows one, or two side by side")
-    size = pages.write(of, out, samples)
-    print(f"{out}: {size / 1e6:.1f} MB; any browser opens it, without a network")
+        raise UsageError(f"{len(of)} runs are given", "give one run, or two runs to show side by side")
+    size = write_report(of, out, samples)
+    print(f"{out}: {size / 1e6:.1f} MB; open it in a browser, also without a network")
 
 
 @app.command(epilog="Example: `sagan doctor --cluster`")
 def doctor(
-    cluster: Annotated[bool, typer.Option(help="Ask the Ray cluster too.")] = False, as_json: Json = False
+    cluster: Annotated[bool, typer.Option(help="Also check every node of the Ray cluster.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Check what this machine has, and say what to do about what is missing."""
+    """Check whether this machine has what jobs need. A remedy is shown for each problem."""
     from pipeline import doctor as checks
 
     raise typer.Exit(checks.run(cluster, as_json))
@@ -324,20 +392,22 @@ def _show(result: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """One row per value; of a protocol only its name, since it is a file of the run."""
+    """Return one row per value. A protocol is shown as its id; the run stores its values."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         if key == "protocol":
-            rows.append((prefix + key, value["id"]))
+            rows.append((prefix + key, ScoreProtocol(**value).id8))
         elif isinstance(value, dict):
             rows += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            rows += [(prefix + key, item) for item in value]
         else:
             rows.append((prefix + key, value))
     return rows
 
 
 def main() -> None:
-    """Run a command; every failure ends with one message and the exit code of its kind."""
+    """Run a command. A failure prints one message and ends with the exit code of its kind."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         app(standalone_mode=True)

@@ -1,6 +1,6 @@
-"""What this machine, or each node of the cluster, has of what a job needs, and what to do about what is missing.
+"""Checks whether this machine, or each node of the cluster, has what a job needs. Each problem has a remedy.
 
-Every check is bounded in time: what does not answer within it is a finding, not a wait.
+Every check has a time limit. A check that does not end within its limit fails.
 """
 
 from __future__ import annotations
@@ -25,13 +25,20 @@ from urllib.parse import urlsplit
 from pipeline.config.schema import DataSection
 from pipeline.errors import EnvironmentFault
 
-PATIENCE_S = 15.0
-CLUSTER_PATIENCE_S = 90.0  # workers start on every node
+PATIENCE_S = 15.0  # time limit of a check
+CLUSTER_PATIENCE_S = 90.0  # time limit of the cluster check, which starts a worker on every node
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `warn` is worth knowing, `fail` stops jobs; both come with a remedy."""
+    """Result of one check.
+
+    Attributes:
+        name: Name of the check.
+        status: `fail` means that jobs cannot run. `warn` means that some jobs may not run or may run worse.
+        found: What the check found.
+        remedy: What to do; "" where the status is `ok`.
+    """
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -40,7 +47,7 @@ class Check:
 
 
 def run(cluster: bool, json: bool) -> int:
-    """Check and print, as a table or as JSON. Returns the exit code: 0, or 3 where something failed."""
+    """Run the checks and print the results as a table or as JSON. Return the exit code: 0, or 3 if a check failed."""
     found = checks(cluster)
     if json:
         print(dumps([asdict(check) for check in found], indent=1))
@@ -50,24 +57,26 @@ def run(cluster: bool, json: bool) -> int:
 
 
 def checks(cluster: bool = False) -> list[Check]:
-    """Findings about this machine; with `cluster` about every node of the Ray cluster too."""
+    """Return the results for this machine. With `cluster`, add the results for every node of the Ray cluster."""
     found = _bounded({**_MACHINE, "Ray": _ray}, PATIENCE_S)
     if not cluster:
         return found
-    connected: list[Check] = []
-    nodes = _bounded({"nodes": lambda: _nodes(connected)}, CLUSTER_PATIENCE_S)
-    return [*found, *connected, *nodes]
+    problems: list[Check] = []
+    nodes = _bounded({"nodes": lambda: _nodes(problems)}, CLUSTER_PATIENCE_S)
+    return [*found, *problems, *nodes]
 
 
 def _bounded(named: dict[str, Callable[[], Check]], patience_s: float) -> list[Check]:
-    """All checks side by side, each in a thread that is left behind where it takes too long."""
+    """Run all checks in parallel, each in a thread. A thread that takes longer than `patience_s` is abandoned."""
     results: dict[str, Check] = {}
 
     def take(name: str, check: Callable[[], Check]) -> None:
         try:
             results[name] = replace(check(), name=name)
         except Exception as error:
-            results[name] = Check(name, "fail", f"{type(error).__name__}: {error}", "see the message")
+            results[name] = Check(
+                name, "fail", f"{type(error).__name__}: {error}", "correct the cause that the message names"
+            )
 
     threads = [threading.Thread(target=take, args=item, daemon=True) for item in named.items()]
     deadline = time.monotonic() + patience_s
@@ -75,7 +84,7 @@ def _bounded(named: dict[str, Callable[[], Check]], patience_s: float) -> list[C
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    late = "look for a network that swallows packets, or a machine that is overloaded"
+    late = "check whether a firewall drops packets, and whether the machine is overloaded"
     return [results.get(name, Check(name, "fail", f"no answer in {patience_s:.0f} s", late)) for name in named]
 
 
@@ -102,21 +111,22 @@ def _torch() -> Check:
         return _ok(f"{versions}, {listed}, {bf16}")
     if Path("/proc/driver/nvidia/version").exists():
         return _fail(
-            f"{versions}: an NVIDIA driver is here, but torch cannot use it",
-            "install the torch build of this driver's CUDA version; in a container, pass the GPUs in",
+            f"{versions}; this machine has an NVIDIA driver, but torch cannot use it",
+            "install the torch build for the CUDA version of this driver; give a container access to the GPUs",
         )
-    bf16 = "with bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without bf16: keep train.precision float32"
+    bf16 = "with bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no bf16: use train.precision=float32"
     return _ok(f"{versions}, {os.cpu_count()} CPU cores, no GPU, {bf16}")
 
 
 def _threads() -> Check:
-    given, cores = os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1
-    if given and given.isdigit() and int(given) > cores:
+    threads, cores = os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1
+    if threads and threads.isdigit() and int(threads) > cores:
         return _warn(
-            f"OMP_NUM_THREADS is {given} on {cores} cores", "unset it, or give processes fewer threads than cores"
+            f"OMP_NUM_THREADS is {threads}, but this machine has {cores} cores",
+            f"unset OMP_NUM_THREADS, or set it to at most {cores}",
         )
     allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("MALLOC_MMAP_THRESHOLD_") or "default"
-    return _ok(f"OMP_NUM_THREADS {given or 'unset'}, allocator {allocator}; a job's workers get their own")
+    return _ok(f"OMP_NUM_THREADS {threads or 'unset'}, allocator {allocator}; a job sets both for its workers")
 
 
 def _storage() -> Check:
@@ -124,15 +134,15 @@ def _storage() -> Check:
 
     named = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN")
     if not any(os.environ.get(name) for name in named):
-        return _ok("not configured: no AWS_* in the environment (paths work, and buckets through a machine's role)")
+        return _ok("no AWS_* variables are set; paths work, and buckets work if the machine has a role")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     try:
         buckets = files.list_names("s3://")
     except EnvironmentFault as fault:
         if "AccessDenied" in fault.message:
             return _warn(
-                f"{endpoint} accepts the credentials, but not for listing buckets",
-                "nothing, where the job's buckets are allowed: a job checks them before it starts",
+                f"{endpoint} accepts the credentials, but does not allow them to list buckets",
+                "make sure that the credentials allow the job's buckets; a job checks them before it starts",
             )
         return _fail(fault.message, fault.remedy)
     listed = ", ".join(buckets[:5]) + (", …" if len(buckets) > 5 else "")
@@ -146,18 +156,26 @@ def _tracking() -> Check:
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
         except urllib.error.HTTPError as error:
-            return _warn(f"{uri} answers with {error.code}", "check MLFLOW_TRACKING_TOKEN, or USERNAME and PASSWORD")
+            return _warn(
+                f"{uri} answers with HTTP status {error.code}",
+                "check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            )
         except OSError as error:
             return _fail(f"{uri} does not answer: {error}", "start the server, or correct MLFLOW_TRACKING_URI")
         return _ok(f"{uri} answers")
     if parts.scheme not in ("sqlite", "file", ""):
-        return _warn(f"{uri} is not checked here", "a job checks it before it starts")
-    place = Path(parts.path[1:] if parts.scheme == "sqlite" else parts.path)
-    if not os.access(_existing(place), os.W_OK):
+        return _warn(f"{uri} is not checked here", "start a job, which checks the tracker before it trains")
+    path = Path(parts.path[1:] if parts.scheme == "sqlite" else parts.path)
+    if not os.access(_existing(path), os.W_OK):
         return _fail(
-            f"{uri}: {_existing(place)} is not writable", "set MLFLOW_TRACKING_URI to a server or a free place"
+            f"{uri}: {_existing(path)} is not writable",
+            "set MLFLOW_TRACKING_URI to a server, or to a file in a folder that is writable",
         )
-    return _ok(uri if "MLFLOW_TRACKING_URI" in os.environ else f"{uri}, where a job runs (no MLFLOW_TRACKING_URI)")
+    return _ok(
+        uri
+        if "MLFLOW_TRACKING_URI" in os.environ
+        else f"{uri} in the folder where a job runs (MLFLOW_TRACKING_URI is not set)"
+    )
 
 
 def _disk() -> Check:
@@ -165,101 +183,100 @@ def _disk() -> Check:
     free = shutil.disk_usage(_existing(cache)).free / 1e9
     found = f"{free:.0f} GB free for {cache}"
     if not os.access(_existing(cache), os.W_OK):
-        return _fail(f"{cache} cannot be written", "set data.cache to a folder on a disk of this node")
+        return _fail(f"{cache} is not writable", "set data.cache to a writable folder on a disk of this node")
     if free < 2:
         return _fail(found, "free some space, or set data.cache to a folder on a larger disk")
     if free < 20:
-        return _warn(found, "enough for small collections; set data.cache_gb below it, or data.cache to a larger disk")
+        return _warn(
+            found,
+            "this is enough for a small collection; for a large one, set data.cache to a folder on a larger disk, or "
+            "set data.cache_gb below the free space",
+        )
     return _ok(found)
 
 
 def _shared_memory() -> Check:
     if not Path("/dev/shm").exists():
-        return _ok("no /dev/shm on this system; Ray uses a file")
+        return _ok("this system has no /dev/shm; Ray uses a file")
     size = shutil.disk_usage("/dev/shm").total / 1e9
     if size < 1:
         return _warn(
-            f"/dev/shm has {size:.2f} GB; Ray and NCCL want more",
-            "docker run --shm-size=8g; on Kubernetes an emptyDir with medium: Memory at /dev/shm",
+            f"/dev/shm has {size:.2f} GB; Ray and NCCL need more",
+            "use docker run --shm-size=8g; on Kubernetes, mount an emptyDir with medium: Memory at /dev/shm",
         )
     return _ok(f"/dev/shm has {size:.0f} GB")
 
 
 def _inception() -> Check:
-    from pipeline.evaluation.extractors import default_place
-    from pipeline.evaluation.fidelity import published
+    from pipeline.evaluation.extractors.fidelity_networks import published
+    from pipeline.evaluation.extractors.pretrained import default_place
 
     known = published("inception")
     assert known is not None
     assert known.digest is not None
     path = Path(default_place(known)).expanduser()
-    get = (
-        f"for jobs with `extractor: inception`, download {known.url} to {path} (evaluate.download: true does), or set "
-        "evaluate.weights"
+    remedy = (
+        f"for jobs with `extractor: inception`, set evaluate.download=true, or download {known.url} to {path}, or set "
+        "evaluate.extractor_weights"
     )
     if not path.exists():
-        return _warn(f"no {path}", get)
+        return _warn(f"{path} does not exist", remedy)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(known.digest):
-        return _warn(f"{path} is not the published file: its SHA-256 begins with {digest[:8]}", get)
+        return _warn(f"{path} is not the published file: its SHA-256 begins with {digest[:8]}", remedy)
     return _ok(f"{path} is the published file")
 
 
 def _ray() -> Check:
-    ours = f"Ray {importlib.metadata.version('ray')}"
+    local = f"Ray {importlib.metadata.version('ray')}"
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
     if address in ("", "local", "auto"):
-        return _ok(f"{ours}; no cluster named (RAY_API_SERVER_ADDRESS, RAY_ADDRESS): `sagan run` starts one here")
+        return _ok(f"{local}; RAY_API_SERVER_ADDRESS and RAY_ADDRESS name no cluster: `sagan run` starts Ray here")
     try:
         if not address.startswith("http"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=5).close()
-            return _ok(f"{ours}; the cluster at {address} answers")
+            return _ok(f"{local}; the cluster at {address} answers")
         token = {"Authorization": f"Bearer {value}"} if (value := os.environ.get("RAY_AUTH_TOKEN")) else {}
         with urllib.request.urlopen(
             urllib.request.Request(f"{address}/api/version", headers=token), timeout=5
         ) as reply:
-            theirs = f"Ray {load(reply)['ray_version']}"
+            remote = f"Ray {load(reply)['ray_version']}"
     except urllib.error.HTTPError as error:
-        return _fail(f"{ours}; {address} answers with {error.code}", "set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN")
+        return _fail(
+            f"{local}; {address} answers with HTTP status {error.code}",
+            "set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN to the token of the cluster",
+        )
     except (OSError, ValueError) as error:
         return _fail(
-            f"{ours}; no cluster answers at {address}: {error}",
-            "start one (infra/README.md), or correct RAY_API_SERVER_ADDRESS or RAY_ADDRESS",
+            f"{local}; no cluster answers at {address}: {error}",
+            "start a cluster (see infra/README.md), or correct RAY_API_SERVER_ADDRESS or RAY_ADDRESS",
         )
-    if theirs != ours:
-        return _fail(f"{ours} here, {theirs} at {address}", f"install the cluster's version here, or {ours} there")
-    return _ok(f"{ours}; the cluster at {address} answers")
+    if remote != local:
+        return _fail(
+            f"{local} on this machine, but {remote} at {address}",
+            f"install {remote} on this machine, or {local} on the cluster",
+        )
+    return _ok(f"{local}; the cluster at {address} answers")
 
 
 def _nodes(findings: list[Check]) -> Check:
-    """Every node's machine checks go to `findings`, those that are not ok; returns the sum."""
+    """Run the machine checks on every node. Append results that are not ok to `findings`; return a summary."""
     if not os.environ.get("RAY_ADDRESS"):
         return _fail(
-            "nodes are looked at from inside the cluster, and RAY_ADDRESS is not set",
-            "ray job submit -- python -m pipeline doctor --cluster",
+            "RAY_ADDRESS is not set; nodes are checked from inside the cluster",
+            "run: ray job submit -- python -m pipeline doctor --cluster",
         )
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from pipeline.compute.cluster import connect, run_on_each_node
+    from pipeline.compute.resources import cluster_resources
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    look = ray.remote(num_cpus=0)(lambda: _bounded(_MACHINE, PATIENCE_S))
-    answers = {
-        node["NodeManagerAddress"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
-        for node in alive
-    }
-    for address, answer in answers.items():
-        for check in ray.get(answer, timeout=CLUSTER_PATIENCE_S):
-            if check.status != "ok":
-                findings.append(replace(check, name=f"{address}: {check.name}"))
-    resources = ray.cluster_resources()
-    return _ok(
-        f"{len(alive)} with {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, each looked at"
-    )
+    connect()
+    answers = run_on_each_node(lambda: _bounded(_MACHINE, PATIENCE_S), CLUSTER_PATIENCE_S)
+    for address, checks in answers.items():
+        findings += [replace(check, name=f"{address}: {check.name}") for check in checks if check.status != "ok"]
+    have = cluster_resources()
+    return _ok(f"checked {len(answers)} nodes with {have['CPU']:g} CPUs and {have['GPU']:g} GPUs")
 
 
 _MACHINE: dict[str, Callable[[], Check]] = {
@@ -274,7 +291,7 @@ _MACHINE: dict[str, Callable[[], Check]] = {
 
 
 def _existing(path: Path) -> Path:
-    """The path or its nearest ancestor that exists."""
+    """Return the path, or its nearest ancestor that exists."""
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)
 
@@ -287,8 +304,8 @@ def _print(found: list[Check]) -> None:
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     table = Table("", "", Column(overflow="fold"), box=None, pad_edge=False, show_header=False)
     for check in found:
-        said = Text(check.found)
+        text = Text(check.found)
         if check.remedy:
-            said.append(f"\n→ {check.remedy}", style="dim" if check.status == "warn" else "")
-        table.add_row(Text(check.status, style=colours[check.status]), Text(check.name), said)
+            text.append(f"\n→ {check.remedy}", style="dim" if check.status == "warn" else "")
+        table.add_row(Text(check.status, style=colours[check.status]), Text(check.name), text)
     Console().print(table)

@@ -1,26 +1,31 @@
-"""Everything that can end a command, and the exit code it ends with.
+"""The errors that end a command, and their exit codes.
 
     SaganError                    1  the job failed
     ├── UsageError                2  the command line or the job file is wrong
-    │   └── ConfigError           2  a job file is: with line, key and the nearest known key
-    ├── EnvironmentFault          3  storage, tracker or cluster cannot be reached or refuse us
-    │   └── LastingFault          3  … until somebody mends it: waiting alone does not help
-    ├── CorruptError              1  bytes differ from what their manifest says
-    └── InterruptedRun          130  the user stopped it; the last committed checkpoint stands
+    │   └── ConfigError           2  a job file is wrong; the message names the line, the key and the nearest known key
+    ├── EnvironmentFault          3  storage, tracker or cluster cannot be reached, or refuses a request
+    │   └── LastingFault          3  the same, until a person corrects the cause; waiting does not help
+    ├── CorruptError              1  stored bytes differ from their manifest, or a record is not valid
+    └── InterruptedRun          130  the user stopped the run; its last complete checkpoint is kept
 
-A message says what is wrong and where; `remedy` says what to do. Nothing else is shown to the user.
+The message says what is wrong and where. The remedy says what to do. The user sees nothing else.
 """
 
 from __future__ import annotations
 
 
 class SaganError(Exception):
-    """What is wrong and where, and what to do about it."""
+    """An error with a message and a remedy.
+
+    Attributes:
+        message: What is wrong, and where.
+        remedy: What to do; "" where there is nothing to add.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(message, remedy)  # both, so that the error survives pickling between Ray processes
+        super().__init__(message, remedy)  # pickle restores an exception from these arguments between Ray processes
         self.message = message
         self.remedy = remedy
 

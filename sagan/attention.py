@@ -1,4 +1,4 @@
-"""Self-attention over a feature map (Zhang et al. 2019), as released and in the two forms its papers write."""
+"""Self-attention over a feature map (Zhang et al. 2019), in the released form and the forms of two paper versions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from sagan.spectral_norm import Conv2d, Spectral
 
 
 def value_channels(form: AttentionForm, channels: int) -> int:
-    """Channels of g."""
+    """Return the number of channels of the values g(x), where x has `channels` channels."""
     return channels // {"released": 2, "icml": 8, "first": 1}[form]
 
 
 class SelfAttention(nn.Module):
-    """y = x + γ · o(softmax(θ(x) φ(x)ᵀ) g(x)), γ starting at 0; no biases and no 1/√d.
+    """Self-attention layer: y = x + γ · o(softmax(θ(x) φ(x)ᵀ) g(x)).
 
-    θ and φ have C/8 channels. The other parts by `form`:
+    γ is learned and starts at 0, so a new layer is the identity. The convolutions have no biases. The dot products are
+    not scaled by 1/√d. θ and φ have C/8 channels. `form` decides the rest:
 
-    released: φ and g max-pooled 2×2, g of C/2, o a 1×1 convolution (the official code).
-    icml: nothing pooled, g of C/8, o a 1×1 convolution (paper, section 3).
-    first: nothing pooled, g of C, no o (the paper's first version, and what most tutorials show).
+    released: φ and g are max-pooled 2×2, g has C/2 channels, o is a 1×1 convolution (the official code).
+    icml: nothing is pooled, g has C/8 channels, o is a 1×1 convolution (the paper, section 3).
+    first: nothing is pooled, g has C channels, there is no o (the paper's first version, and most tutorials).
 
-    C must be divisible by 8.
+    Args:
+        channels: C, the number of channels of x. It must be divisible by 8.
+        spectral: how the convolutions are normalised; None for plain convolutions.
+        form: the form of attention.
+
+    Raises ValueError where `channels` is not divisible by 8.
     """
 
     def __init__(self, channels: int, spectral: Spectral | None, form: AttentionForm = "released") -> None:
@@ -44,15 +50,17 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return y [b, C, H, W] for x [b, C, H, W]."""
         b, _, h, w = x.shape
         values = self._pool(self.g(x)).flatten(2)  # [b, C_g, keys]
         attended = torch.bmm(values, self.maps(x).to(values.dtype).transpose(1, 2)).view(b, -1, h, w)
         return torch.addcmul(x, self.gamma.to(x.dtype), attended if self.out is None else self.out(attended))
 
     def maps(self, x: Tensor) -> Tensor:
-        """[b, HW, keys], float32 at least: how each position attends to every key; rows sum to one.
+        """Return the attention maps of x: [b, HW, keys], float32 at least.
 
-        Keys are the positions, pooled (HW / 4) in the released form.
+        Row q holds the weights with which position q attends to each key. Every row sums to one. The keys are the HW
+        positions, or HW / 4 pooled positions in the released form.
         """
         queries = self.theta(x).flatten(2)
         keys = self._pool(self.phi(x)).flatten(2)

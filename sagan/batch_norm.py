@@ -1,10 +1,11 @@
-"""Batch norm over groups of the global batch, conditional and plain.
+"""Plain and conditional batch norm over groups of the global batch.
 
-Conditional after de Vries et al. 2017, as in brain-research/self-attention-gan.
+Conditional batch norm follows de Vries et al. 2017, as in brain-research/self-attention-gan.
 
-Statistics belong to images, not to machines: a group may be the whole batch over all ranks, or every n-th image of it.
-Per image and channel the mean and the variance over its pixels are taken first; groups, ranks and unequal shares are
-then combined from those in one gather forwards and one sum backwards, none where every group lies inside its rank.
+Groups consist of images and do not depend on machines. A group is the whole batch over all ranks, or every n-th image
+of the batch. A training forward first computes the mean and the variance over the pixels of each image and channel. It
+then combines them within groups and over ranks, whose shares may be unequal. The forward pass takes one gather and the
+backward pass one sum. No collective is called where every group lies inside one rank.
 """
 
 from __future__ import annotations
@@ -14,17 +15,25 @@ from torch import Tensor, nn
 
 from sagan.world import World, on_device
 
-# Decay of the running averages, per generator update (official code)
+# Decay of the running averages per generator update (official code): all layers but the last, and the last layer
 DECAY, LAST_DECAY = 0.999, 0.9999
 
 
 class Groups:
-    """Which group each local image belongs to: its position mod `count`.
+    """Assignment of local images to batch-norm groups. The group of an image is its position mod `count`.
 
-    `membership` is float32 [count, b] with a single 1 per column. `world` is a world of one where every group lies
-    inside its rank, so that no collective is called.
+    Args:
+        positions: positions of the local images.
+        count: number of groups in the global batch.
+        world: the ranks that share the batch.
+        device: device of `membership`.
 
-    Raises ValueError where a group spans ranks and `world` does not promise that all of them take part.
+    Attributes:
+        membership: float32 [count, b]. Each column has a single 1, in the row of the image's group.
+        world: the ranks to combine statistics over. It is a world of one where every group lies inside its rank, so
+            that no collective is called.
+
+    Raises ValueError where a group spans ranks and `world.joint` does not promise that all ranks take part.
     """
 
     def __init__(self, positions: range, count: int, world: World, device: torch.device) -> None:
@@ -32,14 +41,18 @@ class Groups:
         if self.world.size > 1 and not world.joint:
             raise ValueError(
                 f"a batch-norm group spans {world.size} ranks, so every rank must run this forward: pass "
-                "world.joined() on all of them. For images on one rank alone leave `groups` out (running statistics)"
+                "world.joined() on every rank. To run it on one rank alone, leave `groups` out; batch norm then uses "
+                "its running averages"
             )
         index = torch.tensor([p % count for p in positions])
         self.membership = on_device((torch.arange(count)[:, None] == index).float(), device)
 
 
 class _GroupNorm(torch.autograd.Function):
-    """y = x̂ · scale + shift, with x̂ normalised over its group. Statistics are float32 at least."""
+    """Compute y = x̂ · scale + shift, where x̂ is x normalised over its group. Statistics are float32 at least.
+
+    Returns y and the mean and the variance of the batch, each [C]: the means over groups, weighted by their images.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, membership: Tensor, world: World, eps: float):  # type: ignore[no-untyped-def]
@@ -49,7 +62,7 @@ class _GroupNorm(torch.autograd.Function):
         if world.size > 1:
             packed = torch.cat([count[:, None], group_mean, group_var], dim=1)
             count, group_mean, group_var = _combine_ranks(world.gather(packed), mean.shape[1])
-        # a group without a local image has no column in `membership`: its values are never used
+        # No column of `membership` selects a group without a local image, so the values of that group are not used.
         mean, rstd = membership.t() @ group_mean, membership.t() @ (group_var + eps).rsqrt()
         factor = rstd * scale
         y = _affine(x, factor, shift - mean * factor)
@@ -69,28 +82,32 @@ class _GroupNorm(torch.autograd.Function):
         sums = torch.stack([membership @ (scale * dshift), membership @ (scale * dscale)])
         ctx.world.sum_(sums)
         d_mean, d_var = (membership.t() @ s / (count[:, None] * pixels) for s in sums)
-        # dx = rstd · (scale · dy − d_mean − x̂ · d_var), as one affine function of dy and x
+        # dx = rstd · (scale · dy − d_mean − x̂ · d_var), written as one affine function of dy and x
         slope = -rstd.square() * d_var
         dx = _affine(x, slope, -rstd * d_mean - slope * mean)
         return dx.addcmul_(dy, (rstd * scale).to(dy.dtype)[..., None, None]), dscale, dshift, None, None, None
 
 
 def _affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    """factor · x + offset with [b, C] coefficients."""
+    """Return factor · x + offset for x [b, C, H, W] and coefficients [b, C] or [C]."""
     return torch.addcmul(offset.to(x.dtype)[..., None, None], x, factor.to(x.dtype)[..., None, None])
 
 
 def image_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[b, C] mean and biased variance over the pixels of each image, float32 at least, x [b, C, H, W].
+    """Return the mean and the biased variance over the pixels of each image, both [b, C] and float32 at least.
 
-    In two passes: torch.var_mean takes five to eighteen times as long on channels-last maps (CPU, torch 2.13).
+    x is [b, C, H, W]. The function takes two passes, because torch.var_mean takes five to eighteen times as long on
+    channels-last maps (CPU, torch 2.13).
     """
     mean = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
     return mean, (x - mean[..., None, None]).square_().mean((2, 3))
 
 
 def _combine_images(mean: Tensor, variance: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """([n] images, [n, C] mean, [n, C] variance) of the groups, from those of images of equal size."""
+    """Return the number of images [n], the mean [n, C] and the variance [n, C] of each of n groups.
+
+    `mean` and `variance` are [b, C], of images that all have the same size. `membership` is [n, b].
+    """
     count = membership.sum(1)
     weights = membership / count.clamp(min=1)[:, None]
     group_mean = weights @ mean
@@ -99,7 +116,11 @@ def _combine_images(mean: Tensor, variance: Tensor, membership: Tensor) -> tuple
 
 
 def _combine_ranks(packed: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over ranks, from [W, n, 1 + 2C]; every rank adds in the same order, so all get the same bits."""
+    """Combine the groups of all ranks into one result of the form that `_combine_images` returns.
+
+    `packed` is [ranks, n, 1 + 2C]: count, mean and variance. Every rank adds in the same order, so all ranks get the
+    same bits.
+    """
     counts, means, variances = packed.split([1, channels, channels], dim=2)
     count = counts.sum(0)
     weights = counts / count.clamp(min=1)
@@ -108,10 +129,16 @@ def _combine_ranks(packed: Tensor, channels: int) -> tuple[Tensor, Tensor, Tenso
 
 
 class BatchNorm(nn.Module):
-    """Plain batch norm with a learned scale and shift; `BatchNorm` of the official code's last layer.
+    """Plain batch norm with a learned scale and shift per channel, as in the last layer of the official generator.
 
-    In training it normalises over `groups`; in evaluation with `running_mean` and `running_var`. A training forward
-    leaves what it used in `batch_mean` and `batch_var` (the mean over groups); only `track` moves the running averages.
+    In training it normalises over `groups`. In evaluation it normalises with `running_mean` and `running_var`. A
+    training forward stores the statistics that it used, as means over groups, in `batch_mean` and `batch_var`. Only
+    `track` moves the running averages.
+
+    Args:
+        channels: C, the number of channels.
+        eps: constant that is added to variances.
+        decay: decay of the running averages per generator update.
     """
 
     running_mean: Tensor
@@ -124,64 +151,74 @@ class BatchNorm(nn.Module):
         self.eps, self.decay = eps, decay
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self._add_affine(channels)
+        self._add_parameters(channels)
 
-    def _add_affine(self, channels: int) -> None:
+    def _add_parameters(self, channels: int) -> None:
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def _affine(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[b, C] scale and shift of each image."""
+    def _scale_and_shift(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the scale and the shift of each image, both [b, C]."""
         return self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
 
     def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
-        """x [b, C, H, W], labels y int64 [b] or None; `groups` in training, None in evaluation."""
-        scale, shift = self._affine(x, y)
+        """Normalise a batch.
+
+        Args:
+            x: float [b, C, H, W].
+            y: labels, int64 [b]. Plain batch norm ignores them.
+            groups: the groups to normalise over in training; None in evaluation.
+        """
+        scale, shift = self._scale_and_shift(x, y)
         if groups is None:
             factor = scale * (self.running_var + self.eps).rsqrt()
             return _affine(x, factor, shift - self.running_mean * factor)
         with torch.autocast(x.device.type, enabled=False):  # statistics stay float32
-            y_, self.batch_mean, self.batch_var = _GroupNorm.apply(
+            normalised, self.batch_mean, self.batch_var = _GroupNorm.apply(
                 x, scale, shift, groups.membership, groups.world, self.eps
             )
-        return y_
+        return normalised
 
 
 class ConditionalBatchNorm(BatchNorm):
-    """Batch norm whose scale and shift are looked up by class; the tables are never spectrally normalised."""
+    """Batch norm that looks up scale and shift by label, in tables [num_classes, C] without spectral norm."""
 
-    def __init__(self, channels: int, classes: int, eps: float) -> None:
-        self.classes = classes
+    def __init__(self, channels: int, num_classes: int, eps: float) -> None:
+        self.num_classes = num_classes
         super().__init__(channels, eps)
 
-    def _add_affine(self, channels: int) -> None:
-        self.weight = nn.Parameter(torch.ones(self.classes, channels))
-        self.bias = nn.Parameter(torch.zeros(self.classes, channels))
+    def _add_parameters(self, channels: int) -> None:
+        self.weight = nn.Parameter(torch.ones(self.num_classes, channels))
+        self.bias = nn.Parameter(torch.zeros(self.num_classes, channels))
 
-    def _affine(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scale_and_shift(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         assert y is not None
         return self.weight[y], self.bias[y]
 
 
-def conditional(channels: int, classes: int, eps: float) -> BatchNorm:
-    """Conditional batch norm where there are classes, else plain."""
-    return ConditionalBatchNorm(channels, classes, eps) if classes else BatchNorm(channels, eps)
+def conditional(channels: int, num_classes: int, eps: float) -> BatchNorm:
+    """Return conditional batch norm, or plain batch norm where `num_classes` is 0."""
+    return ConditionalBatchNorm(channels, num_classes, eps) if num_classes else BatchNorm(channels, eps)
 
 
 def layers(network: nn.Module) -> list[BatchNorm]:
+    """Return the batch-norm layers of a network."""
     return [module for module in network.modules() if isinstance(module, BatchNorm)]
 
 
 def used(network: nn.Module) -> Tensor:
-    """What the last training forward of every layer normalised with, as one vector: means and variances in turn."""
+    """Return the statistics that the last training forward used, as one vector: mean and variance of each layer."""
     return torch.cat([statistic for norm in layers(network) for statistic in (norm.batch_mean, norm.batch_var)])
 
 
 @torch.no_grad()
 def track(network: nn.Module, statistics: Tensor, world: World) -> None:
-    """Move every layer's running averages by `statistics` as of `used`, averaged over ranks."""
-    flat = world.sum_(statistics) / world.size
-    averages = [average for norm in layers(network) for average in (norm.running_mean, norm.running_var)]
+    """Move the running averages of every layer towards the mean of `statistics` over ranks.
+
+    `statistics` has the form that `used` returns.
+    """
+    rank_mean = world.sum_(statistics) / world.size
+    running = [buffer for norm in layers(network) for buffer in (norm.running_mean, norm.running_var)]
     decays = [norm.decay for norm in layers(network) for _ in range(2)]
-    for average, decay, now in zip(averages, decays, flat.split([len(a) for a in averages]), strict=True):
-        average.lerp_(now.to(average), 1 - decay)
+    for buffer, decay, target in zip(running, decays, rank_mean.split([len(b) for b in running]), strict=True):
+        buffer.lerp_(target.to(buffer), 1 - decay)

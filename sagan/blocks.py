@@ -13,38 +13,48 @@ from sagan.spectral_norm import Conv2d, Spectral, SpectralNorm, TransposedConv2d
 
 
 def rectify(x: Tensor, slope: float) -> Tensor:
-    """ReLU, leaky where `slope` is above 0."""
+    """Apply leaky ReLU with the negative slope `slope`, or ReLU where `slope` is 0."""
     return F.leaky_relu(x, slope) if slope else F.relu(x)
 
 
 def rectify_(x: Tensor, slope: float) -> Tensor:
-    """The same in place: only for what nothing else reads."""
+    """Apply `rectify` in place. Call it only where nothing else reads x."""
     return F.leaky_relu_(x, slope) if slope else F.relu_(x)
 
 
 class GeneratorBlock(nn.Module):
-    """Batch norm, ReLU, ×2, conv, batch norm, ReLU, conv; the skip is a 1×1 convolution, then ×2."""
+    """Residual block that doubles height and width.
+
+    The main path is batch norm, ReLU, ×2, convolution, batch norm, ReLU, convolution. The skip path is a 1×1
+    convolution, then ×2.
+    """
 
     def __init__(self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None) -> None:
         super().__init__()
         self.slope = config.slope_g
-        self.norm1 = conditional(in_, config.labels, config.batch_norm_eps)
+        self.norm1 = conditional(in_, config.known_num_classes, config.batch_norm_eps)
         self.conv1 = TransposedConv2d(in_, out, spectral)
-        self.norm2 = conditional(out, config.labels, config.batch_norm_eps)
+        self.norm2 = conditional(out, config.known_num_classes, config.batch_norm_eps)
         self.conv2 = Conv2d(out, out, 3, spectral)
         self.skip = Conv2d(in_, out, 1, spectral)
         _scale(config.init_gain, self.conv1, self.conv2)
 
     def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
+        """Return [b, out, 2H, 2W] for x [b, in, H, W]. `y` and `groups` are those of `BatchNorm.forward`."""
         h = rectify_(self.norm1(x, y, groups), self.slope)
         h = up_conv(h, self.conv1.kernel, self.conv1.bias)
         h = self.conv2(rectify_(self.norm2(h, y, groups), self.slope))
-        # a 1×1 convolution commutes with nearest upsampling and costs a quarter before it
+        # A 1×1 convolution commutes with nearest upsampling. Before the upsampling it costs a quarter.
         return h.add_(double(self.skip(x)))
 
 
 class DiscriminatorBlock(nn.Module):
-    """ReLU, conv, ReLU, conv, average pool; the skip is a 1×1 convolution, or nothing where shapes agree."""
+    """Residual block that halves height and width where `down` is true.
+
+    The main path is ReLU, convolution, ReLU, convolution, average pooling. The skip path is average pooling and a 1×1
+    convolution, or the identity where the shapes of input and output agree. The first block of a network has no ReLU
+    before its first convolution.
+    """
 
     def __init__(
         self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *, down: bool, first: bool
@@ -58,16 +68,18 @@ class DiscriminatorBlock(nn.Module):
         _scale(config.init_gain, self.conv1, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # the first block sees pixels; elsewhere the skip reads x as it is
+        """Return [b, out, H/2, W/2] for x [b, in, H, W], or [b, out, H, W] where `down` is false."""
+        # The input of the first block is pixels. In other blocks the ReLU is not in place, because the skip reads x.
         h = self.conv1(x if self.first else rectify(x, self.slope))
         h = rectify_(h, self.slope)
         h = conv_down(h, self.conv2.kernel, self.conv2.bias) if self.down else self.conv2(h)
-        # a 1×1 convolution commutes with average pooling and costs a quarter after it
+        # A 1×1 convolution commutes with average pooling. After the pooling it costs a quarter.
         skip = halve(x) if self.down else x
         return h.add_(skip if self.skip is None else self.skip(skip))
 
 
 @torch.no_grad()
 def _scale(gain: float, *convolutions: SpectralNorm) -> None:
+    """Multiply the weights of the convolutions by `gain`."""
     for convolution in convolutions:
         convolution.weight.mul_(gain)

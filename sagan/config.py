@@ -1,4 +1,4 @@
-"""What a network and its training are. Every default of the method stands here and nowhere else."""
+"""Configuration of the networks and of their training. Every default of the method is defined here and nowhere else."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from sagan.spectral_norm import Spectral
 
 RESOLUTIONS = (32, 64, 128, 256)
 
-# Feature-map size that gets self-attention unless a job says otherwise.
+# Default sizes of the feature maps that get self-attention, by resolution.
 _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
 
 AttentionForm = Literal["released", "icml", "first"]
 
 _SEQUENCES = ("attention", "multipliers_g", "multipliers_d")
 
-# Multiples of `channels_g`: the generator's input at 4x4, then the output of each upsampling block.
+# Multiples of `channels_g`, by resolution: the generator's input at 4x4, then the output of each upsampling block.
 _WIDTHS_G = {
     32: (4, 4, 4, 4),
     64: (16, 8, 4, 2, 1),
     128: (16, 16, 8, 4, 2, 1),
     256: (16, 16, 8, 8, 4, 2, 1),
 }
-# Multiples of `channels_d`: the output of each block; the flag says whether the block halves the feature map.
+# Multiples of `channels_d`, by resolution: the output of each block, and whether the block halves the feature map.
 _WIDTHS_D = {
     32: ((2, True), (2, True), (2, False), (2, False)),
     64: ((1, True), (2, True), (4, True), (8, True), (16, False)),
@@ -34,57 +34,64 @@ _WIDTHS_D = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The pair of networks.
+    """Configuration of the generator and the discriminator.
 
-    Defaults are the official SAGAN at 128x128 (Zhang et al. 2019 and its released code), but for `batch_norm_group`:
-    the official code normalised over the 64 images of each tower, here the default is the whole global batch.
+    The defaults are those of the official SAGAN at 128x128 (Zhang et al. 2019 and its released code), except
+    `batch_norm_group`. The official code normalises over the 64 images of each tower. The default here is the whole
+    global batch.
 
-    Raises ValueError where a value cannot make a network.
+    Raises ValueError where a value cannot describe a network.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
     resolution: int | None = None
-    """Pixels per side: 32, 64, 128 or 256. From the collection's manifest unless given."""
-    classes: int | None = None
-    """Number of classes; 0 trains without labels. From the collection's manifest unless given."""
+    """Pixels per side: 32, 64, 128 or 256. The default comes from the collection's manifest."""
+    num_classes: int | None = None
+    """Number of classes; 0 trains without labels. The default comes from the collection's manifest."""
     z_dim: int = 128
     """Length of the latent vector z ~ N(0, 1)."""
     channels_g: int = 64
-    """Width c of the generator; each block has a multiple of it."""
+    """Base width of the generator. The width of each block is a multiple of it."""
     channels_d: int = 64
-    """Width c of the discriminator."""
+    """Base width of the discriminator. The width of each block is a multiple of it."""
     multipliers_g: tuple[int, ...] | None = None
-    """Multiples of `channels_g`: the input at 4x4, then the output of each block. Default by resolution."""
+    """Multiples of `channels_g`: the input at 4x4, then the output of each block. The default depends on the
+    resolution."""
     multipliers_d: tuple[int, ...] | None = None
-    """Multiples of `channels_d`: the output of each block. Default by resolution."""
+    """Multiples of `channels_d`: the output of each block. The default depends on the resolution."""
     attention: tuple[int, ...] | None = None
-    """Sizes of the feature maps that get self-attention, in both networks; [] for none. Default by resolution."""
+    """Sizes of the feature maps that get self-attention in both networks; [] for none. The default depends on the
+    resolution."""
     attention_form: AttentionForm = "released"
-    """released: pooled keys and values, values of C/2, output convolution. icml: no pooling, values of C/8, output
-    convolution. first: no pooling, values of C, no output convolution."""
+    """Form of attention. released: pooled keys and values, values of C/2 channels, an output convolution. icml: no
+    pooling, values of C/8 channels, an output convolution. first: no pooling, values of C channels, no output
+    convolution."""
     slope_g: float = 0.0
     """Negative slope of the generator's rectifiers; 0 is ReLU."""
     slope_d: float = 0.0
-    """Negative slope of the discriminator's rectifiers."""
+    """Negative slope of the discriminator's rectifiers; 0 is ReLU."""
     thin_d: bool = False
-    """Discriminator blocks as wide inside as their input (SNGAN-projection) instead of their output."""
+    """Discriminator blocks after the first take the width of their input inside (SNGAN-projection). By default they
+    take the width of their output."""
     spectral_norm_g: bool = True
-    """Spectral norm on the generator's layers; never on its class tables."""
+    """Spectral norm on the generator's layers. Its class tables never have it."""
     spectral_norm_d: bool = True
-    """Spectral norm on the discriminator's layers, its class embedding included."""
+    """Spectral norm on the discriminator's layers, including its class embedding."""
     spectral_norm_gradient: Literal["constant", "through"] = "constant"
-    """Gradients hold the power iteration's vectors constant, or flow through them (official code)."""
+    """constant: gradients treat the vectors of the power iteration as constants. through: gradients flow through them
+    (official code)."""
     spectral_norm_start: Literal["converged", "cold"] = "converged"
-    """Before the first step: thirty power iterations, or one from a random vector (official code)."""
+    """converged: thirty power iterations before the first step. cold: one iteration from a random vector (official
+    code)."""
     spectral_norm_eps: float = 1e-12
-    """Least length that the power iteration divides by."""
+    """Smallest vector length that the power iteration divides by."""
     batch_norm_group: int = 0
-    """Images per batch-norm group; 0 takes statistics over the whole global batch."""
+    """Images per batch-norm group; 0 makes the whole global batch one group."""
     batch_norm_eps: float = 1e-5
-    """Added to variances."""
+    """Constant that batch norm adds to variances."""
     init_gain: float = 1.0
-    """Gain of the Glorot initialisation of the blocks' 3×3 convolutions (SNGAN-projection: √2)."""
+    """Gain of the Glorot initialisation of the 3×3 convolutions in all blocks (SNGAN-projection: √2)."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution not in RESOLUTIONS:
@@ -98,111 +105,126 @@ class ModelConfig:
         for name in ("slope_g", "slope_d"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if self.classes is not None and self.classes < 0:
-            raise ValueError(f"model.classes is {self.classes}; it must be 0 (no labels) or more")
+        if self.num_classes is not None and self.num_classes < 0:
+            raise ValueError(f"model.num_classes is {self.num_classes}; it must be 0 (no labels) or more")
         for name in _SEQUENCES:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
         if self.resolution is not None:
-            possible = {4 * 2**i for i in range(1, len(_WIDTHS_G[self.resolution]))}
-            possible &= {self.resolution // 2**i for i in range(1, 10)} - {4, 2, 1}
+            sizes = {4 * 2**i for i in range(1, len(_WIDTHS_G[self.resolution]))}
+            sizes &= {self.resolution // 2**i for i in range(1, 10)} - {4, 2, 1}
             self._check_multipliers(self.resolution)
-            if wrong := set(self.attention or ()) - possible:
+            if unknown := set(self.attention or ()) - sizes:
                 raise ValueError(
-                    f"model.attention has {sorted(wrong)}; at {self.resolution} px feature maps are {sorted(possible)}"
+                    f"model.attention has {sorted(unknown)}; at {self.resolution} px the feature maps have the sizes "
+                    f"{sorted(sizes)}"
                 )
 
     def _check_multipliers(self, resolution: int) -> None:
         for name, table in (("multipliers_g", _WIDTHS_G[resolution]), ("multipliers_d", _WIDTHS_D[resolution])):
-            given = getattr(self, name)
-            if given is not None and (len(given) != len(table) or min(given) < 1):
+            multipliers = getattr(self, name)
+            if multipliers is not None and (len(multipliers) != len(table) or min(multipliers) < 1):
                 raise ValueError(
-                    f"model.{name} is {list(given)}; at {resolution} px it must be {len(table)} numbers ≥ 1"
+                    f"model.{name} is {list(multipliers)}; at {resolution} px it must be {len(table)} numbers ≥ 1"
                 )
 
-    def for_collection(self, resolution: int, classes: int) -> ModelConfig:
-        """The configuration with what the collection decides filled in.
+    def for_collection(self, resolution: int, num_classes: int) -> ModelConfig:
+        """Return a copy with resolution, number of classes and attention filled in where they are None.
 
-        Raises ValueError where a given value differs from the collection's. `classes: 0` is always allowed.
+        Args:
+            resolution: pixels per side of the collection's images.
+            num_classes: number of classes of the collection.
+
+        Raises ValueError where a value of this configuration differs from the collection's. `num_classes` 0 is always
+        allowed.
         """
-        for name, theirs in (("resolution", resolution), ("classes", classes)):
-            ours = getattr(self, name)
-            if ours is not None and ours != theirs and not (name == "classes" and ours == 0):
-                raise ValueError(f"model.{name} is {ours}, but the collection has {theirs}")
+        for name, required in (("resolution", resolution), ("num_classes", num_classes)):
+            value = getattr(self, name)
+            if value is not None and value != required and not (name == "num_classes" and value == 0):
+                raise ValueError(f"model.{name} is {value}, but the collection has {required}")
         return replace(
             self,
             resolution=resolution,
-            classes=classes if self.classes is None else self.classes,
+            num_classes=num_classes if self.num_classes is None else self.num_classes,
             attention=_ATTENTION[resolution] if self.attention is None else self.attention,
         )
 
     @property
-    def size(self) -> int:
-        """Resolution of a configuration that is complete."""
+    def known_resolution(self) -> int:
+        """Pixels per side. Raises ValueError where `resolution` is None."""
         if self.resolution is None:
-            raise ValueError("model.resolution is not known yet: give it, or take it from a collection")
+            raise ValueError("model.resolution is not set; set it, or take it from a collection with `for_collection`")
         return self.resolution
 
     @property
-    def labels(self) -> int:
-        """Number of classes of a configuration that is complete."""
-        if self.classes is None:
-            raise ValueError("model.classes is not known yet: give it, or take it from a collection")
-        return self.classes
+    def known_num_classes(self) -> int:
+        """Number of classes. Raises ValueError where `num_classes` is None."""
+        if self.num_classes is None:
+            raise ValueError("model.num_classes is not set; set it, or take it from a collection with `for_collection`")
+        return self.num_classes
 
     @property
     def spectral(self) -> Spectral:
-        """How the layers that are normalised are normalised."""
+        """Parameters of spectral normalisation, for the layers that have it."""
         return Spectral(self.spectral_norm_eps, self.spectral_norm_gradient == "through")
 
     @property
     def attention_sizes(self) -> tuple[int, ...]:
-        return _ATTENTION[self.size] if self.attention is None else self.attention
+        """Sizes of the feature maps that get self-attention: `attention`, or the default of the resolution."""
+        return _ATTENTION[self.known_resolution] if self.attention is None else self.attention
 
     @property
     def widths_g(self) -> list[int]:
-        """Channels at 4x4, then after each upsampling block."""
-        return [self.channels_g * m for m in self.multipliers_g or _WIDTHS_G[self.size]]
+        """Channels of the generator: at 4x4, then after each upsampling block."""
+        return [self.channels_g * m for m in self.multipliers_g or _WIDTHS_G[self.known_resolution]]
 
     @property
     def widths_d(self) -> list[tuple[int, bool]]:
-        """(channels, downsamples) of each block."""
-        standard = _WIDTHS_D[self.size]
+        """Output channels of each discriminator block, and whether the block halves the feature map."""
+        standard = _WIDTHS_D[self.known_resolution]
         multipliers = self.multipliers_d or [m for m, _ in standard]
         return [(self.channels_d * m, down) for m, (_, down) in zip(multipliers, standard, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the values by field name."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Return the configuration whose `to_dict` is `values`."""
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Two Adams and the average of the generator. Defaults are the official code's (TTUR 4e-4 / 1e-4, 1:1).
+    """Configuration of the two Adam optimisers and of the generator's moving average.
 
-    Raises ValueError for values outside their ranges.
+    The defaults of the optimisers are the official code's: TTUR with learning rates 4e-4 and 1e-4, and one
+    discriminator update per generator update.
+
+    Raises ValueError where a value is outside its range.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
     lr_d: float = 4e-4
     """Learning rate of the discriminator."""
     lr_g: float = 1e-4
     """Learning rate of the generator."""
     beta1: float = 0.0
+    """Adam's β₁."""
     beta2: float = 0.999
+    """Adam's β₂."""
     eps: float = 1e-8
+    """Adam's ε."""
     n_dis: int = 1
     """Discriminator updates per generator update."""
     lr_decay_kimg: tuple[float, float] | None = None
-    """Both learning rates fall linearly to zero between these two positions, in thousands of images."""
+    """Two positions in thousands of images. Both learning rates fall linearly to zero between them. None: no decay."""
     ema_decay: float = 0.999
-    """Decay, per generator update, of the average that is evaluated and exported."""
+    """Decay of the moving average per generator update. Evaluation and export use the moving average by default."""
     ema_start_kimg: float = 0.0
-    """Before this many thousand images the average is a copy of the generator."""
+    """Position in thousands of images. Before it, the moving average is a copy of the generator's weights."""
 
     def __post_init__(self) -> None:
         for name in ("lr_d", "lr_g", "eps"):
@@ -222,11 +244,12 @@ class OptimConfig:
             raise ValueError(f"optim.ema_start_kimg is {self.ema_start_kimg}; it must be 0 or more")
 
     def lr_factor(self, images: int) -> float:
-        """What both learning rates are multiplied with in the step that starts at `images`."""
+        """Return the factor of both learning rates, in [0, 1], for the step that starts at position `images`."""
         if self.lr_decay_kimg is None:
             return 1.0
         start, end = self.lr_decay_kimg
         return min(1.0, max(0.0, (end - images / 1000) / (end - start)))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the values by field name."""
         return asdict(self)

@@ -1,4 +1,7 @@
-"""What a model costs, nominally: multiplications as the formulas are written, whatever the code saves."""
+"""Nominal cost of a model.
+
+All functions count the multiplications of the formulas as they are written. Savings of the implementation do not count.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from sagan.generator import Generator
 
 
 def parameters(config: ModelConfig) -> tuple[int, int]:
-    """Trainable scalars of generator and discriminator."""
+    """Return the number of trainable scalars of the generator and of the discriminator."""
 
     def count(network: type[nn.Module]) -> int:
         with torch.device("meta"):
@@ -24,8 +27,11 @@ def parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def forward_macs(config: ModelConfig) -> tuple[int, int]:
-    """Multiply-accumulates of one image's forward pass, generator and discriminator: convolutions, linear layers and
-    attention products, resampling as separate steps."""
+    """Return the multiply-accumulates of the forward pass of one image, for the generator and for the discriminator.
+
+    The count includes convolutions, linear layers and attention products. Convolutions and resampling are separate
+    steps, as in the formulas.
+    """
     generator = config.z_dim * 16 * config.widths_g[0]
     size = 4
     for in_, out in pairwise(config.widths_g):
@@ -44,10 +50,11 @@ def forward_macs(config: ModelConfig) -> tuple[int, int]:
         in_, size = out, after
         if down and size in config.attention_sizes:
             discriminator += _attention(config.attention_form, out, size)
-    return generator, discriminator + in_ * (2 if config.labels else 1)
+    return generator, discriminator + in_ * (2 if config.known_num_classes else 1)
 
 
 def _attention(form: AttentionForm, channels: int, size: int) -> int:
+    """Return the multiply-accumulates of self-attention on a feature map of size × size positions."""
     positions = size**2
     keys = positions // 4 if form == "released" else positions
     values = value_channels(form, channels)
@@ -57,7 +64,11 @@ def _attention(form: AttentionForm, channels: int, size: int) -> int:
 
 
 def step_flop_per_image(config: ModelConfig, n_dis: int = 1) -> float:
-    """Nominal FLOP per real image of a step with 1:1 updates, 2 · (4 G + 8 D); with n_dis D updates per G update the
-    generator's update (3 G + 2 D) is spread over n_dis images."""
+    """Return the nominal FLOP of a training step per real image.
+
+    G and D are the multiply-accumulates of a forward pass. With one discriminator update per generator update, a step
+    takes 2 · (4 G + 8 D). With `n_dis` discriminator updates, the generator's update (3 G + 2 D) is spread over n_dis
+    images.
+    """
     g, d = forward_macs(config)
     return 2 * ((g + 6 * d) + (3 * g + 2 * d) / n_dis)

@@ -1,4 +1,4 @@
-"""The projection discriminator (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
+"""Projection discriminator (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from sagan.spectral_norm import Embedding, Linear
 
 
 class Discriminator(nn.Module):
-    """Image (and its class) → one logit, by projection where there are classes. No batch norm anywhere."""
+    """Network that maps an image and its label to one logit.
+
+    The label enters by projection. An unconditional model has no labels. The network has no batch norm.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         spectral = config.spectral if config.spectral_norm_d else None
         self.slope = config.slope_d
         blocks: list[nn.Module] = []
-        in_, size = 3, config.size
+        in_, size = 3, config.known_resolution
         for out, down in config.widths_d:
             blocks.append(DiscriminatorBlock(in_, out, config, spectral, down=down, first=not blocks))
             in_, size = out, size // 2 if down else size
@@ -27,10 +30,15 @@ class Discriminator(nn.Module):
                 blocks.append(SelfAttention(out, spectral, config.attention_form))
         self.blocks = nn.Sequential(*blocks)
         self.linear = Linear(in_, 1, spectral)
-        self.embedding = Embedding(config.labels, in_, spectral) if config.labels else None
+        self.embedding = Embedding(config.known_num_classes, in_, spectral) if config.known_num_classes else None
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """x float [b, 3, H, W] in [−1, 1], y int64 [b] (None when unconditional) → logits, float32 at least, [b]."""
+        """Return the logits, [b] and float32 at least.
+
+        Args:
+            x: images, float [b, 3, H, W] in [−1, 1].
+            y: labels, int64 [b]; None for an unconditional model.
+        """
         h = rectify(self.blocks(x), self.slope)
         with torch.autocast(x.device.type, enabled=False):
             features = h.sum((2, 3), dtype=torch.promote_types(h.dtype, torch.float32))

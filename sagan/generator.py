@@ -1,4 +1,4 @@
-"""The generator: that of brain-research/self-attention-gan, with widths for other resolutions."""
+"""Generator of brain-research/self-attention-gan, with widths for other resolutions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from sagan.spectral_norm import Conv2d, Linear
 
 
 class Generator(nn.Module):
-    """z (and a class) → image in [−1, 1].
+    """Network that maps a latent vector and a label to an image in [−1, 1].
 
-    `folded` is the same network for weights that are already divided by their σ (`spectral_norm.fold`).
+    Args:
+        config: configuration of the networks.
+        folded: build the network without spectral norm, for weights that `spectral_norm.fold` has divided by σ.
     """
 
     def __init__(self, config: ModelConfig, *, folded: bool = False) -> None:
@@ -37,10 +39,14 @@ class Generator(nn.Module):
         self.conv = Conv2d(widths[-1], 3, 3, spectral)
 
     def forward(self, z: Tensor, y: Tensor | None, groups: Groups | None = None) -> Tensor:
-        """z float [b, z_dim], y int64 [b] (None when unconditional) → [b, 3, H, W].
+        """Return images, float [b, 3, H, W] in [−1, 1].
 
-        With `groups` batch norm uses the statistics of this batch (training; collective where a group spans ranks),
-        without it the running statistics, so that one rank may run it alone.
+        Args:
+            z: latents, float [b, z_dim].
+            y: labels, int64 [b]; None for an unconditional model.
+            groups: batch-norm groups of a training forward, which uses the statistics of this batch. All ranks must run
+                it where a group spans ranks. With None, batch norm uses its running averages, and one rank may run the
+                forward alone.
         """
         h = self.linear(z).view(len(z), -1, 4, 4).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:

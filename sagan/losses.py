@@ -1,4 +1,8 @@
-"""The hinge loss (paper, equation 4), as sums so that unequal shares of a batch add up to its mean."""
+"""Hinge losses (paper, equation 4).
+
+Both are sums over images. The sums over the shares of a batch, divided by the batch size, add up to the mean of the
+batch, whatever the sizes of the shares.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from torch.nn import functional as F
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """Σ max(0, 1 − D(x, y)) + Σ max(0, 1 + D(G(z), y)) over logits [b] each."""
+    """Return Σ max(0, 1 − D(x, y)) + Σ max(0, 1 + D(G(z), y)).
+
+    `real` holds the logits of real images and `fake` those of generated images, both [b].
+    """
     return F.relu(1 - real).sum() + F.relu(1 + fake).sum()
 
 
 def generator_hinge(fake: Tensor) -> Tensor:
-    """−Σ D(G(z), y)."""
+    """Return −Σ D(G(z), y) over the logits of generated images, [b]."""
     return -fake.sum()

@@ -1,7 +1,8 @@
-"""Everything random that belongs to a sample: (seed, purpose, position) → the same numbers on every machine.
+"""Random numbers of a run: latents, labels, flips and permutations.
 
-Row p of a stream is a fixed block of Philox counters, so any rows can be drawn without the ones before them and no
-draw depends on the number of workers, the batch or what happened earlier. NumPy guarantees the raw bit stream.
+Seed, purpose and position determine a number, and the result is the same on every machine. Row p of a stream is a fixed
+block of Philox counters. So any rows can be drawn without the rows before them, and no draw depends on the number of
+workers, on the batch or on earlier draws. NumPy guarantees the raw bit stream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _WORDS_PER_COUNTER = 4  # Philox4x64 yields four 64-bit words per counter value
 
 
 class Purpose(IntEnum):
-    """What a stream is for. The numbers are part of the format of a run: never reuse one."""
+    """Purpose of a stream. The values are part of the format of a run: never reuse a value."""
 
     FLIP = 1
     Z_D = 2
@@ -27,10 +28,16 @@ class Purpose(IntEnum):
     SAMPLE_Y = 8
     STANDING_Z = 9
     STANDING_Y = 10
+    SHARD_ORDER = 101
+    WINDOW_ORDER = 102
+    PACKING = 103
 
 
 def _words(seed: int, purpose: Purpose, positions: range, width: int) -> np.ndarray:
-    """uint64 [len(positions), width]: the raw words of those rows. `seed` and positions are non-negative."""
+    """Return the raw words of the rows at `positions`, uint64 [len(positions), width].
+
+    `seed` and the positions must be non-negative.
+    """
     if len(positions) == 0:
         return np.empty((0, width), dtype=np.uint64)
     counters_per_row = -(-width // _WORDS_PER_COUNTER)
@@ -42,12 +49,16 @@ def _words(seed: int, purpose: Purpose, positions: range, width: int) -> np.ndar
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:
-    """float64 in (0, 1), 53 bits, never 0."""
-    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    """Convert raw words to float64 with 53 bits, in (0, 1)."""
+    values = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return np.minimum(values, 1 - 2.0**-53)  # the largest word rounds to 1
 
 
-def latents(seed: int, purpose: Purpose, positions: range, z_dim: int) -> torch.Tensor:
-    """float32 [len(positions), z_dim] of N(0, 1), by Box-Muller in float64 on the host."""
+def draw_latents(seed: int, purpose: Purpose, positions: range, z_dim: int) -> torch.Tensor:
+    """Return latents from N(0, 1), float32 [len(positions), z_dim].
+
+    The normal numbers come from Box–Muller in float64 on the host.
+    """
     pairs = -(-z_dim // 2)
     u = _uniform(_words(seed, purpose, positions, 2 * pairs))
     radius, angle = np.sqrt(-2.0 * np.log(u[:, :pairs])), 2.0 * np.pi * u[:, pairs:]
@@ -55,12 +66,24 @@ def latents(seed: int, purpose: Purpose, positions: range, z_dim: int) -> torch.
     return torch.from_numpy(normal[:, :z_dim].astype(np.float32))
 
 
-def labels(seed: int, purpose: Purpose, positions: range, classes: int) -> torch.Tensor:
-    """int64 [len(positions)], uniform over 0 … classes − 1."""
+def draw_labels(seed: int, purpose: Purpose, positions: range, num_classes: int) -> torch.Tensor:
+    """Return labels, int64 [len(positions)], uniform over 0 … num_classes − 1."""
     u = _uniform(_words(seed, purpose, positions, 1)[:, 0])
-    return torch.from_numpy((u * classes).astype(np.int64))
+    return torch.from_numpy((u * num_classes).astype(np.int64))
 
 
-def flips(seed: int, positions: range) -> torch.Tensor:
-    """bool [len(positions)], true with probability one half: the images to mirror."""
+def draw_flips(seed: int, positions: range) -> torch.Tensor:
+    """Return which images to mirror, bool [len(positions)]. Each value is true with probability one half."""
     return torch.from_numpy(_uniform(_words(seed, Purpose.FLIP, positions, 1)[:, 0]) < 0.5)
+
+
+def permutation(n: int, seed: int, purpose: Purpose, *where: int) -> np.ndarray:
+    """Return a permutation of 0 … n − 1, int64 [n].
+
+    The function sorts raw Philox words. Their key is (seed, purpose), and `where` is the start of their counter: up to
+    three integers. NumPy guarantees bit streams, but not the result of `Generator.permutation`.
+    """
+    counter = np.zeros(4, dtype=np.uint64)  # Philox counts up in word 0
+    counter[1 : 1 + len(where)] = where
+    bits = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter)
+    return np.argsort(bits.random_raw(n), kind="stable")

@@ -1,7 +1,7 @@
-"""A 3×3 convolution with nearest up- or average down-sampling, at a quarter of the multiplications.
+"""3×3 convolutions with nearest upsampling or average downsampling, at a quarter of the multiplications.
 
-Both identities are exact, borders included, and use the 3×3 weight itself, so σ is that of the plain convolution. The
-filters around them keep nothing for their gradients.
+Both identities are exact, borders included. They use the 3×3 weight itself, so σ equals the σ of the plain convolution.
+The filters around the convolutions save no tensors for the backward pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 
 class _Box(torch.autograd.Function):
-    """Sums over 2×2 windows at stride 1, over `divisor`. Full (padding 1) and valid (0) are each other's adjoints."""
+    """Box filter: sums over 2×2 windows at stride 1, divided by `divisor`.
+
+    The full filter (padding 1) and the valid filter (padding 0) are each other's adjoints.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, padding: int, divisor: int):  # type: ignore[no-untyped-def]
@@ -25,7 +28,7 @@ class _Box(torch.autograd.Function):
 
 
 class _Double(torch.autograd.Function):
-    """Nearest upsampling ×2; its adjoint sums over 2×2 windows."""
+    """Nearest upsampling ×2. Its adjoint sums over 2×2 windows."""
 
     @staticmethod
     def forward(ctx, x: Tensor):  # type: ignore[no-untyped-def]
@@ -37,7 +40,7 @@ class _Double(torch.autograd.Function):
 
 
 class _Halve(torch.autograd.Function):
-    """2×2 average pooling; its adjoint is nearest upsampling of a quarter."""
+    """2×2 average pooling. Its adjoint divides by four and upsamples to the nearest pixel."""
 
     @staticmethod
     def forward(ctx, x: Tensor):  # type: ignore[no-untyped-def]
@@ -49,25 +52,36 @@ class _Halve(torch.autograd.Function):
 
 
 def double(x: Tensor) -> Tensor:
-    """Nearest upsampling ×2."""
+    """Return [b, C, 2H, 2W], the nearest upsampling ×2 of x [b, C, H, W]."""
     return _Double.apply(x)
 
 
 def halve(x: Tensor) -> Tensor:
-    """2×2 average pooling."""
+    """Return [b, C, H/2, W/2], the 2×2 average pooling of x [b, C, H, W]."""
     return _Halve.apply(x)
 
 
 def up_conv(x: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
-    """conv3x3(nearest ×2 (x)): a strided transposed convolution, then sums over 2×2.
+    """Return conv3x3(nearest ×2 (x)), computed as a strided transposed convolution and then sums over 2×2 windows.
 
-    `transposed` is the convolution's weight as its transpose takes it, [in, out, 3, 3] and flipped in both directions.
+    Args:
+        x: float [b, in, H, W].
+        transposed: the weight of the convolution in the layout of a transposed convolution: [in, out, 3, 3], flipped
+            in both directions.
+        bias: float [out], or None.
     """
-    # the bias comes last: in a transposed convolution it costs oneDNN up to nine times the time (bfloat16, torch 2.13)
+    # The bias is added last. With a bias, oneDNN's transposed convolution takes up to nine times as long (bfloat16,
+    # torch 2.13).
     h = _Box.apply(F.conv_transpose2d(x, transposed, stride=2), 0, 1)
     return h if bias is None else h.add_(bias.to(h.dtype)[:, None, None])
 
 
 def conv_down(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """avg_pool2(conv3x3(x)): a 2×2 box filter, then a strided convolution."""
+    """Return avg_pool2(conv3x3(x)), computed as a 2×2 box filter and then a strided convolution.
+
+    Args:
+        x: float [b, in, H, W].
+        weight: float [out, in, 3, 3].
+        bias: float [out], or None.
+    """
     return F.conv2d(_Box.apply(x, 1, 4), weight, bias, stride=2)

@@ -1,4 +1,4 @@
-"""A finished generator: weights divided by their σ, standing batch-norm statistics, class names."""
+"""Finished generator: weights divided by their σ, batch-norm statistics for sampling, and class names."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from sagan import batch_norm, spectral_norm
 from sagan.batch_norm import Groups
 from sagan.config import ModelConfig
 from sagan.generator import Generator
-from sagan.random import Purpose, labels, latents
+from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.state import TrainState
 from sagan.world import World
 
-FORMAT = 3
+FORMAT = 4
 TENSORS, FACTS = "generator.safetensors", "config.json"
-STANDING_GROUP = 128  # images that are normalised together while standing statistics are taken
+STANDING_GROUP = 128  # images that one forward normalises together when standing statistics are computed
 
 
 class Model:
-    """What is evaluated, exported and sampled from. Nothing in it changes.
+    """Finished generator for evaluation, export and sampling. Training does not change it.
 
     Attributes:
-        weights: "ema" (the average) or "raw".
-        batch_norm: "standing N" for statistics over N images, or "running" for averages from training.
+        config: configuration of the networks.
+        generator: network with folded weights, in evaluation mode.
+        class_names: names of the classes by label; empty where the classes have no names.
+        weights: "ema" for the moving average of the weights, "raw" for the weights themselves.
+        batch_norm: "standing N" for statistics over N generated images, "running" for the running averages of training.
     """
 
     def __init__(
@@ -55,36 +58,50 @@ class Model:
         seed: int = 0,
         class_names: Sequence[str] = (),
     ) -> Model:
-        """The generator of a training state, with the `weights` "ema" (the average) or "raw".
+        """Return the finished generator of a training state.
 
-        σ is converged on the very weights that are used, and batch norm gets their standing statistics over
-        `standing_images` latents from `seed`. With None it keeps the state's running averages, which the raw weights
-        left behind while they moved (the official code's choice).
+        σ is converged on the weights that the model uses.
+
+        Args:
+            state: the training state. It is not changed.
+            weights: "ema" for the moving average, "raw" for the weights themselves.
+            standing_images: number of latents for the standing statistics of batch norm. With None, batch norm keeps
+                the state's running averages (the official code's choice). They were taken from the raw weights while
+                these changed.
+            seed: seed of the latents and labels for the standing statistics.
+            class_names: names of the classes by label.
         """
         device = next(state.generator.parameters()).device
-        live = Generator(state.model).to(device)
-        live.load_state_dict(state.generator.state_dict())
+        unfolded = Generator(state.model).to(device)
+        unfolded.load_state_dict(state.generator.state_dict())
         if weights == "ema":
-            live.load_state_dict({**state.generator.state_dict(), **state.average})
-        spectral_norm.warm_up(live)
+            unfolded.load_state_dict({**state.generator.state_dict(), **state.ema})
+        spectral_norm.warm_up(unfolded)
         if standing_images is not None:
-            take_standing_statistics(live, state.model, standing_images, seed)
-        generator = Generator(state.model, folded=True).to(device)
-        generator.load_state_dict(spectral_norm.fold(live))
-        return cls(state.model, generator, class_names, weights=weights, batch_norm=statistics_name(standing_images))
+            take_standing_statistics(unfolded, state.model, standing_images, seed)
+        folded = Generator(state.model, folded=True).to(device)
+        folded.load_state_dict(spectral_norm.fold(unfolded))
+        return cls(state.model, folded, class_names, weights=weights, batch_norm=statistics_name(standing_images))
 
     @property
     def device(self) -> torch.device:
+        """Device of the generator."""
         return next(self.generator.parameters()).device
 
     def to(self, device: torch.device | str) -> Model:
+        """Move the generator to `device`, and return the model."""
         self.generator.to(device)
         return self
 
     @torch.inference_mode()
     def generate(self, z: Tensor, y: Tensor | None) -> Tensor:
-        """z float32 [n, z_dim], y int64 [n] (ignored when unconditional) → uint8 [n, 3, H, W] on the model's device."""
-        y = y.to(self.device) if y is not None and self.config.labels else None
+        """Return the images of the given latents and labels, uint8 [n, 3, H, W] on the model's device.
+
+        Args:
+            z: latents, float32 [n, z_dim].
+            y: labels, int64 [n]. An unconditional model ignores them.
+        """
+        y = y.to(self.device) if y is not None and self.config.known_num_classes else None
         images = self.generator(z.to(self.device), y)
         return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -95,36 +112,49 @@ class Model:
         seed: int = 0,
         truncation: float = 1.0,
     ) -> Tensor:
-        """uint8 [n, 3, H, W]. `classes` (indices or names) are repeated in turn up to n; default all classes in turn.
+        """Return n images, uint8 [n, 3, H, W].
 
-        `truncation` scales the latents: below 1 images are more typical and less varied.
+        Args:
+            classes: indices or names of classes, repeated in turn up to n. The default is all classes in turn.
+            n: number of images.
+            seed: seed of the latents.
+            truncation: factor of the latents. Below 1, images are more typical and less varied.
 
-        Raises ValueError for a class that the model does not have, or for classes asked of an unconditional model.
+        Raises ValueError where the model does not have a class, or where an unconditional model is given classes.
         """
-        z = truncation * latents(seed, Purpose.SAMPLE_Z, range(n), self.config.z_dim)
-        y = self.labels(classes, n)
-        parts = [self.generate(z[i : i + 64], None if y is None else y[i : i + 64]) for i in range(0, n, 64)]
-        return torch.cat(parts)
+        z = truncation * draw_latents(seed, Purpose.SAMPLE_Z, range(n), self.config.z_dim)
+        y = self.labels_for(classes, n)
+        chunks = [self.generate(z[i : i + 64], None if y is None else y[i : i + 64]) for i in range(0, n, 64)]
+        return torch.cat(chunks)
 
-    def labels(self, classes: Sequence[int | str] | None, n: int) -> Tensor | None:
-        """int64 [n] of `sample`'s classes; None when unconditional. Raises ValueError as `sample` does."""
-        if not self.config.labels:
+    def labels_for(self, classes: Sequence[int | str] | None, n: int) -> Tensor | None:
+        """Return the labels of n images of the given classes, int64 [n], or None for an unconditional model.
+
+        `classes` and the errors raised are those of `sample`.
+        """
+        if not self.config.known_num_classes:
             if classes:
                 raise ValueError("this model was trained without classes; leave `classes` out")
             return None
-        indices = [self._class_index(c) for c in classes] if classes else range(self.config.labels)
+        indices = [self._class_index(c) for c in classes] if classes else range(self.config.known_num_classes)
         return torch.tensor([indices[i % len(indices)] for i in range(n)])
 
-    def _class_index(self, wanted: int | str) -> int:
-        if isinstance(wanted, str) and wanted in self.class_names:
-            return self.class_names.index(wanted)
-        if str(wanted).isdigit() and int(wanted) < self.config.labels:
-            return int(wanted)
+    def _class_index(self, name_or_index: int | str) -> int:
+        """Return the index of a class. A name takes precedence over an index."""
+        if isinstance(name_or_index, str) and name_or_index in self.class_names:
+            return self.class_names.index(name_or_index)
+        num_classes = self.config.known_num_classes
+        if str(name_or_index).isdigit() and int(name_or_index) < num_classes:
+            return int(name_or_index)
         names = ", ".join(self.class_names[:10]) + (", …" if len(self.class_names) > 10 else "")
-        raise ValueError(f"no class {wanted!r}; there are {self.config.labels}: {names or 'by number only'}")
+        known = names or f"0 to {num_classes - 1}"
+        raise ValueError(f"the model has no class {name_or_index!r}; it has {num_classes} classes: {known}")
 
     def save(self, folder: Path | str) -> None:
-        """Write generator.safetensors, config.json and code/sagan/ (this package), which is all that loading needs."""
+        """Write generator.safetensors, config.json and code/sagan/, a copy of this package.
+
+        Loading the model needs nothing else. `folder` is created where it does not exist.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: t.cpu().contiguous() for n, t in self.generator.state_dict().items()}, folder / TENSORS)
@@ -141,13 +171,13 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Model:
-        """The model that `save` wrote.
+        """Return the model that `save` wrote to `folder`.
 
-        Raises FileNotFoundError where the folder holds no model, ValueError for an unknown format.
+        Raises FileNotFoundError where the folder holds no model, and ValueError where the format is unknown.
         """
         folder = Path(folder)
         if not (folder / FACTS).exists() or not (folder / TENSORS).exists():
-            raise FileNotFoundError(f"{folder} holds no model: {TENSORS} and {FACTS} are what makes one")
+            raise FileNotFoundError(f"{folder} holds no model: it must contain {TENSORS} and {FACTS}")
         facts = json.loads((folder / FACTS).read_text())
         if facts["format"] != FORMAT:
             raise ValueError(f"{folder / FACTS} has format {facts['format']}; this version reads format {FORMAT}")
@@ -155,40 +185,47 @@ class Model:
         generator = Generator(config, folded=True)
         generator.load_state_dict(load_file(folder / TENSORS))
         generator.to(device)
-        made = {name: facts[name] for name in ("weights", "batch_norm")}
-        return cls(config, generator, facts["class_names"], **made)
+        return cls(config, generator, facts["class_names"], weights=facts["weights"], batch_norm=facts["batch_norm"])
 
 
 def statistics_name(standing_images: int | None) -> str:
-    """What `Model.batch_norm` says of statistics over so many images; None for running averages."""
+    """Return the value of `Model.batch_norm`.
+
+    `standing_images` is the number of images of the standing statistics, or None for running averages.
+    """
     return "running" if standing_images is None else f"standing {standing_images}"
 
 
 @torch.no_grad()
 def take_standing_statistics(generator: Generator, model: ModelConfig, images: int, seed: int) -> None:
-    """Set the running statistics to those of `images` fixed latents, in groups of 128 combined in float64.
+    """Replace the running averages of batch norm by standing statistics.
 
-    The result depends on the weights, `images` and `seed` alone, not on how evaluation is batched or spread.
+    Standing statistics are the mean and the variance over `images` fixed latents, in groups of 128 that are combined in
+    float64. They depend on the weights, `images` and `seed` alone, and not on how evaluation is batched or distributed.
     """
     norms = batch_norm.layers(generator)
     weight = next(generator.parameters())
-    total, mean, square = 0, None, None
+    count, mean_sum, square_sum = 0, None, None
     for start in range(0, images, STANDING_GROUP):
         positions = range(start, min(start + STANDING_GROUP, images))
-        z = latents(seed, Purpose.STANDING_Z, positions, model.z_dim).to(weight)
-        y = labels(seed, Purpose.STANDING_Y, positions, model.labels).to(weight.device) if model.labels else None
+        z = draw_latents(seed, Purpose.STANDING_Z, positions, model.z_dim).to(weight)
+        y = (
+            draw_labels(seed, Purpose.STANDING_Y, positions, model.known_num_classes).to(weight.device)
+            if model.known_num_classes
+            else None
+        )
         generator(z, y, Groups(positions, 1, World(), weight.device))
         means = torch.cat([norm.batch_mean for norm in norms]).double() * len(positions)
         variances = torch.cat([norm.batch_var for norm in norms]).double() * len(positions)
         squares = variances + means.square() / len(positions)
-        total += len(positions)
-        mean = means if mean is None else mean + means
-        square = squares if square is None else square + squares
-    assert mean is not None
-    assert square is not None
-    mean = mean / total
-    variance = square / total - mean.square()
+        count += len(positions)
+        mean_sum = means if mean_sum is None else mean_sum + means
+        square_sum = squares if square_sum is None else square_sum + squares
+    assert mean_sum is not None
+    assert square_sum is not None
+    mean = mean_sum / count
+    variance = square_sum / count - mean.square()
     sizes = [len(norm.running_mean) for norm in norms]
-    for norm, m, v in zip(norms, mean.split(sizes), variance.split(sizes), strict=True):
-        norm.running_mean.copy_(m)
-        norm.running_var.copy_(v.clamp(min=0))
+    for norm, layer_mean, layer_variance in zip(norms, mean.split(sizes), variance.split(sizes), strict=True):
+        norm.running_mean.copy_(layer_mean)
+        norm.running_var.copy_(layer_variance.clamp(min=0))

@@ -1,9 +1,9 @@
-"""Spectral normalisation (Miyato et al. 2018), advanced between steps instead of inside the forward pass.
+"""Spectral normalisation (Miyato et al. 2018). Power iterations run between steps, not inside the forward pass.
 
-A layer divides its weight W by σ = uᵀWv. Only `advance`, called once after each optimiser step of a network, moves u
-and v by one power iteration and recomputes σ. A forward pass changes nothing, so it may be repeated, recomputed,
-compiled or run on one rank alone. Gradients flow through σ(W) = uᵀWv with u and v constant, or through the power
-iteration as well, as the official code's do.
+A layer divides its weight W by σ = uᵀWv. During training only `advance` moves u and v: it runs one power iteration and
+recomputes σ. A training step calls it once after each optimiser step of a network. A forward pass changes nothing, so
+it may be repeated, recomputed, compiled or run on one rank alone. Gradients flow through σ(W) = uᵀWv. They treat u and
+v as constants, or flow through the power iteration too, as in the official code.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from torch.nn import functional as F
 
 from sagan.world import World
 
-# A random u sees 80 % of the true σ after one iteration, 99.8 % after thirty: a network starts from a converged one.
+# From a random u, σ reaches 80 % of its true value after one iteration and 99.8 % after thirty. So a network starts
+# from a converged u.
 WARM_UP_ITERATIONS = 30
 
 
 @dataclass(frozen=True)
 class Spectral:
-    """How a layer is normalised; None in its place is a layer that is not.
+    """Parameters of the spectral normalisation of a layer. A layer with None instead is not normalised.
 
     Attributes:
-        eps: least length that a vector is divided by.
-        through_iteration: gradients flow through u and v too (official code) instead of holding them constant.
+        eps: smallest length that a vector is divided by.
+        through_iteration: whether gradients flow through u and v (official code) or treat them as constants.
     """
 
     eps: float = 1e-12
@@ -35,7 +36,10 @@ class Spectral:
 
 
 class _DivideBySigma(torch.autograd.Function):
-    """W / σ in `dtype` for a matrix W, given ∂σ/∂W as a sum of outer products: pairs of vectors in `factors`."""
+    """Compute W / σ in `dtype` for a matrix W.
+
+    ∂σ/∂W is a sum of outer products. `factors` holds their vectors, in pairs.
+    """
 
     @staticmethod
     def forward(ctx, weight: Tensor, sigma: Tensor, dtype: torch.dtype, *factors: Tensor):  # type: ignore[no-untyped-def]
@@ -53,15 +57,22 @@ class _DivideBySigma(torch.autograd.Function):
 
 
 class SpectralNorm(nn.Module):
-    """Base of the layers below; without `spectral` they are plain.
+    """Base class of the layers below.
 
-    The weight is seen as the matrix [out, everything else]; u has length out. Parameters lie in memory as the kernels
-    read them, so that no step flips or copies a weight: a convolution's is [out, height, width, in].
+    Normalisation treats the weight as the matrix [out, everything else]. Parameters have the memory layout that the
+    kernels read, so that no step flips or copies a weight. The weight of a convolution is [out, height, width, in].
 
     Args:
-        weight: initial values.
-        bias: its length; 0 for none.
-        transposed: the weight's memory holds the matrix's transpose.
+        weight: initial values of the weight.
+        bias: length of the bias; 0 for no bias.
+        spectral: parameters of the normalisation; None for a plain layer.
+        transposed: whether the memory of the weight holds the transpose of the matrix.
+
+    Attributes:
+        u: left singular vector of the power iteration, [out].
+        v: right singular vector of the power iteration, [everything else].
+        sigma: σ, a scalar. It is not part of the state dict.
+        u_before: u before the last power iteration. It exists where gradients flow through the iteration.
     """
 
     u: Tensor
@@ -78,45 +89,48 @@ class SpectralNorm(nn.Module):
             rows, columns = self.matrix.shape
             self.register_buffer("u", F.normalize(torch.randn(rows), dim=0))
             self.register_buffer("v", torch.zeros(columns))
-            # σ follows from W and v; it is kept so that no forward pass computes it
+            # σ follows from W and v. The buffer saves forward passes from computing it.
             self.register_buffer("sigma", torch.ones(()), persistent=False)
             if spectral.through_iteration:
                 self.register_buffer("u_before", self.u.clone())
 
     @property
     def _stored(self) -> Tensor:
-        """The weight's memory as a matrix."""
+        """Memory of the weight as a matrix."""
         return self.weight.flatten(0, -2) if self.transposed else self.weight.flatten(1)
 
     @property
     def matrix(self) -> Tensor:
-        """[out, everything else], a view of the weight."""
+        """Weight as the matrix [out, everything else], a detached view."""
         stored = self._stored.detach()
         return stored.t() if self.transposed else stored
 
     @property
     def normalised_weight(self) -> Tensor:
-        """W / σ, in autocast's type where that is on."""
+        """W / σ in the shape of the weight, in the dtype of autocast where autocast is on."""
         if self.spectral is None:
             return self.weight
         device = self.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         pairs = [(self.u, self.v)]
         if self.spectral.through_iteration:
-            pairs.append((self.u_before, self._through_v()))
+            pairs.append((self.u_before, self._iteration_factor()))
         factors = [vector for pair in pairs for vector in (reversed(pair) if self.transposed else pair)]
         return _DivideBySigma.apply(self._stored, self.sigma, dtype, *factors).view_as(self.weight)
 
     @torch.no_grad()
-    def _through_v(self) -> Tensor:
-        """w of ∂σ/∂W = u vᵀ + u₀ wᵀ: σ = ‖Wv‖ with v = Wᵀu₀ / ‖Wᵀu₀‖ gives w = (1 − v vᵀ) Wᵀu / ‖Wᵀu₀‖."""
+    def _iteration_factor(self) -> Tensor:
+        """Return w of ∂σ/∂W = u vᵀ + u₀ wᵀ, where u₀ is `u_before`.
+
+        From σ = ‖Wv‖ and v = Wᵀu₀ / ‖Wᵀu₀‖ follows w = (1 − v vᵀ) Wᵀu / ‖Wᵀu₀‖.
+        """
         matrix = self.matrix
         pulled = torch.mv(matrix.t(), self.u)
         return (pulled - self.v * torch.dot(self.v, pulled)) / torch.mv(matrix.t(), self.u_before).norm()
 
     @torch.no_grad()
     def power_iteration(self) -> None:
-        """v ← Wᵀu, u ← Wv, both to length one; σ = ‖Wv‖ = uᵀWv."""
+        """Run one power iteration: v ← Wᵀu and u ← Wv, each scaled to length one. Set σ = ‖Wv‖ = uᵀWv."""
         assert self.spectral is not None
         if self.spectral.through_iteration:
             self.u_before = self.u
@@ -127,15 +141,15 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def update_sigma(self) -> None:
-        """σ of the present weights and v."""
+        """Recompute σ from the present weight and v."""
         self.sigma = torch.mv(self.matrix, self.v).norm()
 
 
 class Conv2d(SpectralNorm):
-    """Convolution at stride 1 that keeps the size of the map; the weight is [out, height, width, in]."""
+    """Convolution at stride 1 that keeps the size of the feature map. The weight is [out, height, width, in]."""
 
     def __init__(self, in_: int, out: int, size: int, spectral: Spectral | None, *, bias: bool = True) -> None:
-        weight = _laid_out(_glorot(out, in_, size, size).permute(0, 2, 3, 1))
+        weight = _standard_layout(_glorot(out, in_, size, size).permute(0, 2, 3, 1))
         super().__init__(weight, out if bias else 0, spectral)
 
     @property
@@ -148,13 +162,13 @@ class Conv2d(SpectralNorm):
 
 
 class TransposedConv2d(SpectralNorm):
-    """A 3×3 convolution in the form `resample.up_conv` takes; the weight is [in, height, width, out], flipped.
+    """3×3 convolution in the form that `resample.up_conv` takes.
 
-    σ is that of the convolution.
+    The weight is [in, height, width, out], flipped in height and width. σ equals the σ of the plain convolution.
     """
 
     def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
-        weight = _laid_out(_glorot(out, in_, 3, 3).permute(1, 2, 3, 0))
+        weight = _standard_layout(_glorot(out, in_, 3, 3).permute(1, 2, 3, 0))
         super().__init__(weight, out, spectral, transposed=True)
 
     @property
@@ -164,6 +178,8 @@ class TransposedConv2d(SpectralNorm):
 
 
 class Linear(SpectralNorm):
+    """Linear layer with a bias. The weight is [out, in]."""
+
     def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
         super().__init__(_glorot(out, in_), out, spectral)
 
@@ -172,46 +188,52 @@ class Linear(SpectralNorm):
 
 
 class Embedding(SpectralNorm):
-    def __init__(self, classes: int, width: int, spectral: Spectral | None) -> None:
-        super().__init__(_glorot(classes, width), 0, spectral)
+    """Table of one vector per class. The weight is [num_classes, width]."""
+
+    def __init__(self, num_classes: int, width: int, spectral: Spectral | None) -> None:
+        super().__init__(_glorot(num_classes, width), 0, spectral)
 
     def forward(self, y: Tensor) -> Tensor:
         return F.embedding(y, self.normalised_weight)
 
 
-def _laid_out(weight: Tensor) -> Tensor:
-    """In memory as indexed: `contiguous` leaves odd strides on sides of length 1, and then DDP copies gradients."""
+def _standard_layout(weight: Tensor) -> Tensor:
+    """Return a copy of the weight whose strides follow its shape.
+
+    `contiguous` leaves other strides on sides of length 1, and DDP then copies gradients.
+    """
     return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _glorot(*shape: int) -> Tensor:
-    """Glorot uniform (official code), for a weight [out, in, …]."""
+    """Return Glorot-uniform values (official code) for a weight [out, in, …]."""
     return nn.init.xavier_uniform_(torch.empty(shape))
 
 
 def layers(network: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
-    """The normalised layers of a network with their names."""
+    """Yield the name and the layer of every normalised layer of a network."""
     return ((n, m) for n, m in network.named_modules() if isinstance(m, SpectralNorm) and m.spectral is not None)
 
 
 def warm_up(network: nn.Module, iterations: int = WARM_UP_ITERATIONS) -> None:
-    """Converge u on the present weights, and σ with it."""
+    """Run power iterations on the present weights, so that u, v and σ converge."""
     for _, layer in layers(network):
         for _ in range(iterations):
             layer.power_iteration()
 
 
 def refresh(network: nn.Module) -> None:
-    """Recompute σ from W and v as they are: after loading them."""
+    """Recompute σ of every layer from W and v. Call it after loading them."""
     for _, layer in layers(network):
         layer.update_sigma()
 
 
 @torch.no_grad()
 def advance(network: nn.Module, world: World) -> None:
-    """One power iteration of every layer on the present weights; all ranks end with rank 0's u, v and σ, bit for bit.
+    """Run one power iteration of every layer on the present weights.
 
-    Runs outside autocast: in bfloat16 σ would be off by 0.2 %.
+    Afterwards all ranks have the u, v and σ of rank 0, bit for bit. Call it outside autocast: in bfloat16, σ would be
+    off by 0.2 %.
     """
     normalised = [layer for _, layer in layers(network)]
     for layer in normalised:
@@ -226,7 +248,10 @@ def advance(network: nn.Module, world: World) -> None:
 
 @torch.no_grad()
 def fold(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state with W / σ for each W, and without vectors: what the same network without norm loads."""
+    """Return the network's state dict with W / σ in place of W, without u, v and `u_before`.
+
+    The same network without spectral norm can load it.
+    """
     state = dict(network.state_dict())
     for name, layer in layers(network):
         prefix = f"{name}." if name else ""

@@ -1,4 +1,4 @@
-"""One object that owns everything a step reads and changes."""
+"""Training state: everything that a training step reads and changes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,38 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sagan import ema, spectral_norm
+from sagan import moving_average, spectral_norm
 from sagan.config import ModelConfig, OptimConfig
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
 
-FORMAT = 2
+FORMAT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
 class TrainState:
-    """Both networks with their u vectors and running statistics, both optimisers, the average, position and seed.
+    """State of a run: both networks, both optimisers, the moving average, the position and the seed.
 
-    It knows nothing of ranks, storage or data, and moves to any number of workers. Nothing in it is pickled.
+    The networks include u, v and the running averages of batch norm. The state does not depend on ranks, storage or
+    data, and any number of workers can load it. Nothing in it is pickled.
+
+    Args:
+        model: configuration of the networks.
+        optim: configuration of the optimisers and of the moving average.
+        seed: seed of the initial weights, and of the latents and labels of a run.
+        device: device of all tensors.
 
     Attributes:
-        images: position of the run: real images the discriminator was given in completed steps, over all workers.
-        average: exponential moving average of the generator's parameters, by name.
+        images: position of the run: the number of real images that the discriminator received in completed steps, over
+            all workers.
+        ema: exponential moving average of the generator's parameters, by name.
     """
 
     def __init__(self, model: ModelConfig, optim: OptimConfig, seed: int, device: torch.device | str = "cpu") -> None:
-        """A fresh state: Glorot uniform weights from `seed`, u converged on them unless the model says otherwise."""
+        """Create a new state.
+
+        The weights are Glorot-uniform. u and v are converged on them, unless `model.spectral_norm_start` is "cold".
+        """
         self.model, self.optim, self.seed, self.images = model, optim, seed, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -41,7 +52,7 @@ class TrainState:
             network.to(device)
         self._start_spectral_norm()
         self._restart_optimizers()
-        self.average = ema.copy_of(self.generator)
+        self.ema = moving_average.copy_of(self.generator)
 
     @property
     def _networks(self) -> dict[str, nn.Module]:
@@ -55,6 +66,8 @@ class TrainState:
         }
 
     def _restart_optimizers(self) -> None:
+        """Replace both optimisers by new ones without moments."""
+
         def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
             betas = (self.optim.beta1, self.optim.beta2)
             return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=self.optim.eps, fused=True)
@@ -63,33 +76,37 @@ class TrainState:
         self.optimizer_d = adam(self.discriminator, self.optim.lr_d)
 
     def to(self, dtype: torch.dtype) -> TrainState:
-        """The same state in another floating-point type; optimisers restart. For exactness tests in float64."""
+        """Convert the state to another floating-point dtype, and return it.
+
+        The optimisers and spectral norm restart. Exactness tests in float64 use this.
+        """
         for network in self._networks.values():
             network.to(dtype)
         self._restart_optimizers()
-        self.average = {name: tensor.to(dtype) for name, tensor in self.average.items()}
+        self.ema = {name: tensor.to(dtype) for name, tensor in self.ema.items()}
         self._start_spectral_norm()
         return self
 
     def _start_spectral_norm(self) -> None:
+        """Run the power iterations that precede the first step."""
         iterations = 1 if self.model.spectral_norm_start == "cold" else spectral_norm.WARM_UP_ITERATIONS
         for network in self._networks.values():
             spectral_norm.warm_up(network, iterations)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the state with a name that is unique in it."""
+        """Yield every tensor of the state with a unique name."""
         for prefix, network in self._networks.items():
             for name, tensor in network.state_dict().items():
                 yield f"{prefix}.{name}", tensor
-        for name, tensor in self.average.items():
-            yield f"average.{name}", tensor
+        for name, tensor in self.ema.items():
+            yield f"ema.{name}", tensor
         for prefix, (network, optimizer) in self._optimizers.items():
             for name, parameter in network.named_parameters():
                 for moment, tensor in optimizer.state.get(parameter, {}).items():
                     yield f"{prefix}.{name}.{moment}", tensor
 
     def facts(self) -> dict[str, Any]:
-        """What is not a tensor."""
+        """Return the values of the state that are not tensors, as in state.json."""
         return {
             "format": FORMAT,
             "images": self.images,
@@ -106,9 +123,9 @@ class TrainState:
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> TrainState:
-        """The state that `save` wrote, on any device.
+        """Return the state that `save` wrote, on `device`.
 
-        Raises ValueError for a format this version does not know, KeyError where a tensor is missing.
+        Raises ValueError where the format is not the format of this version, and KeyError where a tensor is missing.
         """
         folder = Path(folder)
         facts = json.loads((folder / FACTS).read_text())
@@ -120,8 +137,8 @@ class TrainState:
         for prefix, network in state._networks.items():
             network.load_state_dict({n: tensors[f"{prefix}.{n}"] for n in network.state_dict()})
             spectral_norm.refresh(network)
-        for name, tensor in state.average.items():
-            tensor.copy_(tensors[f"average.{name}"])
+        for name, tensor in state.ema.items():
+            tensor.copy_(tensors[f"ema.{name}"])
         for prefix, (network, optimizer) in state._optimizers.items():
             for name, parameter in network.named_parameters():
                 key = f"{prefix}.{name}"

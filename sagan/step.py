@@ -1,4 +1,4 @@
-"""One training step, the only code that trains: n_dis discriminator updates, then one generator update."""
+"""Training step: n_dis discriminator updates, then one generator update. No other code trains."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sagan import batch_norm, ema, spectral_norm
+from sagan import batch_norm, moving_average, spectral_norm
 from sagan.batch_norm import Groups
 from sagan.losses import discriminator_hinge, generator_hinge
-from sagan.random import Purpose, labels, latents
+from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.state import TrainState
 from sagan.world import World, on_device
 
@@ -20,15 +20,19 @@ METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake")
 
 
 class Step:
-    """`metrics = step(batches)` moves a state by n_dis × batch images.
+    """Training step of a state. `metrics = step(batches)` moves the state by n_dis × batch images.
 
-    Latents and labels come from (seed, position); losses are local sums × ranks / batch, so that DDP's mean over ranks
-    is the mean over the global batch, whatever each rank's share.
+    Seed and position determine latents and labels. A rank's loss is its local sum × ranks / batch. DDP takes the mean
+    over ranks, which is then the mean over the global batch, for equal and unequal shares.
 
     Args:
-        batch: global batch, the same on any number of ranks.
-        precision: "float32" (the state's own type) or "bf16" (autocast; statistics, σ, softmax, logits stay float32).
-        micro_batch: at most so many real images of a rank are in memory at once; gradients add up to the same step.
+        state: the state that each call changes.
+        batch: size of the global batch, the same on any number of ranks.
+        world: the ranks that train together; a world of one by default.
+        precision: "float32" for the state's own dtype. "bf16" for autocast; statistics, σ, softmax and logits stay
+            float32.
+        micro_batch: largest number of real images of a rank that are in memory at once. Gradients add up to the same
+            step. None for no limit.
 
     Raises ValueError where a batch cannot be accumulated exactly (see `passes`).
     """
@@ -51,36 +55,44 @@ class Step:
         self.discriminator = self._distribute(state.discriminator)
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """n_dis pairs of this rank's real images ([b, 3, H, W] in [−1, 1]) and labels (int64 [b]).
+        """Run one step and return this rank's part of each metric, float [len(METRICS)].
 
-        Returns float [len(METRICS)]: this rank's part of each metric; the sum over ranks is the metric. Nothing is
-        copied to the host.
+        The sum over ranks is the metric. With several discriminator updates, the discriminator's metrics belong to the
+        last one. Nothing is copied to the host.
+
+        Args:
+            batches: n_dis pairs of this rank's real images, [b, 3, H, W] in [−1, 1], and their labels, int64 [b]. An
+                unconditional model ignores the labels.
         """
         state = self.state
-        start = state.images
-        for real, y in batches:
-            loss_d, logit_real, logit_fake = self._update_discriminator(start, real, y)
-            start += self.batch
+        position = state.images
+        for images, labels in batches:
+            loss_d, logit_real, logit_fake = self._update_discriminator(position, images, labels)
+            position += self.batch
         loss_g = self._update_generator(state.images)
-        state.images = start
-        decay = state.optim.ema_decay if start >= 1000 * state.optim.ema_start_kimg else 0.0
-        ema.update(state.average, state.generator, decay)
+        state.images = position
+        decay = state.optim.ema_decay if position >= 1000 * state.optim.ema_start_kimg else 0.0
+        moving_average.update(state.ema, state.generator, decay)
         return torch.stack([loss_d, loss_g, logit_real, logit_fake])
 
-    def _update_discriminator(self, start: int, real: Tensor, y: Tensor) -> Tensor:
-        """Sums of the loss and of the two logits over this rank's images, over the batch."""
+    def _update_discriminator(self, start: int, images: Tensor, labels: Tensor) -> Tensor:
+        """Update the discriminator with the batch at position `start`.
+
+        Returns [3]: the loss, the real logits and the logits of generated images, each summed over this rank's images
+        and divided by the global batch size.
+        """
         state = self.state
         metrics = torch.zeros(3, dtype=self.dtype, device=self.device)
-        for part in self._parts(self.discriminator):
-            mine = self._rows(start, part)
-            images = real[mine]
+        for pass_world in self._pass_worlds(self.discriminator):
+            rows = self._rows(start, pass_world)
+            real = images[rows]
             with torch.no_grad(), self._autocast():
-                z, y_fake, groups = self._draw(start, part, Purpose.Z_D, Purpose.Y_D)
-                fake = state.generator(z, y_fake, groups)
+                latents, fake_labels, groups = self._draw(start, pass_world, Purpose.Z_D, Purpose.Y_D)
+                fake = state.generator(latents, fake_labels, groups)
             with self._autocast():
-                both_y = torch.cat([y[mine], y_fake]) if y_fake is not None else None
-                both = torch.cat([images.to(fake.dtype), fake]).contiguous(memory_format=torch.channels_last)
-                logit_real, logit_fake = self.discriminator(both, both_y).split([len(images), len(fake)])
+                both_labels = torch.cat([labels[rows], fake_labels]) if fake_labels is not None else None
+                both = torch.cat([real.to(fake.dtype), fake]).contiguous(memory_format=torch.channels_last)
+                logit_real, logit_fake = self.discriminator(both, both_labels).split([len(real), len(fake)])
             loss = discriminator_hinge(logit_real, logit_fake) / self.batch
             self._backward(loss)
             with torch.no_grad():
@@ -90,52 +102,63 @@ class Step:
         return metrics
 
     def _update_generator(self, start: int) -> Tensor:
-        """This rank's part of the loss."""
+        """Update the generator with the latents at position `start`, and return this rank's part of the loss."""
         state = self.state
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
-        used = []
+        total_loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        statistics = []
         state.discriminator.requires_grad_(False)
-        for part in self._parts(self.generator):
+        for pass_world in self._pass_worlds(self.generator):
             with self._autocast():
-                z, y, groups = self._draw(start, part, Purpose.Z_G, Purpose.Y_G)
-                logits = state.discriminator(self.generator(z, y, groups), y)
+                latents, labels, groups = self._draw(start, pass_world, Purpose.Z_G, Purpose.Y_G)
+                logits = state.discriminator(self.generator(latents, labels, groups), labels)
             loss = generator_hinge(logits) / self.batch
             self._backward(loss)
-            total += loss.detach()
-            used.append(batch_norm.used(state.generator))
+            total_loss += loss.detach()
+            statistics.append(batch_norm.used(state.generator))
         state.discriminator.requires_grad_(True)
         self._descend(state.optimizer_g, state.optim.lr_g)
         spectral_norm.advance(state.generator, self.world)
-        batch_norm.track(state.generator, torch.stack(used).mean(0), self.world)
-        return total
+        batch_norm.track(state.generator, torch.stack(statistics).mean(0), self.world)
+        return total_loss
 
     # --- a pass ------------------------------------------------------------------------------------------------------
 
-    def _parts(self, network: nn.Module) -> Iterator[World]:
-        """One pass after the other; ranks exchange `network`'s gradients in the last."""
+    def _pass_worlds(self, network: nn.Module) -> Iterator[World]:
+        """Yield the world of each pass in turn. Ranks exchange gradients of `network` in the last pass only."""
         for number in range(self.passes):
             last = number == self.passes - 1
-            waits = isinstance(network, DistributedDataParallel) and not last
-            with network.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            defers = isinstance(network, DistributedDataParallel) and not last
+            with network.no_sync() if defers else contextlib.nullcontext():  # type: ignore[operator]
                 yield self.world if self.passes == 1 else self.world.part(number, self.passes)
 
-    def _rows(self, start: int, part: World) -> slice:
-        """Where a pass's images stand in this rank's share of the batch at `start`."""
-        share, mine = (world.share(start, start + self.batch) for world in (self.world, part))
-        return slice((mine.start - share.start) // self.world.size, None, self.passes)
+    def _rows(self, start: int, pass_world: World) -> slice:
+        """Return the indices of a pass's images in this rank's share of the batch at position `start`."""
+        rank_share, pass_share = (world.share(start, start + self.batch) for world in (self.world, pass_world))
+        return slice((pass_share.start - rank_share.start) // self.world.size, None, self.passes)
 
-    def _draw(self, start: int, part: World, z: Purpose, y: Purpose) -> tuple[Tensor, Tensor | None, Groups]:
-        """A pass's latents, labels and batch-norm groups of the batch that starts at `start`."""
+    def _draw(
+        self, start: int, pass_world: World, latent_purpose: Purpose, label_purpose: Purpose
+    ) -> tuple[Tensor, Tensor | None, Groups]:
+        """Return latents, labels and batch-norm groups of a pass over the batch at position `start`.
+
+        Latents are [b, z_dim] in the state's dtype. Labels are int64 [b], or None for an unconditional model.
+        """
         model, seed = self.state.model, self.state.seed
-        positions = part.share(start, start + self.batch)
-        rows = on_device(latents(seed, z, positions, model.z_dim), self.device, self.dtype)
-        classes = on_device(labels(seed, y, positions, model.labels), self.device) if model.labels else None
-        return rows, classes, Groups(positions, self.groups, part, self.device)
+        positions = pass_world.share(start, start + self.batch)
+        latents = on_device(draw_latents(seed, latent_purpose, positions, model.z_dim), self.device, self.dtype)
+        labels = (
+            on_device(draw_labels(seed, label_purpose, positions, model.known_num_classes), self.device)
+            if model.known_num_classes
+            else None
+        )
+        return latents, labels, Groups(positions, self.groups, pass_world, self.device)
 
     def _backward(self, loss: Tensor) -> None:
+        """Compute gradients. The factor cancels DDP's mean over ranks, so that losses of ranks add up."""
         (loss * self.world.size).backward()
 
     def _descend(self, optimizer: torch.optim.Adam, lr: float) -> None:
+        """Run one optimiser step at the learning rate of the state's position, and clear the gradients."""
         for group in optimizer.param_groups:
             group["lr"] = lr * self.state.optim.lr_factor(self.state.images)
         optimizer.step()
@@ -145,18 +168,29 @@ class Step:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _distribute(self, network: nn.Module) -> nn.Module:
-        """DDP over the ranks. Buffers are never synchronised by it: u and the statistics have their own places."""
+        """Return the network in DDP, or the network itself in a world of one.
+
+        DDP does not synchronise buffers. `spectral_norm.advance` synchronises u, v and σ, and `batch_norm.track` the
+        running averages.
+        """
         if self.world.size == 1:
             return network
         return DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def passes(batch: int, ranks: int, groups: int, micro_batch: int | None) -> int:
-    """Passes in which each rank's share of a batch is taken, at most `micro_batch` images each (None: one pass).
+    """Return the number of passes in which each rank processes its share of a batch.
 
-    A batch-norm group must lie inside one pass, since its statistics need all its images.
+    A pass has at most `micro_batch` images. A batch-norm group must lie inside one pass, since its statistics need all
+    its images.
 
-    Raises ValueError where no division does that.
+    Args:
+        batch: size of the global batch.
+        ranks: number of ranks.
+        groups: number of batch-norm groups in the global batch.
+        micro_batch: largest number of images of a rank in one pass; None for one pass.
+
+    Raises ValueError where no number of passes meets both conditions.
     """
     share = -(-batch // ranks)
     if micro_batch is None or micro_batch >= share:
@@ -165,7 +199,7 @@ def passes(batch: int, ranks: int, groups: int, micro_batch: int | None) -> int:
         if groups % (ranks * count) == 0:
             return count
     raise ValueError(
-        f"a batch of {batch} on {ranks} workers cannot be taken in passes of at most {micro_batch} images: its "
-        f"{groups} batch-norm group(s) of {batch // groups} would be cut; set model.batch_norm_group to at most "
+        f"a batch of {batch} on {ranks} workers cannot be split into passes of at most {micro_batch} images: its "
+        f"{groups} batch-norm group(s) of {batch // groups} images would be cut; set model.batch_norm_group to at most "
         f"{micro_batch}, or leave the micro-batch out"
     )

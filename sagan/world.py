@@ -1,4 +1,4 @@
-"""Who trains with whom: the one value that says rank and size, passed in and never global."""
+"""Rank and size of the processes that train together, as a value that is passed in and never global."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """One of `size` processes that train together. Alone by default, and then no collective is ever called.
+    """One of `size` processes that train together. The default is a single process, which calls no collective.
 
-    `joint` promises that every rank runs what this value is passed to. A forward that needs all ranks asks for the
-    promise instead of waiting for ranks that never come.
+    Attributes:
+        rank: number of this process, 0 … size − 1.
+        size: number of processes.
+        joint: promise that every rank runs the code that gets this value. A forward that needs all ranks requires the
+            promise. Without it the forward raises an error instead of waiting for ranks that never come.
     """
 
     rank: int = 0
@@ -22,35 +25,41 @@ class World:
 
     @classmethod
     def current(cls) -> World:
-        """The world of the initialised default process group, or a world of one."""
+        """Return the world of the default process group, or a world of one where no group is initialised."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def joined(self) -> World:
-        """This world with the promise that all ranks take part."""
+        """Return this world with the promise that all ranks take part."""
         return replace(self, joint=True)
 
     def part(self, number: int, parts: int) -> World:
-        """Part `number` of the `parts` into which this rank divides its share: one rank of a larger world."""
+        """Return part `number` of the `parts` into which this rank divides its share.
+
+        A part is one rank of a world of size × parts ranks.
+        """
         return World(self.rank + self.size * number, self.size * parts)
 
     def share(self, start: int, stop: int) -> range:
-        """This rank's positions of [start, stop): those p with p mod size = rank. Shares differ by at most one."""
+        """Return this rank's positions in [start, stop): all p with p mod size = rank.
+
+        The lengths of the shares of two ranks differ by at most one.
+        """
         return range(start + (self.rank - start) % self.size, stop, self.size)
 
     def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Overwrite `tensor` with rank 0's."""
+        """Overwrite `tensor` with the tensor of rank 0, and return it."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` over ranks, in place."""
+        """Sum `tensor` over ranks in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[size, *tensor.shape]: the tensor of every rank, in rank order."""
+        """Return the tensors of all ranks in rank order, [size, *tensor.shape]."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
         if self.size > 1:
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
@@ -60,7 +69,7 @@ class World:
 
 
 def on_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A host tensor on `device`, without waiting for the device."""
+    """Return a copy of a host tensor on `device`, without waiting for the device."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, dtype, non_blocking=True)

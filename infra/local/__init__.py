@@ -1,1 +1,1 @@
-"""S3, MLflow and Ray on one machine: for the quickstart, the tests and a developer (`python -m infra.local`)."""
+"""S3, MLflow and Ray on one machine, for the quickstart, for tests and for developers (`python -m infra.local`)."""

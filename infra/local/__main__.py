@@ -1,4 +1,4 @@
-"""S3 and Ray for a developer, until Ctrl-C: `python -m infra.local --help`."""
+"""S3, Ray and optionally MLflow for a developer, until Ctrl-C: `python -m infra.local --help`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pipeline.errors import SaganError
 
 
 def main(
-    mlflow: Annotated[bool, typer.Option(help="Serve the runs and models of runs/mlflow.db too.")] = False,
+    mlflow: Annotated[bool, typer.Option(help="Also start an MLflow server for runs/mlflow.db.")] = False,
     folder: Annotated[
-        Path, typer.Option(help="What the S3 server keeps, with its credentials.", show_default=".local")
+        Path, typer.Option(help="Folder for the S3 buckets and the credentials.", show_default=".local")
     ] = FOLDER,
-    cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs of the Ray head: tasks side by side.")] = 4,
-    s3_port: Annotated[int | None, typer.Option(help="Port of the S3 server.", show_default="any free one")] = None,
-    ray_port: Annotated[int | None, typer.Option(help="Port of Ray's dashboard.", show_default="any free one")] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs of the Ray head.")] = 4,
+    s3_port: Annotated[int | None, typer.Option(help="Port of the S3 server.", show_default="any free port")] = None,
+    ray_port: Annotated[int | None, typer.Option(help="Port of Ray's dashboard.", show_default="any free port")] = None,
 ) -> None:
-    """Start an S3 server and a Ray head on loopback, print what to paste, and wait for Ctrl-C.
+    """Start an S3 server and a Ray head on loopback, print `export` lines, and wait for Ctrl-C.
 
     \b
-    Examples, from a second terminal after pasting:
-      ray job submit jobs/quickstart.yaml   the main job, as the quickstart runs it
-      ray job stop JOB                      it writes a checkpoint first
-      sagan pack images/ s3://sagan/mine    your own images into the bucket
+    Examples for a second terminal, after you paste the lines into it:
+      ray job submit jobs/quickstart.yaml   runs the job of the quickstart
+      ray job stop JOB                      stops a job after it writes a checkpoint
+      sagan pack images/ s3://sagan/mine    packs your images into the bucket
     """
     out = Console()
     end_on_sigterm()
@@ -49,7 +49,8 @@ def main(
             for name, value in exports.items():
                 print(f"export {name}={shlex.quote(value)}")
             pages = f"Ray {ray.address}" + (f", MLflow {tracking.uri}" if mlflow else "")
-            out.print(f"\nPaste these lines into another terminal. {pages}. Ctrl-C ends everything.", soft_wrap=True)
+            text = f"\nPaste these lines into another terminal. {pages}. Ctrl-C stops all servers."
+            out.print(text, soft_wrap=True)
             signal.pause()
     except KeyboardInterrupt:
         out.print("stopped")

@@ -1,4 +1,4 @@
-"""What lasts on this machine from one start of the servers to the next: the quickstart's and a developer's bucket."""
+"""Files that are kept between starts of the local servers: the bucket, its credentials and the tracking database."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TRACKING_DB = CHECKOUT / "runs" / "mlflow.db"
 
 
 def local_s3(folder: Path = FOLDER, port: int | None = None) -> S3:
-    """The S3 server with the contents and credentials of last time."""
+    """Return an S3 server with the buckets and the credentials of earlier starts."""
     return S3(folder / "s3", port=port, credentials=Credentials.kept(folder / "credentials"))
 
 
 def end_on_sigterm() -> None:
-    """Let SIGTERM end a `with` block of servers as Ctrl-C does."""
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that it ends a `with` block of servers."""
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt

@@ -1,9 +1,9 @@
 """Runs a server that cannot outlive its owner: `python leash.py OWNER_PID SCRATCH PATIENCE_S COMMAND …`.
 
-Standard library only. The owner ends it with SIGTERM. Where the owner is killed and cannot, the leash notices within
-half a second, and removes the scratch folder too. Either way the server gets SIGTERM, then a while to leave, and
-whatever of it is left gets SIGKILL: its children and their children too, in whichever sessions they hide (Ray starts
-its processes in groups of their own).
+The leash is the process of this file. It uses the standard library only. The owner ends the leash with SIGTERM. If the
+owner is killed, the leash notices this within half a second and also removes the scratch folder. In both cases, the
+leash sends SIGTERM to the server and waits for at most PATIENCE_S seconds. Then it sends SIGKILL to the server and to
+all its descendants, in all sessions and process groups. Ray starts its processes in separate process groups.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> int:
+    """Run the server until it ends, the owner sends SIGTERM, or the owner dies. Return the server's exit code."""
     owner, scratch, patience_s, command = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4:]
     leaving = False
 
@@ -33,7 +34,7 @@ def main() -> int:
         if os.getppid() != owner:
             leave()
 
-    if sys.platform == "linux":  # orphans of the server become ours, so that none is lost from sight
+    if sys.platform == "linux":  # orphaned descendants of the server become children of this process
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, leave)
@@ -42,16 +43,20 @@ def main() -> int:
     signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
     server = subprocess.Popen(command, start_new_session=True)
     while not leaving and server.returncode is None:
-        signal.pause()  # until a child's end, our owner's word or the clock, which also covers a signal just before
+        # Wait for SIGCHLD, SIGTERM or the timer. The timer also covers a signal that arrives just before this line.
+        signal.pause()
         reap(server)
     end(server, patience_s)
     if os.getppid() != owner:
-        shutil.rmtree(scratch, ignore_errors=True)  # what the owner would have done
+        shutil.rmtree(scratch, ignore_errors=True)  # the owner is dead and cannot remove it
     return server.returncode or 0
 
 
 def end(server: subprocess.Popen[bytes], patience_s: float) -> None:
-    """SIGTERM to the server, patience for everybody, SIGKILL for who is still there."""
+    """Send SIGTERM to the server. After `patience_s` seconds, send SIGKILL to all its processes that still run.
+
+    Returns when no process runs any more.
+    """
     if server.returncode is None:
         server.terminate()
     deadline = time.monotonic() + patience_s
@@ -64,23 +69,26 @@ def end(server: subprocess.Popen[bytes], patience_s: float) -> None:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """Every process below `ancestor` that still runs, by Linux's /proc."""
+    """Return the ids of all running descendants of a process, from Linux's /proc."""
     below: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended in the meantime
             continue
         if state != "Z":
             below.setdefault(int(parent), []).append(int(stat.parent.name))
     family = list(below.get(ancestor, []))
-    for pid in family:  # grows while it is walked
+    for pid in family:  # the list grows during the iteration
         family.extend(below.get(pid, []))
     return family
 
 
 def _group(server: subprocess.Popen[bytes]) -> list[int]:
-    """Elsewhere: the server's process group, as the negative id that signals it."""
+    """Return the negative id of the server's process group, or [] where the group has ended.
+
+    It replaces `descendants` on systems without /proc. `os.kill` accepts the negative id.
+    """
     try:
         os.killpg(server.pid, 0)
     except ProcessLookupError:
@@ -89,7 +97,10 @@ def _group(server: subprocess.Popen[bytes]) -> list[int]:
 
 
 def reap(server: subprocess.Popen[bytes]) -> None:
-    """Take in whoever ended. An orphan left as a zombie looks alive, and `ray job stop` would wait for it in vain."""
+    """Reap all children that have ended.
+
+    An orphan that is left as a zombie looks alive, and `ray job stop` would wait for it.
+    """
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == server.pid:

@@ -1,7 +1,8 @@
-"""The main job on this machine, through the front door: `make quickstart`, or `python -m infra.local.quickstart`.
+"""The quickstart on this machine: `make quickstart`, or `python -m infra.local.quickstart`.
 
-Starts S3 and Ray, submits jobs/quickstart.yaml as anybody would, pulls the champion from the registry, draws its
-samples and says what came out. Interrupted, the next start resumes; finished, the next start shows the result.
+It starts S3 and Ray, submits jobs/quickstart.yaml with `ray job submit`, pulls the champion from the registry, draws
+its samples and prints the results. A start after an interruption resumes the job. A start after the end of the job
+shows the results again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ out = Console()
 
 
 def main() -> int:
+    """Run the quickstart and return the exit code."""
     os.chdir(CHECKOUT)
     end_on_sigterm()
     started = time.monotonic()
@@ -44,7 +46,9 @@ def main() -> int:
             sagan(env, "pull", "models:/quickstart@champion", str(RUN / "champion"))
             sagan(env, "sample", str(RUN / "champion"), "--out", str(RUN / "samples.png"), "--n", "100")
     except KeyboardInterrupt:
-        out.print("interrupted; `make quickstart` resumes from the last checkpoint, `make clean` starts over")
+        out.print(
+            "interrupted; `make quickstart` resumes from the last checkpoint; `make clean` deletes all local runs"
+        )
         return InterruptedRun.exit_code
     except SaganError as error:
         out.print(str(error), style="red", markup=False)
@@ -54,11 +58,11 @@ def main() -> int:
 
 
 def submit(ray: Ray) -> None:
-    """`ray job submit`, until the job has ended. Interrupted, the job is stopped first, and writes its checkpoint.
+    """Run `ray job submit` and wait until the job has ended.
 
-    Raises SaganError where the job did not succeed.
+    KeyboardInterrupt stops the job, which writes a checkpoint first. Raises SaganError where the job did not succeed.
     """
-    # In a session of its own: Ctrl-C is for us, while it goes on showing how the job ends.
+    # In a separate session, Ctrl-C does not reach `ray job submit`, which then shows how the job ends.
     submission = subprocess.Popen(
         [str(BIN / "ray"), "job", "submit", JOB], env=os.environ | ray.env, start_new_session=True
     )
@@ -71,31 +75,36 @@ def submit(ray: Ray) -> None:
         raise
     finally:
         submission.kill()
-    statuses = set(ray.jobs().values())  # a stopped job's submitter exits with 0
+    statuses = set(ray.jobs().values())  # `ray job submit` exits with 0 for a stopped job
     if submission.returncode or statuses != {"SUCCEEDED"}:
         raise SaganError(
-            f"{JOB} did not succeed: {', '.join(statuses) or 'nothing was submitted'}", "its last lines say why"
+            f"{JOB} did not succeed: {', '.join(statuses) or 'nothing was submitted'}",
+            "read the last lines of its output above",
         )
 
 
 def sagan(env: dict[str, str], *arguments: str) -> None:
+    """Run a `sagan` command with additional environment variables. Raises SaganError where it fails."""
     out.print(f"$ sagan {' '.join(arguments)}", highlight=False, soft_wrap=True)
     done = subprocess.run([sys.executable, "-m", "pipeline", *arguments], env=os.environ | env)
     if done.returncode:
-        raise SaganError(f"sagan {arguments[0]} ended with exit code {done.returncode}", "its last lines say why")
+        raise SaganError(
+            f"sagan {arguments[0]} ended with exit code {done.returncode}", "read the last lines of its output above"
+        )
 
 
 def show(summary: dict[str, Any], elapsed_s: float) -> None:
+    """Print a table of the results."""
     score, registered = summary["score"], summary["registered"] or {}
     distance, accuracy = summary["fd_classifier"], summary["class_accuracy"]
     times_real = distance / summary["fd_classifier_real"]
     table = Table(show_header=False, title="quickstart", title_justify="left")
     for name, value in {
-        f"score ({score['key']})": f"{score['value']:.4g}",
-        "class accuracy": f"{accuracy:.1%} of the samples are recognised as what was asked for",
-        "fd_classifier": f"{distance:.4g}, {times_real:.1f} × that of held-out real images",
+        f"score ({score['metric']})": f"{score['value']:.4g}",
+        "class accuracy": f"the classifier assigns {accuracy:.1%} of the samples to their class",
+        "fd_classifier": f"{distance:.4g}, which is {times_real:.1f} × the value of held-out real images",
         "training": f"{summary['images']} images in {summary['seconds']:.0f} s, {summary['images_per_s']:.0f} images/s",
-        "everything": f"{elapsed_s:.0f} s since the servers were started",
+        "total time": f"{elapsed_s:.0f} s, including the start of the servers",
         "samples": str(RUN / "samples.png"),
         "registry": f"models:/{registered.get('model')}@{registered.get('alias')}, version {registered.get('version')}",
         "summary": str(RUN / "summary.json"),
@@ -104,8 +113,8 @@ def show(summary: dict[str, Any], elapsed_s: float) -> None:
     out.print(table)
     plain: dict[str, Any] = {"soft_wrap": True, "highlight": False}
     database = TRACKING_DB.relative_to(CHECKOUT)
-    out.print(f"metrics in a browser:   .venv/bin/mlflow ui --backend-store-uri sqlite:///{database}", **plain)
-    out.print("pictures and models too, from the bucket:   .venv/bin/python -m infra.local --mlflow", **plain)
+    out.print(f"to see metrics in a browser:   .venv/bin/mlflow ui --backend-store-uri sqlite:///{database}", **plain)
+    out.print("to see pictures and models, too:   .venv/bin/python -m infra.local --mlflow", **plain)
 
 
 if __name__ == "__main__":

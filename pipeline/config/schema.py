@@ -1,7 +1,6 @@
-"""The job files' schema: every key, its type, its range, its default and what it means.
+"""The schema of job files: type, range, default and meaning of every key.
 
-Networks and optimisers are `sagan.config`'s dataclasses, used as they are. Descriptions are shown by
-`sagan config --schema`.
+`model` and `optim` are the dataclasses of `sagan.config`. `sagan config --schema` shows the docstrings of this module.
 """
 
 from __future__ import annotations
@@ -11,18 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.storage import files
-from pipeline.storage.run_folder import RunFolder
 from sagan.config import RESOLUTIONS, ModelConfig, OptimConfig
 from sagan.step import passes
 
 
 def _absolute(url: str) -> str:
-    """Paths are given relative to where a command runs; workers run elsewhere."""
+    """Make a relative path absolute, since workers run in other folders than the command."""
     return url if "://" in url or not url else str(Path(url).expanduser().absolute())
 
 
 def _is_file(extractor: str) -> bool:
+    """Return whether `evaluate.extractor` is a file and not a name."""
     return bool(Path(extractor).suffix)
 
 
@@ -31,34 +29,40 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
 class Section(BaseModel):
+    """Base of all sections. An unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class PackSection(Section):
-    """How a collection becomes shards."""
+    """How images are packed into a collection."""
 
     source: str | dict[str, str]
-    """A folder of classes, a tar of such, an official layout (ImageNet, CIFAR, Tiny ImageNet, CelebA, LSUN), WebDataset
-    shards, Parquet with images, a table of path,label (TABLE#COLUMN names the label), or `digits`; at any URL. A
-    mapping names the splits: {train: …, heldout: …}."""
+    """Path or URL of the images: a folder of class folders, a tar of class folders, a published data set in its own
+    layout (ImageNet, CIFAR, Tiny ImageNet, CelebA, LSUN), WebDataset shards, Parquet files with images, or a table of
+    path and label (TABLE#COLUMN names the column of labels). `digits` is scikit-learn's data set. A mapping gives one
+    source per split: {train: …, heldout: …}."""
     resolution: int = 128
-    """Pixels per side after the centre crop."""
+    """Pixels per side of the packed images: 32, 64, 128 or 256."""
     encoding: Literal["jpeg", "png", "webp"] | None = None
-    """JPEG is smallest and decodes fastest; PNG and WebP keep every pixel. Default: PNG at 32 px, else JPEG."""
+    """Format of the packed images. JPEG is the smallest and decodes fastest. PNG and WebP are lossless. Default: PNG at
+    32 px, else JPEG."""
     quality: int = Field(95, ge=1, le=100)
-    """JPEG quality."""
+    """Quality of JPEG, 1 to 100. PNG and WebP ignore it."""
     chroma: Literal["4:4:4", "4:2:0"] = "4:4:4"
-    """Colour resolution of JPEG: 4:4:4 keeps all of it, 4:2:0 is smaller and decodes faster."""
+    """Chroma subsampling of JPEG. 4:4:4 keeps the full colour resolution. 4:2:0 is smaller and decodes faster. PNG and
+    WebP ignore it."""
     shard_images: int = Field(1000, ge=1)
-    """Images per shard."""
-    seed: int = 0
-    """Seed of the permutation in which samples are written."""
+    """Number of images per shard; the last shard of a split may have fewer."""
+    seed: int = Field(0, ge=0)
+    """Seed of the permutation in which the images are written, 0 or more."""
     max_broken: int = Field(0, ge=0)
-    """How many undecodable images are tolerated (each is listed)."""
+    """Greatest number of broken images with which packing succeeds. Broken images are listed and left out."""
     exclude: Url | None = None
-    """File (URL) with the names of images to leave out, one a line, as `sagan verify` prints them."""
+    """Path or URL of a file with the names of images to leave out, one per line, as `sagan verify` prints them."""
     index_only: bool = False
-    """`source` is a folder of WebDataset shards that are right as they are: index them there, write no image."""
+    """Index the WebDataset shards at `source` in place instead of packing them. Their images must be square and of one
+    supported resolution. No image is written."""
 
     @field_validator("resolution")
     @classmethod
@@ -69,109 +73,129 @@ class PackSection(Section):
 
 
 class DataSection(Section):
-    """Where the shards are and in which order they are read."""
+    """The collection to train on, the order of its samples, and the cache of its shards."""
 
     train: Url
-    """URL of a packed collection: s3://bucket/imagenet128, a path, …"""
+    """Path or URL of a packed collection, for example s3://bucket/imagenet128."""
     split: str = "train"
-    """The part of the collection to train on."""
+    """Split of the collection to train on."""
     pack: PackSection | None = None
-    """Packs `source` to `train` first where there is no collection yet."""
+    """How to pack a collection to `data.train` before training, where it does not exist. Default: the collection must
+    exist."""
+    expected_classes: int | None = Field(None, ge=0)
+    """Number of classes that the collection should have. `--dry-run` uses it where the collection cannot be read. A run
+    takes the number of the collection."""
     flip: bool = False
-    """Mirror each image with probability one half (the official code does not)."""
+    """Whether to mirror each image horizontally with probability one half. The official code does not."""
     lanes: int = Field(16, ge=1)
-    """Parts of an epoch that are read side by side. More lanes mix better and let more workers share no shard."""
+    """Number of lanes into which an epoch is cut. Each row of an epoch has one sample of every lane. More lanes mix
+    samples better. Workers read separate shards where the number of workers divides the number of lanes."""
     window: int = Field(2048, ge=1)
-    """Samples of a lane that are shuffled together."""
+    """Number of consecutive samples of a lane that are permuted together."""
     cache: str = "~/.cache/sagan/shards"
-    """Folder on each node that keeps verified shards."""
+    """Folder on each node for downloaded and verified shards."""
     cache_gb: float = Field(100.0, gt=0)
-    """Bound of that folder, in gigabytes."""
+    """Greatest size of `data.cache` on each node, in units of 10⁹ bytes. The shard that was used longest ago is deleted
+    first."""
     patience_s: float = Field(300.0, ge=0)
-    """How long a worker waits for storage that fails, trying again and saying so, before the run does."""
+    """Seconds for which a worker retries a failed download before it raises an error. It prints messages meanwhile."""
     threads: int = Field(2, ge=1)
-    """Decoding threads per worker."""
+    """Number of threads per worker that decode images."""
     ahead: int = Field(4, ge=1)
-    """Batches decoded ahead per worker."""
+    """Number of batches that a worker decodes ahead of training."""
 
 
 class TrainSection(Section):
-    """How long, in which batches, on how many workers."""
+    """Length of the run, batch size, workers and precision."""
 
     kimg: float = Field(gt=0)
-    """Length of the run in thousands of real images seen by the discriminator."""
+    """Length of the run, in thousands of real images that the discriminator receives."""
     batch: int = Field(256, ge=2)
-    """Global batch, over all workers; it never changes with their number."""
+    """Number of real images per batch, over all workers. It does not depend on the number of workers."""
     workers: int = Field(1, ge=1)
-    """Ray Train workers, one per device."""
+    """Number of Ray Train workers, one per device. At most `train.batch`."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 is autocast: statistics, σ, softmax and losses stay float32."""
+    """Precision of the networks. `bf16` uses autocast; statistics, σ, softmax and losses stay in float32."""
     micro_batch: int | None = Field(None, ge=1)
-    """At most so many images of a worker are in memory at once; gradients add up to the same step. Needs
-    model.batch_norm_group at most as large. Default: a worker's whole share."""
+    """Greatest number of images that a worker processes in one pass. The gradients of all passes add up to the same
+    step. A value below the worker's share of the batch needs a `model.batch_norm_group` from 1 to this value. Default:
+    the whole share in one pass."""
     log_kimg: float = Field(1.0, gt=0)
-    """Metrics go to the tracker this often."""
+    """Interval between logged points, in thousands of images."""
     max_failures: int = Field(3, ge=-1)
-    """How often dead workers are replaced before the run fails; -1: always."""
+    """How often failed workers are started again from the newest checkpoint before the run fails; -1: without limit."""
 
 
 class CheckpointSection(Section):
-    """What survives when machines die."""
+    """Where and how often checkpoints are written, and which ones are kept."""
 
     root: Url = Field("runs", validate_default=True)
-    """URL under which every run has a folder: s3://bucket/runs, a path, …"""
+    """Path or URL of the folder that holds a folder for each run, for example s3://bucket/runs."""
     kimg: float = Field(100.0, gt=0)
-    """A checkpoint this often (and at the end, and on interruption)."""
+    """Interval between checkpoints, in thousands of images. A checkpoint is also written before each score, at the end,
+    and when the run is interrupted."""
     keep: int = Field(3, ge=1)
-    """The newest so many are kept, beside the best and those that registered models name."""
+    """Number of newest checkpoints that are kept. The best checkpoint, checkpoints of registered models, and
+    checkpoints that wait for a score are kept as well."""
 
 
 class EvaluateSection(Section):
-    """Which score decides, and how it is taken."""
+    """How checkpoints are scored, and which score ranks them."""
 
     kimg: float = Field(500.0, gt=0)
-    """Every so often the newest checkpoint is scored."""
+    """Interval between scored checkpoints, in thousands of images. The checkpoint at `train.kimg` is always scored."""
     extractor: str = "inception"
-    """`inception`, another network of torch-fidelity (`vgg16`, `clip-vit-b-32`, `dinov2-vit-b-14`, …), `classifier`
-    (trained once on the collection), or a TorchScript / torch.export file (URL)."""
-    weights: Url | None = None
-    """Weights file of a network of torch-fidelity (URL); default the published one, expected in ~/.cache/sagan: for
-    `inception` weights-inception-2015-12-05-6726825d.pth."""
+    """Network that computes features of images: `inception`, another network of torch-fidelity (`vgg16`,
+    `clip-vit-b-32`, `dinov2-vit-b-14`, …), `classifier`, which is trained once on the collection, or the path or URL of
+    a TorchScript (.ts) or torch.export (.pt2) file."""
+    extractor_weights: Url | None = None
+    """Path or URL of a file with the parameters of a network of torch-fidelity. Default: the published file in
+    ~/.cache/sagan; for `inception` its name is weights-inception-2015-12-05-6726825d.pth."""
     download: bool = False
-    """Fetch the published weights to ~/.cache/sagan where they are not there yet."""
+    """Whether to download the published file of `evaluate.extractor` to ~/.cache/sagan where it is missing."""
     resize: Literal["fidelity", "clean"] = "fidelity"
-    """How images reach `inception`'s 299 pixels: torch-fidelity's TensorFlow-1 bilinear, or antialiased bicubic (Parmar
-    et al. 2022), whose scores are called `fid_clean` etc."""
-    precision: Literal["float32", "float64"] = "float32"
-    """What a network of torch-fidelity computes in; float32 is without TF32."""
+    """Method that resizes images for a network of torch-fidelity. `fidelity` is bilinear as in TensorFlow 1 and
+    torch-fidelity. `clean` is antialiased bicubic (Parmar et al. 2022). It is available only for `inception`, and its
+    scores are named `fid_clean` etc."""
+    extractor_dtype: Literal["float32", "float64"] = "float32"
+    """Floating-point type in which a network of torch-fidelity computes. float32 does not use TF32. `classifier` and
+    files allow only float32."""
     split: str = "train"
-    """Real images that samples are compared with."""
+    """Split of the real images that generated images are compared with."""
     samples: int = Field(50_000, ge=2)
-    """Generated images per score."""
+    """Number of generated images per score."""
     final_samples: int | None = Field(None, ge=2)
-    """Generated images of the final score; default as many as `samples`."""
+    """Number of generated images of each repeat of the final score. Default: `evaluate.samples`. With `classifier` at
+    most the number of real images."""
     repeats: int = Field(3, ge=1)
-    """The final score is the mean, with its standard deviation, over so many ranges of samples."""
+    """Number of separate sets of generated images in the final score. The score is the mean over the sets, with the
+    standard deviation."""
     score: str = "auto"
-    """Metric that ranks checkpoints and moves `champion`; auto: the Fréchet distance of the extractor."""
-    precision_recall: bool = False
-    """Precision and recall too (k = 3; keeps all features in memory)."""
-    generator: Literal["ema", "raw"] = "ema"
-    """Which weights of a checkpoint are scored and registered: their average, or as they are."""
+    """Name of the metric that ranks checkpoints and decides about `champion`, for example `fid`. `auto` is the Fréchet
+    distance of the extractor."""
+    feature_metrics: bool = False
+    """Whether to compute KID, precision, recall, density and coverage too. They need the features of all images in
+    memory."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Parameters of the generator that are scored and registered. `ema` is the moving average. `raw` are the parameters
+    of the last step."""
     standing_images: int | None = Field(4096, ge=1)
-    """Images that batch norm's standing statistics are taken over; null: the running averages of training instead."""
+    """Number of generated images over which the standing statistics of batch norm are computed. With null, the running
+    averages of training are used."""
     batch: int = Field(64, ge=1)
-    """Images per forward pass; does not change any score."""
-    seed: int = 0
-    """Seed of latents and labels of the samples, and of the classifier."""
+    """Number of images per forward pass. It does not change a score."""
+    seed: int = Field(0, ge=0)
+    """Seed of the latents and labels of generated images, and of `classifier`; 0 or more. The final score uses the next
+    seed."""
     workers: int = Field(1, ge=1)
-    """Ray workers that generate and look at images side by side; does not change any score."""
+    """Number of Ray processes that generate images and compute features in parallel. It does not change a score."""
     cpus: float = Field(1.0, ge=0)
-    """CPUs of each of them; they work beside training."""
+    """Number of CPUs of each evaluation process. Where the cluster has no room for these processes beside the workers,
+    training waits for each score."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs of each of them."""
+    """Number of GPUs of each evaluation process."""
     grid: int = Field(64, ge=1)
-    """Images in the sample grid."""
+    """Greatest number of generated images in the sample grid."""
 
     @field_validator("extractor")
     @classmethod
@@ -181,42 +205,47 @@ class EvaluateSection(Section):
     @model_validator(mode="after")
     def _applies(self) -> EvaluateSection:
         if self.resize == "clean" and self.extractor != "inception":
-            raise ValueError(f"evaluate.resize: clean is inception's; {self.extractor} has its own way to resize")
-        if self.precision == "float64" and (self.extractor == "classifier" or self.extractor_is_file):
-            raise ValueError(f"evaluate.precision: float64 is not for {self.extractor}, which computes in float32")
+            raise ValueError(f"evaluate.resize: clean needs evaluate.extractor: inception, not {self.extractor}")
+        if self.extractor_dtype == "float64" and (self.extractor == "classifier" or self.extractor_is_file):
+            raise ValueError(
+                f"evaluate.extractor_dtype: float64 is not available for {self.extractor}, which computes in float32"
+            )
         return self
 
     @property
     def extractor_is_file(self) -> bool:
+        """Whether `extractor` is a file and not a name."""
         return _is_file(self.extractor)
 
 
 class TrackSection(Section):
-    """Where metrics and models go."""
+    """Where metrics and models are stored."""
 
     uri: str | None = None
-    """MLflow tracking URI; default MLFLOW_TRACKING_URI, else sqlite:///…/runs/mlflow.db where the job runs."""
+    """MLflow tracking URI. Default: the environment variable MLFLOW_TRACKING_URI, or without it the SQLite file
+    runs/mlflow.db in the folder where the job runs."""
     experiment: str = "sagan"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     model: Name | None = None
-    """Name in the registry; default the job's name."""
+    """Name of the model in the MLflow registry. Default: the name of the job."""
     artifacts: Url | None = None
-    """Artifact location of a new experiment; default <checkpoint.root>/mlflow where the URI is sqlite."""
+    """Path or URL where a new MLflow experiment stores its artifacts. Default: <checkpoint.root>/mlflow where the
+    tracking URI is an SQLite file, else the default of the MLflow server."""
     register_model: bool = Field(True, alias="register")
-    """Register new best checkpoints and move `champion`."""
+    """Whether to register each new best checkpoint as a model version and to update the alias `champion`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
 
 class ResourcesSection(Section):
-    """What each worker gets."""
+    """Resources of each worker."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU per worker where the cluster has GPUs, else CPUs."""
+    """Device of the workers. `auto` gives each worker a GPU where the cluster has GPUs, else CPUs."""
     cpus_per_worker: float = Field(1.0, gt=0)
-    """CPUs per worker; whole numbers become its threads."""
+    """Number of CPUs per worker. Rounded down, but at least 1, it is also the worker's OMP_NUM_THREADS."""
     env: dict[str, str] = {}
-    """Environment of the workers, set before they start (allocator, NCCL, …)."""
+    """Environment variables of the workers, set before they start, for example for NCCL or the allocator."""
 
 
 class TrainJob(Section):
@@ -224,9 +253,10 @@ class TrainJob(Section):
 
     kind: Literal["train"] = "train"
     name: Name
-    """Unique under checkpoint.root; the same name resumes."""
+    """Name of the run and of its folder below `checkpoint.root`: at most 63 lower-case letters, digits, `.`, `_` and
+    `-`, first a letter or a digit. The same name resumes the run."""
     seed: int = Field(0, ge=0)
-    """Decides initial weights, order, latents, labels and flips."""
+    """Seed of the initial parameters, the order of samples, latents, labels and flips."""
     data: DataSection
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -247,26 +277,23 @@ class TrainJob(Section):
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")
         groups = self.train.batch // (group or self.train.batch)
-        passes(self.train.batch, self.train.workers, groups, self.train.micro_batch)  # raises where it cannot be exact
+        passes(self.train.batch, self.train.workers, groups, self.train.micro_batch)  # raises where it is impossible
         return self
 
     @property
-    def folder(self) -> RunFolder:
-        """Where the run is kept."""
-        return RunFolder(files.join(self.checkpoint.root, self.name))
-
-    @property
     def registry_name(self) -> str:
+        """Name of the model in the registry."""
         return self.track.model or self.name
 
 
 class PackJob(Section):
-    """Pack a collection into shards."""
+    """Pack images into a collection."""
 
     kind: Literal["pack"] = "pack"
     name: Name
+    """Name of the job: at most 63 lower-case letters, digits, `.`, `_` and `-`, first a letter or a digit."""
     destination: Url
-    """URL of the collection to write."""
+    """Path or URL of the collection to write."""
     pack: PackSection
 
 
@@ -275,21 +302,27 @@ class EvaluateJob(Section):
 
     kind: Literal["evaluate"] = "evaluate"
     name: Name
+    """Name of the job: at most 63 lower-case letters, digits, `.`, `_` and `-`, first a letter or a digit."""
     model: str
-    """Registry URI (models:/NAME@ALIAS), checkpoint URL or pulled folder."""
+    """Model to score: a registry URI (models:/NAME@ALIAS), the URL of a checkpoint, or a folder that `sagan pull`
+    wrote."""
     reference: Url
-    """URL of the packed collection to compare with."""
+    """Path or URL of the packed collection whose real images the generated images are compared with."""
     evaluate: EvaluateSection = EvaluateSection()
     track: TrackSection = TrackSection()
 
 
 class Choice(Section):
-    """Values of one key, tried at random or all (grid)."""
+    """Values of one key in a sweep. Exactly one of the four keys must be given."""
 
     choice: list[Any] | None = None
+    """A list of values. Each trial gets one of them."""
     grid: list[Any] | None = None
+    """A list of values, all of which are tried. Several grids are tried in all combinations."""
     loguniform: tuple[float, float] | None = None
+    """[low, high] with 0 < low < high: a number whose logarithm is uniform between the bounds."""
     uniform: tuple[float, float] | None = None
+    """[low, high] with low < high: a uniform number between the bounds."""
 
     @model_validator(mode="after")
     def _one(self) -> Choice:
@@ -305,47 +338,55 @@ class Choice(Section):
 
     @property
     def example(self) -> Any:
-        """Some value of it, for what all values share."""
+        """One of the values, for checks that have the same result for every value."""
         return next(iter(self.model_dump(exclude_none=True).values()))[0]
 
 
 class SearchSection(Section):
+    """Number of trials, and the algorithm that chooses their points."""
+
     trials: int = Field(12, ge=1)
-    """How many pairs are tried (a grid is tried whole, whatever this says)."""
-    at_once: int = Field(2, ge=1)
-    """Trials that run side by side."""
+    """Number of trials. It is ignored where the space has a grid: each combination of the grids is then tried once."""
+    max_concurrent: int = Field(2, ge=1)
+    """Greatest number of trials that run at the same time."""
     algorithm: Literal["optuna", "random"] = "optuna"
-    first: list[dict[str, Any]] = []
-    """Points that are tried first, e.g. the published pair."""
-    seed: int = 0
+    """Search algorithm: `optuna` is Optuna's TPE, `random` draws points at random. A space with a grid always uses
+    `random`."""
+    initial_points: list[dict[str, Any]] = []
+    """Points that are tried first, by dotted key: [{optim.lr_d: 4.0e-4, optim.lr_g: 1.0e-4}]."""
+    seed: int = Field(0, ge=0)
+    """Seed of the search algorithm."""
 
 
 class ScheduleSection(Section):
-    """ASHA: at each rung the worse trials stop."""
+    """The scheduler ASHA (Li et al. 2020), which stops the worse trials early, at positions called rungs."""
 
     grace_kimg: float = Field(gt=0)
-    """No trial is stopped before this."""
+    """Position of the first rung, in thousands of images. No trial is stopped before it."""
     reduction: int = Field(3, ge=2)
-    """One in so many goes on at each rung."""
+    """Reduction factor: at each rung one in this many trials continues."""
 
 
 class TuneJob(Section):
-    """Search over keys of a base job, by default the two learning rates."""
+    """Search over keys of a base job, for example the two learning rates."""
 
     kind: Literal["tune"] = "tune"
     name: Name
+    """Name of the sweep: at most 63 lower-case letters, digits, `.`, `_` and `-`, first a letter or a digit. The same
+    name resumes the sweep."""
     base: str
-    """Another job file, relative to this one."""
+    """Path of the training job that every trial runs, relative to this file."""
     overrides: dict[str, Any] = {}
-    """Keys of the base job that differ in every trial: {train.kimg: 20}."""
+    """Values that replace those of the base job in every trial, by dotted key: {train.kimg: 20}."""
     space: dict[str, Choice]
-    """Key of the base job → values: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}}."""
+    """Values to search, by dotted key of the base job: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}}."""
     search: SearchSection = SearchSection()
     schedule: ScheduleSection | None = None
+    """When trials are stopped early. Default: every trial runs to its end."""
 
     @property
     def example(self) -> dict[str, Any]:
-        """Some point of the space."""
+        """One point of the space, for checks that have the same result for every point."""
         return {key: choice.example for key, choice in self.space.items()}
 
 

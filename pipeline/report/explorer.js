@@ -1,5 +1,5 @@
 "use strict";
-// What moves on the page: sample grids over training, and the attention explorer.
+// Interactive parts of the page: the sample grids over training, and the attention explorer.
 
 const HEAT = [255, 138, 0];
 
@@ -10,20 +10,20 @@ function make(name, attributes = {}, ...content) {
   return element;
 }
 
-// Sample grids: a slider and a button that lets them run.
+// Sample grids: a slider that selects a grid, and a button that plays all grids.
 function flipbook(root) {
   const frames = [...root.querySelectorAll(".frames img")];
   if (frames.length < 2) return;
   const slider = make("input", { type: "range", min: 0, max: frames.length - 1, value: frames.length - 1 });
-  const said = make("output");
+  const caption = make("output");
   const play = make("button", { type: "button" }, "play");
   let timer = null;
 
   function show(index) {
     frames.forEach((frame, i) => { frame.hidden = i !== index; });
     slider.value = index;
-    said.textContent = frames[index].dataset.said;
-    slider.setAttribute("aria-valuetext", frames[index].dataset.said);
+    caption.textContent = frames[index].dataset.caption;
+    slider.setAttribute("aria-valuetext", frames[index].dataset.caption);
   }
 
   function stop() {
@@ -39,18 +39,20 @@ function flipbook(root) {
     play.textContent = "stop";
     timer = setInterval(() => show((Number(slider.value) + 1) % frames.length), 700);
   });
-  root.prepend(make("div", { class: "bar" }, play, slider, said));
+  root.prepend(make("div", { class: "bar" }, play, slider, caption));
   show(frames.length - 1);
 }
 
-// The explorer: an image, a point of it, and in the panel of each layer where that layer attends from there.
+// Attention explorer: an image, a point of the image, and a panel for each layer. The panel shows the attention of the
+// layer from the point.
 function explorer(root) {
   const { scale, layers, images } = JSON.parse(root.querySelector("script").textContent);
-  const times = Array.from({ length: 256 }, (_, byte) => 2 ** ((byte - scale.even) / scale.doubling)); // an even share
+  // A byte stores a share; `times` has the share as a multiple of the uniform share.
+  const times = Array.from({ length: 256 }, (_, byte) => 2 ** ((byte - scale.even) / scale.doubling));
   const finest = Math.max(...layers.map((layer) => layer.queries));
   const choices = images.map((image, i) => {
-    const seen = make("img", { src: image.source, alt: "", class: "pixels" });
-    const button = make("button", { type: "button" }, seen, image.name);
+    const picture = make("img", { src: image.source, alt: "", class: "pixels" });
+    const button = make("button", { type: "button" }, picture, image.name);
     button.addEventListener("click", () => choose(i));
     return button;
   });
@@ -58,7 +60,7 @@ function explorer(root) {
   const readout = make("p", { class: "readout", "aria-live": "polite" });
   let maps, row = Math.floor(finest / 2), column = row;
 
-  // The image and the point on a grid of so many cells per side; pointing and arrow keys move the point.
+  // A panel with the image and the point, on a grid of `cells` cells per side. A pointer and arrow keys move the point.
   function panel(title, cells, ...over) {
     const image = make("img", { alt: "", class: "pixels" });
     const point = make("span", { class: "point" });
@@ -78,7 +80,7 @@ function explorer(root) {
         Math.floor((event.clientX - box.left) / box.width * finest));
     };
     map.addEventListener("click", pointed);
-    // dragging a mouse; a finger that drags scrolls the page
+    // Dragging the mouse moves the point. Dragging a finger scrolls the page.
     map.addEventListener("pointermove", (event) => { if (event.buttons && event.pointerType === "mouse") pointed(event); });
     return {
       element: make("figure", {}, map, make("figcaption", {}, title)),
@@ -92,13 +94,13 @@ function explorer(root) {
     };
   }
 
-  // The same with the layer's map over it.
+  // A panel with the layer's map over the image.
   function layerPanel({ title, queries, keys, gamma }, index) {
     const canvas = make("canvas", { width: keys, height: keys });
     const context = canvas.getContext("2d");
-    const below = panel(`${title}, γ = ${gamma.toPrecision(3)}`, queries, canvas);
+    const base = panel(`${title}, γ = ${gamma.toPrecision(3)}`, queries, canvas);
     const draw = () => {
-      below.draw();
+      base.draw();
       const [y, x] = [row, column].map((place) => Math.floor(place * queries / finest));
       const start = (y * queries + x) * keys * keys;
       const map = maps[index].subarray(start, start + keys * keys);
@@ -107,9 +109,9 @@ function explorer(root) {
       context.putImageData(pixels, 0, 0);
       const strongest = map.indexOf(Math.max(...map));
       const place = `row ${Math.floor(strongest / keys) + 1}, column ${strongest % keys + 1} of ${keys}`;
-      return `${title}, most to ${place}, ${times[map[strongest]].toPrecision(2)} times an even share`;
+      return `${title}, attends most to ${place}, with ${times[map[strongest]].toPrecision(2)} times the uniform share`;
     };
-    return { ...below, draw };
+    return { ...base, draw };
   }
 
   function choose(i) {
@@ -126,8 +128,8 @@ function explorer(root) {
   }
 
   function draw() {
-    const [from, ...found] = panels.map((one) => one.draw());
-    readout.textContent = `${from} ${found.join("; ")}.`;
+    const [from, ...sentences] = panels.map((one) => one.draw());
+    readout.textContent = `${from} ${sentences.join("; ")}.`;
   }
 
   root.append(

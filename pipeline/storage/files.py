@@ -1,8 +1,8 @@
-"""Files by URL: a plain path, s3://bucket/key, or whatever else fsspec knows.
+"""Access to files by URL: a plain path, s3://bucket/key, or another URL that fsspec supports.
 
-Calls are fresh (no listing cache), bounded in time, and fail in two ways only: FileNotFoundError where there is no such
-object, EnvironmentFault where the storage is not there or is full (LastingFault where it does not let us in). s3fs is
-not fork-safe, so each process makes its own client, in the process that uses it.
+No call uses a cached listing, and every call ends in bounded time. A call raises FileNotFoundError where the object
+does not exist, and EnvironmentFault where the storage cannot be reached or is full. It raises LastingFault, which is an
+EnvironmentFault, where the storage refuses access. s3fs is not fork-safe, so each process creates its own client.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import EnvironmentFault, LastingFault
 
-# What decides which client is meant: a changed variable (another endpoint, repaired keys) makes another client.
+# A client is cached by these variables. A changed value, such as a corrected key, creates another client.
 _IDENTITY = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -35,48 +35,49 @@ _IDENTITY = (
     "AWS_SESSION_TOKEN",
     "AWS_PROFILE",
 )
-_CONNECT_S, _SILENCE_S = 5, 20  # so long a connection may take, and a server may be silent
-_SLOWEST = 50_000  # bytes per second: what trickles more slowly than this has as good as stopped
+_CONNECT_S, _SILENCE_S = 5, 20  # seconds: limits for opening a connection, and for a server that sends nothing
+_SLOWEST = 50_000  # bytes per second: a slower download fails
 _ATTEMPTS = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def join(url: str, *parts: str) -> str:
-    """`url` with `parts` below it."""
+    """Return the URL of a path below `url`."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def name(url: str) -> str:
-    """The last part of a URL."""
+    """Return the last part of a URL."""
     return url.rstrip("/").rsplit("/", 1)[-1]
 
 
 def is_local(url: str) -> bool:
+    """Return whether a URL is a path on this machine."""
     return "://" not in url or url.startswith("file://")
 
 
 def local_path(url: str) -> Path:
-    """The absolute path of a URL that `is_local`."""
+    """Return the absolute path of a local URL (see `is_local`)."""
     return Path(url.removeprefix("file://")).expanduser().absolute()
 
 
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """The whole object, or its bytes start … stop − 1. Raises FileNotFoundError, EnvironmentFault."""
+    """Return the whole object, or its bytes `start` to `stop` − 1. Raises FileNotFoundError, EnvironmentFault."""
     with _storage(url) as (fs, path):
         if not isinstance(fs, LocalFileSystem):
             return bytes(fs.cat_file(path, start=start, end=stop))
-        with Path(path).open("rb") as file:  # a third of the time, where images are small
+        with Path(path).open("rb") as file:  # takes a third of the time of fsspec for small images
             file.seek(start or 0)
             return file.read(-1 if stop is None else stop - (start or 0))
 
 
 def read_json(url: str) -> Any:
-    """The object, parsed. Raises FileNotFoundError, EnvironmentFault, json.JSONDecodeError."""
+    """Read an object and parse it as JSON. Raises FileNotFoundError, EnvironmentFault, json.JSONDecodeError."""
     return json.loads(read_bytes(url))
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write an object whole: readers see the old one, or none, or the new one. Raises EnvironmentFault."""
+    """Write an object atomically: no reader sees a part of it. Raises EnvironmentFault."""
     with _storage(url) as (fs, path):
         if isinstance(fs, LocalFileSystem):
             _replace(Path(path), lambda temp: temp.write_bytes(data))
@@ -85,15 +86,16 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def write_json(url: str, value: Any) -> None:
-    """Write `value` as JSON, the same bytes for the same value."""
+    """Write `value` as JSON. The same value gives the same bytes. Raises EnvironmentFault."""
     write_bytes(url, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 @contextmanager
 def reading(url: str) -> Iterator[IO[bytes]]:
-    """The object as a file that can seek; read from start to end it comes in large pieces.
+    """Open an object as a seekable file. Sequential reads request it in pieces of 16 MiB.
 
-    Raises FileNotFoundError, EnvironmentFault, the latter also for what fails while it is read.
+    Raises FileNotFoundError and EnvironmentFault. An OSError in the body of the `with` statement becomes an
+    EnvironmentFault too.
     """
     with _storage(url) as (fs, path):
         local = isinstance(fs, LocalFileSystem)
@@ -107,7 +109,7 @@ def reading(url: str) -> Iterator[IO[bytes]]:
 
 
 def exists(url: str) -> bool:
-    """Whether there is an object or a folder. Raises EnvironmentFault (also where there is no such bucket)."""
+    """Return whether an object or a folder exists. Raises EnvironmentFault, also where the bucket does not exist."""
     with _storage(url) as (fs, path):
         try:
             fs.info(path)
@@ -119,14 +121,17 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int | None:
-    """Bytes of an object; None where its server does not say. Raises FileNotFoundError, EnvironmentFault."""
+    """Return the size of an object in bytes; None where the server does not report it.
+
+    Raises FileNotFoundError, EnvironmentFault.
+    """
     with _storage(url) as (fs, path):
-        found: int | None = fs.info(path)["size"]
-        return found
+        number: int | None = fs.info(path)["size"]
+        return number
 
 
 def list_names(url: str) -> list[str]:
-    """Names directly below a folder, sorted; [] where there is none. Raises EnvironmentFault."""
+    """Return the names directly below a folder, sorted; [] where there is no folder. Raises EnvironmentFault."""
     with _storage(url) as (fs, path):
         return sorted(
             name(entry) for entry in _missing_is_empty(fs.ls, path, detail=False) if entry.rstrip("/") != path
@@ -134,15 +139,15 @@ def list_names(url: str) -> list[str]:
 
 
 def list_files(url: str) -> list[str]:
-    """Paths of all files at any depth below a folder, relative to it, sorted. Raises EnvironmentFault."""
-    if is_local(url):  # fsspec does not follow links, and a folder of classes may be made of them
+    """Return the paths of all files at any depth below a folder, relative to it, sorted. Raises EnvironmentFault."""
+    if is_local(url):  # fsspec does not follow links, and class folders may be links
         root = local_path(url)
         with _storage(url):
             return sorted(path.relative_to(root).as_posix() for path in _walk(root, frozenset()))
     with _storage(url) as (fs, path):
         folder = path.rstrip("/") + "/"
-        found = _missing_is_empty(fs.find, path)
-        return sorted(file.removeprefix(folder) for file in found if file.startswith(folder))
+        paths = _missing_is_empty(fs.find, path)
+        return sorted(file.removeprefix(folder) for file in paths if file.startswith(folder))
 
 
 def upload(local: Path, url: str) -> None:
@@ -157,11 +162,16 @@ def upload(local: Path, url: str) -> None:
 def download(
     url: str, local: Path, attempts: int = _ATTEMPTS, advance: Callable[[int], None] = lambda bytes_: None
 ) -> None:
-    """Copy an object to a local file, whose folder exists. With 1 attempt, trying again is left to the caller.
+    """Copy an object to a local file.
 
-    `advance` is told of the bytes as they come.
+    Args:
+        url: URL of the object.
+        local: Path of the file. Its folder must exist.
+        attempts: How often a request is tried. A caller that retries itself gives 1.
+        advance: Called with the number of bytes of each piece that arrives.
 
-    Raises FileNotFoundError, EnvironmentFault.
+    Raises FileNotFoundError where there is no object, and EnvironmentFault where the storage fails or where the local
+    disk is full.
     """
     with _storage(url, attempts) as (fs, path):
         try:
@@ -170,28 +180,25 @@ def download(
             if error.errno not in _FULL:
                 raise
             raise EnvironmentFault(
-                f"{local.parent}: no space left for {url}", "free some space there, or choose another place"
+                f"{local.parent}: no space left for {url}", "free some space there, or choose another folder"
             ) from error
 
 
 def delete(url: str) -> None:
-    """Delete an object, or a folder with all below it; nothing where there is none. Raises EnvironmentFault."""
+    """Delete an object, or a folder and everything below it, where it exists. Raises EnvironmentFault."""
     with _storage(url) as (fs, path):
         _missing_is_empty(fs.rm, path, recursive=True)
 
 
 def check_writable(url: str) -> None:
-    """Write and delete an object below `url`, so that what is wrong with it is said before anything starts.
-
-    Raises EnvironmentFault.
-    """
+    """Check that objects can be written and deleted below `url`, before long work starts. Raises EnvironmentFault."""
     probe = join(url, f".writable-{uuid4().hex}")
     write_bytes(probe, b"")
     delete(probe)
 
 
 def filesystem(url: str, attempts: int = _ATTEMPTS) -> tuple[Any, str]:
-    """This process's fsspec file system for a URL, and the path in it, for libraries that want these. It pickles."""
+    """Return this process's fsspec file system for a URL, and the path in it. The file system can be pickled."""
     if is_local(url):
         return _filesystem("file", (), os.getpid(), 1), str(local_path(url))
     protocol, _, _ = url.partition("://")
@@ -201,19 +208,22 @@ def filesystem(url: str, attempts: int = _ATTEMPTS) -> tuple[Any, str]:
 
 @contextmanager
 def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL and the path in it; its failures become ours."""
+    """Yield the file system of a URL and the path in it.
+
+    Failures in the body of the `with` statement become FileNotFoundError or EnvironmentFault.
+    """
     try:
         fs, path = filesystem(url, attempts)
     except (ImportError, ValueError) as error:
         raise EnvironmentFault(
-            f"{url}: {error}", "install the fsspec package for this kind of URL, or correct it"
+            f"{url}: {error}", "correct the URL, or install the package that fsspec needs for this kind of URL"
         ) from error
     try:
         yield fs, path
     except EnvironmentFault:
         raise
     except Exception as error:
-        if _code(error) == "403":  # the answer to a HEAD has no body and so no reason: ask in a way that has one
+        if _code(error) == "403":  # the response to HEAD has no body with the reason, but the response to a listing has
             try:
                 fs.ls(path.partition("/")[0])
             except Exception as reason:
@@ -226,29 +236,29 @@ def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
 
 @lru_cache(maxsize=16)
 def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attempts: int) -> Any:
-    """One file system per process and identity, both of which serve as the key alone, and number of attempts."""
+    """Create a file system. `identity` and `pid` are used only as keys of the cache."""
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        timeout = ClientTimeout(sock_connect=_CONNECT_S, sock_read=_SILENCE_S)  # none on the whole of a large file
+        timeout = ClientTimeout(sock_connect=_CONNECT_S, sock_read=_SILENCE_S)  # no limit for a whole large file
         return fsspec.filesystem(protocol, skip_instance_cache=True, client_kwargs={"timeout": timeout})
     if protocol != "s3":
         return fsspec.filesystem(protocol, skip_instance_cache=True)
-    # Servers other than AWS answer a part of an object with the checksum of the whole, which botocore then refuses.
+    # Servers other than AWS answer a range request with the checksum of the whole object. botocore would reject it.
     os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     config = {
         "connect_timeout": _CONNECT_S,
         "read_timeout": _SILENCE_S,
-        "retries": {"total_max_attempts": attempts, "mode": "standard"},  # exponential, with jitter
+        "retries": {"total_max_attempts": attempts, "mode": "standard"},  # exponential back-off with jitter
     }
     fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-    fs.retries = min(attempts, 2)  # s3fs's own, around botocore's, for what breaks after the headers; its default is 5
+    fs.retries = min(attempts, 2)  # s3fs's retries, beside botocore's, of bodies that break off; default 5
     return fs
 
 
 class _Pace(Callback):
-    """Ends a download that trickles, since the time-out of reading sees silence only."""
+    """A callback that ends a download that is too slow. The read time-out ends only a download that is silent."""
 
     def __init__(self, url: str, advance: Callable[[int], None]) -> None:
         super().__init__()
@@ -260,26 +270,26 @@ class _Pace(Callback):
         seconds = time.monotonic() - self._began
         if seconds > _SILENCE_S and self.value < _SLOWEST * seconds:
             raise EnvironmentFault(
-                f"{self._url}: {self.value / 1e3:.0f} kB came in {seconds:.0f} s, which is given up",
+                f"{self._url}: the download is too slow ({self.value / 1e3:.0f} kB in {seconds:.0f} s) and was stopped",
                 "check the network and the load of the storage",
             )
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file beside `path` and rename it, so that `path` is never seen half-written."""
+    """Write a temporary file beside `path` and rename it, so that no reader sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         write(temp)
         with temp.open("rb") as file:
-            os.fsync(file.fileno())  # a manifest must not reach the disk before the files that it names
+            os.fsync(file.fileno())  # a manifest must not reach the disk before the files that it lists
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
 
 
 def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """All files below a folder, links followed, but not back to a folder that they are in."""
+    """Yield all files below a folder. Links are followed, except a link to a folder that contains it."""
     real = folder.resolve()
     if real in above or not folder.is_dir():
         return
@@ -291,6 +301,7 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 
 def _missing_is_empty(call: Callable[..., Any], path: str, **options: Any) -> list[str]:
+    """Return what `call` lists; [] where `path` does not exist. Raises where the bucket does not exist."""
     try:
         return list(call(path, **options) or [])
     except FileNotFoundError as error:
@@ -300,7 +311,7 @@ def _missing_is_empty(call: Callable[..., Any], path: str, **options: Any) -> li
 
 
 def _code(error: BaseException) -> str:
-    """The S3 error code behind an exception of s3fs, "" where there is none."""
+    """Return the S3 error code of an exception of s3fs; "" where it has none."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):
@@ -309,7 +320,7 @@ def _code(error: BaseException) -> str:
 
 
 def _fault(url: str, error: Exception) -> EnvironmentFault:
-    """Which of the things that can be wrong with storage this is, and what to do about it."""
+    """Return the EnvironmentFault that describes an exception of a file system, with its remedy."""
     endpoint = (
         os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS (no AWS_ENDPOINT_URL)"
     )
@@ -321,38 +332,37 @@ def _fault(url: str, error: Exception) -> EnvironmentFault:
         )
     if code == "SignatureDoesNotMatch":
         return LastingFault(
-            f"{where}: the secret key is wrong for this key id (SignatureDoesNotMatch)", "correct AWS_SECRET_ACCESS_KEY"
+            f"{where}: the secret key does not match the key id (SignatureDoesNotMatch)",
+            "correct AWS_SECRET_ACCESS_KEY",
         )
     if code == "InvalidAccessKeyId":
         return LastingFault(
             f"{where}: the storage does not know this key id (InvalidAccessKeyId)", "correct AWS_ACCESS_KEY_ID"
         )
     if code.startswith("Expired") or code == "InvalidToken":
-        return LastingFault(f"{where}: the credentials have expired ({code})", "get new ones and start again")
+        return LastingFault(f"{where}: the credentials have expired ({code})", "get new credentials and start again")
     kind = type(error).__name__
     if kind in ("NoCredentialsError", "PartialCredentialsError"):
         return LastingFault(
             f"{where}: no credentials found",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use a machine with a role",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use a machine that has a role",
         )
     if isinstance(error, PermissionError):
         return LastingFault(
-            f"{where}: not allowed ({code or error.strerror or error})",
-            "give these credentials or this user the right to list, read and write there",
+            f"{where}: access denied ({code or error.strerror or error})",
+            "allow these credentials or this user to list, read and write there",
         )
     if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "FSTimeoutError") or isinstance(
         error, ConnectionError | TimeoutError
     ):
         return EnvironmentFault(
             f"{where}: the storage cannot be reached ({kind})",
-            "check that the server runs, AWS_ENDPOINT_URL and the network",
+            "check that the server runs, and check AWS_ENDPOINT_URL and the network",
         )
     if kind in ("ClientPayloadError", "IncompleteRead", "ResponseStreamingError"):
         return EnvironmentFault(f"{where}: the transfer broke off ({kind})", "check the network and the storage's log")
     if code:
-        return EnvironmentFault(f"{where}: the storage answers {code}", "check its load and its log")
+        return EnvironmentFault(f"{where}: the storage answers {code}", "check the storage's load and its log")
     if isinstance(error, OSError) and error.errno in _FULL:
         return EnvironmentFault(f"{where}: no space left", "free some space, or choose another place")
-    return EnvironmentFault(
-        f"{where}: {kind}: {error}", "see the cause above; `sagan doctor` checks storage step by step"
-    )
+    return EnvironmentFault(f"{where}: {kind}: {error}", "run `sagan doctor`, which checks storage step by step")

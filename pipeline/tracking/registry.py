@@ -1,9 +1,14 @@
-"""Versions of a model in MLflow's registry, and who of them is `champion`.
+"""Versions of a model in MLflow's registry, and the alias `champion`.
 
-A version's tags say everything that ranking needs: `metric` names the protocol key it was registered under
-(`fid/3fa9c1d2`), a tag of that name holds the value, `better` is `lower` or `higher` and speaks of that key alone,
-`withdrawn` holds a reason.
-Aliases have no compare-and-swap, so promotion sets and looks again until what it sees agrees with what it set.
+Tags of a version hold all values that ranking needs:
+    metric: Protocol key under which the version was registered, for example `fid/3fa9c1d2`.
+    fid/3fa9c1d2: The value under that protocol key. The tag has the name of the key. A version can have values under
+        several protocol keys.
+    better: `lower` or `higher`, the direction of the protocol key in `metric`.
+    withdrawn: Reason why the version must not become champion.
+
+MLflow sets an alias without compare-and-swap. So `promote_best` sets the alias and reads it again until it names the
+best version.
 """
 
 from __future__ import annotations
@@ -21,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
-from pipeline.storage import fileset
-from pipeline.tracking.tracker import client
+from pipeline.storage import file_sets
+from pipeline.tracking.mlflow_run import client
 
 log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
-ATTEMPTS = 10  # of what rivals may undo
-MOST_VERSIONS = 200_000  # MLflow lists no more at once
+ATTEMPTS = 10  # attempts of a change that another process may undo
+MOST_VERSIONS = 200_000  # MLflow lists at most this many versions at once
 
 
 @dataclass(frozen=True)
@@ -41,32 +46,40 @@ class Version:
 
     @property
     def metric(self) -> str:
-        """Protocol key that it was registered under."""
+        """Protocol key under which the version was registered."""
         return self.tags.get("metric", "")
 
-    def compares(self, judge: Version) -> bool:
-        """Whether it has a score under the protocol key that `judge` was registered under."""
-        return judge.metric in self.tags
+    def compares(self, other: Version) -> bool:
+        """Return whether this version has a score under the protocol key of `other`."""
+        return other.metric in self.tags
 
-    def rank(self, judge: Version) -> float:
-        """By the score under the protocol key of `judge`: lower is better, infinite without one."""
-        if not self.compares(judge):
+    def rank(self, other: Version) -> float:
+        """Return the rank under the protocol key of `other`: lower is better, infinity without a score."""
+        if not self.compares(other):
             return math.inf
-        value = float(self.tags[judge.metric])
-        return -value if judge.tags.get("better") == "higher" else value
+        value = float(self.tags[other.metric])
+        return -value if other.tags.get("better") == "higher" else value
 
-    def described(self, judge: Version) -> str:
-        """Its scores under its own protocol key and under that of `judge`, and the protocol it was registered under."""
-        keys = dict.fromkeys((self.metric, judge.metric))
+    def described(self, other: Version) -> str:
+        """Return text with the version's number, its scores under its own key and `other`'s key, and its protocol."""
+        keys = dict.fromkeys((self.metric, other.metric))
         scores = ", ".join(f"{key} = {self.tags[key]}" for key in keys if key in self.tags)
         return f"version {self.number}: {scores}\n    {self.tags.get('protocol', 'no protocol')}"
 
 
 def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str]) -> int:
-    """The version of `name` that holds the model in `folder`; made unless there is one of the same checkpoint.
+    """Register the model in `folder` and return the number of its version.
 
-    `folder` is what `Model.save` wrote, with README.md and samples.png. Of the tags, `checkpoint_sha256` identifies the
-    model; `metric`, `better` and the value rank it. Raises EnvironmentFault.
+    If a READY version with the same `checkpoint_sha256` exists, the function returns its number and registers nothing.
+
+    Args:
+        uri: Tracking URI.
+        name: Name of the registered model. It is created where it does not exist.
+        folder: Folder that `Model.save` wrote, with README.md and samples.png added.
+        run_id: Id of the MLflow run that trained the model.
+        tags: Tags of the version. `checkpoint_sha256` identifies the model. `metric`, `better` and the value rank it.
+
+    Raises EnvironmentFault.
     """
     with _errors_explained(uri):
         mlflow = client(uri)
@@ -79,16 +92,19 @@ def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str
         with tempfile.TemporaryDirectory(prefix="sagan-register-") as temp:
             mlflow.log_model_artifacts(logged.model_id, str(_packaged(folder, Path(temp) / "model")))
         mlflow.finalize_logged_model(logged.model_id, "READY")
-        made = _create_version(mlflow, name, logged, run_id, tags)
-        log.info("registered %s version %d", name, made)
-        return made
+        number = _create_version(mlflow, name, logged, run_id, tags)
+        log.info("registered %s version %d", name, number)
+        return number
 
 
 def promote_best(uri: str, name: str) -> int | None:
-    """Set `champion` to the best READY version that is not withdrawn; returns the champion's number, None without one.
+    """Set `champion` to the best READY version that is not withdrawn.
 
-    Compared are versions with a score under the newest version's protocol key. A champion without one cannot be
-    compared and stays. Raises EnvironmentFault.
+    Versions are compared under the protocol key of the newest version; versions without a score under this key are not
+    considered. A champion without such a score cannot be compared and keeps the alias.
+
+    Returns the number of the champion; None where there is no champion. Raises EnvironmentFault where MLflow cannot be
+    used, and SaganError where other processes undo the change in every attempt.
     """
     from mlflow.exceptions import MlflowException
 
@@ -102,7 +118,8 @@ def promote_best(uri: str, name: str) -> int | None:
             newest = eligible[-1]
             if champion and "withdrawn" not in champion.tags and not champion.compares(newest):
                 log.warning(
-                    "champion of %s stays version %d: it has no score under %s; compare by hand (sagan promote)",
+                    "the champion of %s stays version %d, because that version has no score under %s; compare the "
+                    "versions yourself, and set the champion with `sagan promote`",
                     name,
                     champion.number,
                     newest.metric,
@@ -111,18 +128,23 @@ def promote_best(uri: str, name: str) -> int | None:
             best = min(eligible, key=lambda version: (version.rank(newest), version.number))
             if champion and champion.number == best.number:
                 return best.number
-            with suppress(MlflowException):  # a rival set it at the same moment
+            with suppress(MlflowException):  # another process set the alias at the same moment
                 mlflow.set_registered_model_alias(name, CHAMPION, str(best.number))
     raise SaganError(
-        f"champion of {name} could not be moved in {ATTEMPTS} attempts", f"sagan promote {name} {best.number}"
+        f"the champion of {name} could not be set in {ATTEMPTS} attempts",
+        f"set it with: sagan promote {name} {best.number}",
     )
 
 
 def promote(uri: str, name: str, version: int, force_reason: str | None = None) -> int:
-    """Set `champion` by hand; returns the version.
+    """Set `champion` to a version that a person chose, and return its number.
 
-    Without a reason only to a better one under the champion's protocol. With one, versions that are newer or would win
-    are tagged withdrawn, so that the next promotion does not bring them back. Raises UsageError, EnvironmentFault.
+    Without `force_reason`, the version must be better than the champion under the champion's protocol. With
+    `force_reason`, every version that is newer or that ranks better is tagged withdrawn, so that `promote_best` does
+    not choose it later. The chosen version is no longer withdrawn.
+
+    Raises UsageError where the version does not exist, is not READY or is not better; EnvironmentFault where MLflow
+    cannot be used.
     """
     with _errors_explained(uri):
         mlflow = client(uri)
@@ -130,7 +152,7 @@ def promote(uri: str, name: str, version: int, force_reason: str | None = None) 
         chosen = next((v for v in all_versions if v.number == version and v.ready), None)
         if chosen is None:
             numbers = ", ".join(str(v.number) for v in all_versions if v.ready) or "none"
-            raise UsageError(f"{name} has no version {version} that is ready", f"choose one of: {numbers}")
+            raise UsageError(f"{name} has no version {version} that is READY", f"choose one of: {numbers}")
         champion = champion_of(uri, name)
         if force_reason is None and champion is not None and champion.number != version:
             _require_better(name, chosen, champion)
@@ -147,27 +169,31 @@ def promote(uri: str, name: str, version: int, force_reason: str | None = None) 
 
 
 def _require_better(name: str, chosen: Version, champion: Version) -> None:
+    """Check that `chosen` is better than the champion under the champion's protocol. Raises UsageError."""
     if not chosen.compares(champion):
-        said = "was scored under another protocol than its champion: the two do not compare"
+        problem = "and the champion were scored under different protocols, so they cannot be compared"
     elif chosen.rank(champion) >= champion.rank(champion):
-        said = "is not better than its champion under the same protocol"
+        problem = "is not better than the champion under the same protocol"
     else:
         return
+    descriptions = f"{chosen.described(champion)}\n  {champion.described(champion)}"
     raise UsageError(
-        f"version {chosen.number} of {name} {said}\n  {chosen.described(champion)}\n  {champion.described(champion)}",
-        f'give a reason to promote it all the same: sagan promote {name} {chosen.number} --force "…"',
+        f"version {chosen.number} of {name} {problem}\n  {descriptions}",
+        f'to promote it anyway, give a reason: sagan promote {name} {chosen.number} --force "…"',
     )
 
 
 def pull(uri: str, model_uri: str, destination: Path) -> Path:
-    """Bring `models:/NAME@ALIAS` or `models:/NAME/VERSION` into the folder `destination`; returns it.
+    """Download the model `models:/NAME@ALIAS` or `models:/NAME/VERSION` into the folder `destination`.
 
-    It then holds generator.safetensors, config.json, code/sagan/, README.md, samples.png and MLflow's own files. An
-    earlier pull there is replaced. Raises UsageError, EnvironmentFault.
+    The folder then contains generator.safetensors, config.json, code/sagan/, README.md, samples.png and the files of
+    MLflow. A model that was pulled into it earlier is replaced.
+
+    Returns `destination`. Raises UsageError, EnvironmentFault.
     """
     destination = Path(destination)
     if destination.exists() and not (destination / "generator.safetensors").exists() and any(destination.iterdir()):
-        raise UsageError(f"{destination} is not empty and holds no model", "choose another folder")
+        raise UsageError(f"{destination} is not empty and contains no model", "choose another folder")
     with _errors_explained(uri):
         from mlflow.artifacts import download_artifacts
 
@@ -183,9 +209,10 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
 
 
 def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
-    """Bring the checkpoint that a version was made from, the whole training state, into `destination`; returns it.
+    """Download the checkpoint of a version, which is the whole training state, into the empty folder `destination`.
 
-    Raises UsageError, EnvironmentFault, CorruptError where it is gone or is not what was registered.
+    Returns `destination`. Raises UsageError, EnvironmentFault. Raises CorruptError where the checkpoint does not exist
+    any more or is not the one that was registered.
     """
     if destination.exists() and any(destination.iterdir()):
         raise UsageError(f"{destination} is not empty", "choose another folder")
@@ -193,25 +220,28 @@ def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
         name, number = _resolve(uri, model_uri)
         tags = next(version.tags for version in versions(uri, name) if version.number == number)
     try:
-        manifest = fileset.fetch(tags["checkpoint"], destination)
+        manifest = file_sets.fetch_set(tags["checkpoint"], destination)
     except (FileNotFoundError, KeyError):
         raise CorruptError(
-            f"the checkpoint of {name} version {number} is gone: {tags.get('checkpoint', 'its version names none')}",
-            f"the generator alone is still there: sagan pull {model_uri} {destination}",
+            f"the checkpoint of {name} version {number} does not exist: "
+            f"{tags.get('checkpoint', 'the version names no checkpoint')}",
+            f"pull the generator alone: sagan pull {model_uri} {destination}",
         ) from None
     if manifest.digest != tags["checkpoint_sha256"]:
-        raise CorruptError(f"{tags['checkpoint']} is not the checkpoint that {name} version {number} was made from")
+        raise CorruptError(
+            f"{tags['checkpoint']} is not the checkpoint from which {name} version {number} was exported"
+        )
     return destination
 
 
 def versions(uri: str, name: str) -> list[Version]:
-    """All versions by number; [] where there is no such model."""
-    found = client(uri).search_model_versions(f"name = '{name}'", max_results=MOST_VERSIONS)
-    return sorted(map(_version, found), key=lambda version: version.number)
+    """Return all versions of a model, sorted by number; [] where there is no such model."""
+    entries = client(uri).search_model_versions(f"name = '{name}'", max_results=MOST_VERSIONS)
+    return sorted(map(_version, entries), key=lambda version: version.number)
 
 
 def champion_of(uri: str, name: str, alias: str = CHAMPION) -> Version | None:
-    """The version that has the alias; None where there is no such model or alias."""
+    """Return the version that has the alias; None where there is no such model or alias."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -223,43 +253,47 @@ def champion_of(uri: str, name: str, alias: str = CHAMPION) -> Version | None:
 
 
 def checkpoints(uri: str, name: str) -> set[str]:
-    """URLs of the checkpoints that versions were made from. Raises EnvironmentFault."""
+    """Return the URLs of the checkpoints from which versions were exported. Raises EnvironmentFault."""
     with _errors_explained(uri):
         return {version.tags["checkpoint"] for version in versions(uri, name) if "checkpoint" in version.tags}
 
 
 def add_score(uri: str, name: str, version: int, metric: str, value: float) -> None:
-    """Note a version's score under another protocol key, so that it can be compared. Raises EnvironmentFault."""
+    """Store a score of a version under the protocol key `metric`, so that it can be compared with other versions.
+
+    Raises EnvironmentFault.
+    """
     with _errors_explained(uri):
         client(uri).set_model_version_tag(name, str(version), metric, repr(value))
 
 
-def _version(found: Any) -> Version:
-    return Version(int(found.version), found.status == "READY", dict(found.tags))
+def _version(entry: Any) -> Version:
+    return Version(int(entry.version), entry.status == "READY", dict(entry.tags))
 
 
 def _resolve(uri: str, model_uri: str) -> tuple[str, int]:
-    """Name and number of `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises UsageError."""
+    """Return the name and the number of `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises UsageError."""
     match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))", model_uri)
     if match is None:
-        raise UsageError(f"{model_uri} names no model", "write models:/NAME@champion or models:/NAME/VERSION")
+        raise UsageError(f"{model_uri} is not a model URI", "write models:/NAME@champion or models:/NAME/VERSION")
     name, alias = match["name"], match["alias"]
     known = versions(uri, name)
-    found = (
+    version = (
         champion_of(uri, name, alias) if alias else next((v for v in known if v.number == int(match["number"])), None)
     )
-    if found is None:
+    if version is None:
         names = ", ".join(model.name for model in client(uri).search_registered_models(max_results=20))
         raise UsageError(
             f"{model_uri} is not in the registry at {uri}",
-            f"{name} has versions {', '.join(str(v.number) for v in known)}"
+            f"choose one of the versions of {name}: {', '.join(str(v.number) for v in known)}"
             if known
-            else f"there are: {names or 'none'}",
+            else f"choose one of the registered models: {names or '(there are none)'}",
         )
-    return name, found.number
+    return name, version.number
 
 
 def _ensure_model(mlflow: Any, name: str) -> None:
+    """Create the registered model where it does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -270,13 +304,17 @@ def _ensure_model(mlflow: Any, name: str) -> None:
 
 
 def _create_version(mlflow: Any, name: str, logged: Any, run_id: str, tags: dict[str, str]) -> int:
-    """MLflow numbers a version by the highest plus one, which two processes may do at once."""
+    """Create a version and return its number.
+
+    MLflow gives a version the highest number plus one. Two processes may choose the same number at once. One of them
+    then gets an error, and this function repeats the call.
+    """
     from mlflow.exceptions import MlflowException
 
     source, model_id, attempt = logged.artifact_location, logged.model_id, 0
     while True:
         try:
-            made = mlflow.create_model_version(
+            created = mlflow.create_model_version(
                 name, source, run_id=run_id, model_id=model_id, tags=tags, await_creation_for=0
             )
         except MlflowException:
@@ -284,11 +322,11 @@ def _create_version(mlflow: Any, name: str, logged: Any, run_id: str, tags: dict
             if attempt == ATTEMPTS:
                 raise
         else:
-            return int(made.version)
+            return int(created.version)
 
 
 def _packaged(folder: Path, target: Path) -> Path:
-    """`folder` as an MLflow model from code: its files stay where they are, MLflow's own come beside them."""
+    """Write an MLflow model from code to `target`, with the files of `folder` at its top level. Return `target`."""
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, ColSpec, Schema
@@ -296,16 +334,17 @@ def _packaged(folder: Path, target: Path) -> Path:
     inputs = Schema(
         [
             ColSpec(AnyType(), "class", required=False),
-            ColSpec(AnyType(), "seed", required=False),  # whole numbers with gaps arrive as floats
+            ColSpec(AnyType(), "seed", required=False),  # pandas turns integers with missing values into floats
             ColSpec("double", "truncation", required=False),
         ]
     )
     outputs = Schema([ColSpec("string", "png"), ColSpec("string", "class")])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # asks for an input example, which would run the model here
+        # MLflow warns that there is no input example. With an example, MLflow would run the model here.
+        warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.save_model(
             target,
-            python_model=str(Path(__file__).with_name("model.py")),
+            python_model=str(Path(__file__).with_name("served_model.py")),
             code_paths=[str(folder / "code" / "sagan")],
             signature=ModelSignature(inputs, outputs),
             pip_requirements=_requirements(),
@@ -317,6 +356,7 @@ def _packaged(folder: Path, target: Path) -> Path:
 
 
 def _requirements() -> list[str]:
+    """Return pinned requirements of the served model, at the versions that are installed here."""
     from importlib.metadata import version
 
     names = ("mlflow", "torch", "numpy", "safetensors", "pillow", "pandas")
@@ -325,6 +365,7 @@ def _requirements() -> list[str]:
 
 @contextmanager
 def _errors_explained(uri: str) -> Iterator[None]:
+    """Raise EnvironmentFault where MLflow raises an error inside the `with` block."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -333,5 +374,5 @@ def _errors_explained(uri: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise EnvironmentFault(
             f"the model registry at {uri} cannot be used: {reason}",
-            "check that MLflow and its artifact store run and can be reached, and track.uri or MLFLOW_TRACKING_URI",
+            "check that MLflow and its artifact store can be reached; check track.uri or MLFLOW_TRACKING_URI",
         ) from error

@@ -1,4 +1,4 @@
-"""All ranks hold the same finite state, or the run stops and names what is wrong."""
+"""Checks that all ranks hold the same finite state. A failed check stops the run and names a tensor."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pipeline.errors import SaganError
 from sagan.state import TrainState
 from sagan.world import World
 
-LOWER_RATES = "start anew under another name with lower learning rates; the checkpoints before this one stand"
+LOWER_RATES = "start a new run with another name and lower learning rates; the earlier checkpoints of this run are kept"
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """int64 sum over the tensor's bits: any single changed value changes it."""
+    """Return the int64 sum over the tensor's bits. A change of any single value changes the sum."""
     bits = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() >= 4 else torch.int16)
     return bits.sum(dtype=torch.int64)
 
 
-def check(state: TrainState, world: World) -> None:
-    """Compare weights, u, statistics, moments and average across ranks. Collective.
+def check_ranks(state: TrainState, world: World) -> None:
+    """Compare weights, u, batch-norm statistics, optimiser moments and moving averages across ranks. Collective.
 
-    Raises SaganError on every rank where any tensor differs, naming the first.
+    Raises SaganError on every rank where a tensor differs between ranks. The message names the first such tensor.
     """
     if world.size == 1:
         return
@@ -31,17 +31,21 @@ def check(state: TrainState, world: World) -> None:
     if differs:
         raise SaganError(
             f"ranks disagree at {state.images / 1000:.1f} kimg: {named[differs[0]][0]} "
-            f"(and {len(differs) - 1} more tensors) is not the same everywhere",
-            "resume from the last checkpoint; if it happens again, a device computes wrongly or code ran on one rank",
+            f"and {len(differs) - 1} other tensors differ between ranks",
+            "resume from the last checkpoint; if this happens again, look for a faulty device or for code that runs on "
+            "one rank only",
         )
 
 
 def require_finite(state: TrainState) -> None:
-    """Raises SaganError naming the first tensor that holds NaN or infinity."""
+    """Check that every tensor of the state is finite.
+
+    Raises SaganError where a tensor holds NaN or infinity. The message names the first such tensor.
+    """
     broken = [name for name, tensor in state.tensors() if not tensor.isfinite().all()]
     if broken:
         raise SaganError(
             f"training diverged at {state.images / 1000:.1f} kimg: "
-            f"{broken[0]} (and {len(broken) - 1} more tensors) is not finite",
+            f"{broken[0]} and {len(broken) - 1} other tensors are not finite",
             LOWER_RATES,
         )

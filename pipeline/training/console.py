@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a training run for people: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from pipeline.config.schema import TrainJob
 from pipeline.training.status import Snapshot
 
-LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0  # seconds between two lines where the output is not a terminal
 
 
 class Console:
+    """Prints the events and the progress of one run to stdout."""
+
     def __init__(self, job: TrainJob) -> None:
         self.job = job
         self.shown_events = 0
@@ -45,6 +47,7 @@ class Console:
         self.progress.stop()
 
     def show(self, now: Snapshot) -> None:
+        """Print the events that are new in `now`, and the progress."""
         for event in now.events[self.shown_events :]:
             self._print(event)
         self.shown_events = len(now.events)
@@ -64,7 +67,7 @@ class Console:
         if images <= 0:
             return ""
         left = int((1000 * self.job.train.kimg - now.images) * seconds / images)
-        return f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        return f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
     def _print(self, line: str) -> None:
         if self.output.is_terminal:

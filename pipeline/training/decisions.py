@@ -1,4 +1,4 @@
-"""What to do next, as data: small pure functions of what was observed."""
+"""Decisions of the training loop: pure functions that return what the loop must do."""
 
 from __future__ import annotations
 
@@ -6,41 +6,55 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.schema import TrainJob
+from pipeline.runs.stored_run import StoredCheckpoint
 
 
-def due(before: int, after: int, kimg: float) -> bool:
-    """Whether a step from `before` to `after` images crosses a multiple of `kimg` thousand images."""
+def is_due(before: int, after: int, kimg: float) -> bool:
+    """Return whether a step from position `before` to `after` crosses a multiple of `kimg` thousand images."""
     interval = 1000 * kimg
     return after // interval > before // interval
 
 
 @dataclass(frozen=True)
-class StepBorder:
-    """What is to be done between two steps."""
+class Actions:
+    """Actions after a step, in the order in which the worker takes them."""
 
     log: bool
     checkpoint: bool
-    evaluate: bool
+    score: bool
     stop: bool
-    early: bool
-    """Whether that is before the end."""
+    interrupted: bool
+    """Whether the run stops before `train.kimg`."""
 
 
-def at_border(job: TrainJob, before: int, after: int, stop_requested: bool) -> StepBorder:
-    """A run ends at `train.kimg` or where it is asked to; either way with a checkpoint, and its last one is scored."""
+def actions_after_step(job: TrainJob, before: int, after: int, stop_requested: bool) -> Actions:
+    """Return the actions after a step from position `before` to `after`, in images.
+
+    A run ends at `train.kimg`, or earlier if a stop is requested. In both cases it writes a checkpoint. The checkpoint
+    at `train.kimg` is scored.
+    """
     finished = after >= 1000 * job.train.kimg
-    evaluate = finished or due(before, after, job.evaluate.kimg)
+    score = finished or is_due(before, after, job.evaluate.kimg)
     stop = finished or stop_requested
-    checkpoint = stop or evaluate or due(before, after, job.checkpoint.kimg)
-    return StepBorder(
-        log=checkpoint or due(before, after, job.train.log_kimg),  # what diverged must not become a checkpoint
+    checkpoint = stop or score or is_due(before, after, job.checkpoint.kimg)
+    return Actions(
+        # Logging checks that the losses are finite, so a diverged state is found before it is saved.
+        log=checkpoint or is_due(before, after, job.train.log_kimg),
         checkpoint=checkpoint,
-        evaluate=evaluate,
+        score=score,
         stop=stop,
-        early=stop and not finished,
+        interrupted=stop and not finished,
     )
 
 
-def superfluous(checkpoints: Sequence[str], keep: int, protected: Collection[str]) -> list[str]:
-    """The checkpoints (oldest first) to delete: all but the newest `keep` and the protected."""
-    return [name for name in checkpoints[:-keep] if name not in protected]
+def superfluous(
+    checkpoints: Sequence[StoredCheckpoint], keep: int, protected: Collection[str]
+) -> list[StoredCheckpoint]:
+    """Return the checkpoints to delete. The newest `keep` checkpoints and the checkpoints in `protected` are kept.
+
+    Args:
+        checkpoints: Complete checkpoints, the oldest first.
+        keep: Number of the newest checkpoints to keep, at least 1.
+        protected: Names of checkpoints to keep.
+    """
+    return [checkpoint for checkpoint in checkpoints[:-keep] if checkpoint.name not in protected]

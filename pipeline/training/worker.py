@@ -1,4 +1,4 @@
-"""What every training worker runs: restore, then step, log, checkpoint until told to stop."""
+"""The training worker. It restores the state, then steps, logs, writes checkpoints and scores them until the end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.collection.manifest import Collection
+from pipeline.compute.devices import configure_device
 from pipeline.config.schema import TrainJob
-from pipeline.data.device import to_device
-from pipeline.data.index import Collection
-from pipeline.data.stream import Stream
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError
-from pipeline.storage import fileset
-from pipeline.tracking import source
-from pipeline.tracking.tracker import Tracker
-from pipeline.training import checkpoints, consistency
-from pipeline.training.checkpoints import FACTS, METRICS
-from pipeline.training.decisions import StepBorder, at_border
-from pipeline.training.status import Rate
-from sagan import machine, spectral_norm
+from pipeline.runs.checkpoints import fetch_newest_checkpoint, upload_checkpoint, write_checkpoint
+from pipeline.runs.records import CheckpointFacts
+from pipeline.runs.stored_run import METRICS, StoredCheckpoint, StoredRun
+from pipeline.storage import file_sets
+from pipeline.streaming.device_transfer import to_device
+from pipeline.streaming.stream import Stream
+from pipeline.tracking.git_commit import git_commit
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.training import consistency
+from pipeline.training.assignment import Assignment
+from pipeline.training.decisions import Actions, actions_after_step
+from pipeline.training.status import TimeShares
+from sagan import spectral_norm
 from sagan.attention import SelfAttention
 from sagan.state import TrainState
 from sagan.step import METRICS as STEP_METRICS
@@ -40,30 +43,17 @@ from sagan.step import Step
 from sagan.world import World
 
 
-@dataclass
-class Assignment:
-    """What the driver hands to every worker."""
-
-    job: dict[str, Any]
-    tracking_uri: str
-    run_id: str
-    status: Any  # handle of the RunStatus actor
-    method_digest: str
-    score_in_line: Callable[[str], object] | None
-    """Scores the committed checkpoint of a name; None where the cluster has room to do that beside training."""
-
-
-def train(config: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker."""
+def train_worker(config: dict[str, Any]) -> None:
+    """Run one Ray Train worker. `config["assignment"]` is an `Assignment`."""
     assignment: Assignment = config["assignment"]
     try:
         with contextlib.closing(Worker(assignment)) as worker:
             worker.run()
     except (EnvironmentFault, CorruptError) as error:
         assignment.status.note.remote(f"a worker failed: {error.message}")
-        raise  # new workers may find it mended
+        raise  # Ray Train restarts the workers. The cause may be gone by then.
     except SaganError as error:
-        # the same on every rank, and no restart would change it: end without one
+        # Every rank raises this error, and would raise it again after a restart. Return, so that Ray does not restart.
         ray.get(assignment.status.failed.remote(error))
     except Exception as error:
         assignment.status.note.remote(f"a worker failed: {type(error).__name__}: {error}")
@@ -71,100 +61,115 @@ def train(config: dict[str, Any]) -> None:
 
 
 class Worker:
+    """One rank of a training run."""
+
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self.job = job = TrainJob.model_validate(assignment.job)
+        self.stored = StoredRun.of(job)
         self.status = assignment.status
         self.world = World.current()
-        self.leads = self.world.rank == 0
-        self.device = _prepare_device()
-        # decisions travel over the host, so that agreeing on them never waits for a GPU
+        self.is_rank0 = self.world.rank == 0
+        self.device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
+        configure_device(self.device)
+        # Decisions are broadcast between hosts with gloo, so that a broadcast never waits for a GPU.
         self.control = dist.new_group(backend="gloo") if self.world.size > 1 else None
         self.scratch = tempfile.TemporaryDirectory(prefix=f"sagan-{job.name}-")
         self.metrics_file = Path(self.scratch.name) / METRICS
         self.train_seconds = 0.0
-        self.commit = source.commit()  # now: a checkout may move on while this runs
+        self.git_commit = git_commit()  # read at the start, because the checkout may change during training
         self.collection = Collection.open(job.data.train)
         self.state = self._restore()
         self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
         self.stream = Stream(
             self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._note
         )
-        self.tracker = Tracker(assignment.tracking_uri, assignment.run_id) if self.leads else None
+        self.tracker = MlflowRun(assignment.tracking_uri, assignment.mlflow_run_id) if self.is_rank0 else None
         self._replay_metrics()
 
     def run(self) -> None:
+        """Train to `train.kimg`, or until the driver asks to stop."""
         job, state = self.job, self.state
         batches = self._batches()
-        self.rate, since_log = Rate(), state.images
+        self.shares, since_log = TimeShares(), state.images
         totals = torch.zeros(len(STEP_METRICS), device=self.device)
         steps = 0
         while state.images < 1000 * job.train.kimg:
             before = state.images
             totals += self.step(next(batches) for _ in range(job.optim.n_dis))
             steps += 1
-            border = at_border(job, before, state.images, self._stop_requested())
-            if border.log:
+            actions = actions_after_step(job, before, state.images, self._stop_requested())
+            if actions.log:
                 self._log(totals / steps, state.images - since_log)
                 totals.zero_()
-                self.rate, since_log, steps = Rate(), state.images, 0
-            if border.checkpoint:
-                self._checkpoint(border)
-            if border.stop:
+                self.shares, since_log, steps = TimeShares(), state.images, 0
+            if actions.checkpoint:
+                self._checkpoint(actions)
+            if actions.stop:
                 break
 
     def close(self) -> None:
+        """End the threads of the stream and the tracker, and delete local files."""
         self.stream.close()
         if self.tracker is not None:
             self.tracker.close(timeout_s=30)
         self.scratch.cleanup()
 
-    # --- beginning ---------------------------------------------------------------------------------------------------
+    # --- start -------------------------------------------------------------------------------------------------------
 
     def _restore(self) -> TrainState:
-        """The newest good checkpoint (rank 0 decides which), else a fresh state."""
+        """Return the state of the newest good checkpoint, or a new state where there is no checkpoint. Collective.
+
+        Rank 0 chooses the checkpoint.
+        """
         local = Path(self.scratch.name) / "restored"
         local.mkdir()
-        name = checkpoints.fetch_newest(self.job.folder, local, self._note) if self.leads else None
-        name = self._from_leader(name)
-        if name is None:
+        newest = fetch_newest_checkpoint(self.stored, local, self._note) if self.is_rank0 else None
+        checkpoint: StoredCheckpoint | None = self._from_rank0(newest)
+        if checkpoint is None:
             state = TrainState(self.job.model, self.job.optim, self.job.seed, self.device)
         else:
-            if not self.leads:
-                fileset.fetch(self.job.folder.checkpoint(name), local)
+            if not self.is_rank0:
+                file_sets.fetch_set(checkpoint.url, local)
+            restored = StoredCheckpoint(str(local))
             state = TrainState.load(local, self.device)
-            self.metrics_file.write_bytes((local / METRICS).read_bytes())
-            self.train_seconds = json.loads((local / FACTS).read_text())["train_seconds"]
-        consistency.check(state, self.world)
-        if self.leads:
+            self.metrics_file.write_bytes(restored.metrics())
+            self.train_seconds = restored.facts().train_seconds
+        consistency.check_ranks(state, self.world)
+        if self.is_rank0:
+            name = None if checkpoint is None else checkpoint.name
             ray.get(self.status.group_started.remote(state.images, name, self.train_seconds))
         return state
 
     def _replay_metrics(self) -> None:
-        """Hand the tracker every point of the checkpoint; what the run already holds it skips."""
+        """Pass every point of the checkpoint to the tracker. The tracker skips points that the MLflow run has."""
         if self.tracker is not None and self.metrics_file.exists():
             for line in self.metrics_file.read_text().splitlines():
                 point = json.loads(line)
                 self.tracker.log(point["metrics"], point["step"], point["time_ms"])
 
-    # --- a step's surroundings ---------------------------------------------------------------------------------------
+    # --- around a step -----------------------------------------------------------------------------------------------
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         flip_seed = self.job.seed if self.job.data.flip else None
         for batch in self.stream.batches(self.state.images, self.job.train.batch):
-            self.rate.data += batch.wait_s
+            self.shares.data += batch.wait_s
             yield to_device(batch, self.device, flip_seed)
 
     def _stop_requested(self) -> bool:
-        """The driver's wish, as rank 0 sees it, agreed on by all ranks at the same border."""
-        asked = bool(self.leads and ray.get(self.status.progress.remote(self.state.images)))
+        """Return whether the driver asks to stop. Rank 0 asks the driver; all ranks return its answer. Collective."""
+        requested = bool(self.is_rank0 and ray.get(self.status.progress.remote(self.state.images)))
         if self.control is None:
-            return asked
-        flag = torch.tensor([asked])
+            return requested
+        flag = torch.tensor([requested])
         dist.broadcast(flag, src=0, group=self.control)
         return bool(flag)
 
     def _log(self, metrics: Tensor, images: int) -> None:
+        """Log `metrics`, this rank's part of the means over the last `images` images. Collective.
+
+        Raises SaganError where a metric is not finite.
+        """
         values = dict(zip(STEP_METRICS, self.world.sum_(metrics).tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
             raise SaganError(
@@ -176,11 +181,11 @@ class Worker:
             values.update({f"gamma_{network}{i or ''}": gamma for i, gamma in enumerate(gammas)})
             if sigmas := [layer.sigma for _, layer in spectral_norm.layers(part)]:
                 values[f"sigma_{network}"] = torch.stack(sigmas).max().item()
-        rate = self.rate.metrics(images)
-        self.train_seconds += images / rate["images_per_s"]
+        shares = self.shares.metrics(images)
+        self.train_seconds += images / shares["images_per_s"]
         if self.tracker is not None:
             step, now = self.state.images, int(time.time() * 1000)
-            metrics_now = {**values, **rate}
+            metrics_now = {**values, **shares}
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps({"step": step, "time_ms": now, "metrics": metrics_now}) + "\n")
             self.tracker.log(metrics_now, step, now)
@@ -188,69 +193,82 @@ class Worker:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _checkpoint(self, border: StepBorder) -> None:
-        """Rank 0 writes, a background thread uploads; a run's last checkpoint is waited for, and one scored in line."""
+    def _checkpoint(self, actions: Actions) -> None:
+        """Write a checkpoint on rank 0 and upload it in a thread. Collective.
+
+        The call waits for the upload of the previous checkpoint. If the run stops now, or if rank 0 scores this
+        checkpoint, the call also waits for the upload of this checkpoint.
+        """
         began = time.perf_counter()
         score = self.assignment.score_in_line
-        in_line = border.evaluate and score is not None and not border.early  # who asked to stop waits for no score
-        consistency.check(self.state, self.world)
+        score_now = actions.score and score is not None and not actions.interrupted
+        consistency.check_ranks(self.state, self.world)
         consistency.require_finite(self.state)
-        wait = border.stop or in_line
+        wait = actions.stop or score_now
         upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
-        name, checkpoint = None, None
-        if self.leads:
+        name, written = None, None
+        if self.is_rank0:
             local = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-            facts = {
-                "train_seconds": self.train_seconds,
-                "evaluate": border.evaluate,
-                "collection": self.collection.digest,
-                "class_names": self.collection.class_names,
-                "method_digest": self.assignment.method_digest,
-                "commit": self.commit,
-            }
-            name = checkpoints.write(local, self.state, self.metrics_file, facts)
-            checkpoint = ray.train.Checkpoint.from_directory(str(local))
-        name = self._from_leader(name)
+            facts = CheckpointFacts(
+                images=self.state.images,
+                train_seconds=self.train_seconds,
+                to_score=actions.score,
+                collection_digest=self.collection.digest,
+                class_names=self.collection.class_names,
+                method_digest=self.assignment.method_digest,
+                git_commit=self.git_commit,
+            )
+            name = write_checkpoint(local, self.state, self.metrics_file, facts)
+            written = ray.train.Checkpoint.from_directory(str(local))
+        checkpoint = self.stored.checkpoint(self._from_rank0(name))
+        scored_beside = written is not None and actions.score and score is None
         ray.train.report(
             {"images": self.state.images},
-            checkpoint=checkpoint,
-            checkpoint_dir_name=name,
+            checkpoint=written,
+            checkpoint_dir_name=checkpoint.name,
             checkpoint_upload_mode=upload,
-            checkpoint_upload_fn=self._commit,
+            checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=True,
-            validation=_validation(name) if checkpoint and border.evaluate and score is None else False,
+            validation=ray.train.ValidationTaskConfig(fn_kwargs={"url": checkpoint.url}) if scored_beside else False,
         )
-        if border.early and self.leads:
+        if actions.interrupted and self.is_rank0:
             ray.get(self.status.stopped.remote())
-        self.rate.checkpoint += time.perf_counter() - began
-        if score and in_line:
-            self._score_in_line(score, name)
+        self.shares.checkpoint += time.perf_counter() - began
+        if score_now:
+            self._score_in_line(checkpoint)
 
-    def _score_in_line(self, score: Callable[[str], object], checkpoint: str) -> None:
-        """Rank 0 scores while the others wait; afterwards all go on as if nothing had been. Collective."""
+    def _score_in_line(self, checkpoint: StoredCheckpoint) -> None:
+        """Score a checkpoint on rank 0 while the other ranks wait. Collective.
+
+        The training state and torch's random-number generators do not change. An error in scoring does not stop
+        training; the checkpoint is then scored after training.
+        """
+        score = self.assignment.score_in_line
+        assert score is not None
         began = time.perf_counter()
-        if self.leads:
+        if self.is_rank0:
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), contextlib.suppress(Exception):  # the driver is told, and tries again
+            # `score` shows an error on the driver's console, and the checkpoint is scored after training.
+            with torch.random.fork_rng(devices), contextlib.suppress(Exception):
                 score(checkpoint)
-            machine.prepare(self.device)  # an extractor has its own wishes
-        ray.train.collective.barrier()  # which, unlike those of torch, does not give up a rank that takes its time
+            configure_device(self.device)  # an extractor changes settings of torch
+        ray.train.collective.barrier()  # a long score would exceed the time-out of torch's barriers
         seconds = time.perf_counter() - began
-        self.rate.evaluation += seconds
-        if self.leads:
-            self._note(f"training waited {seconds:.1f} s for it")
+        self.shares.evaluation += seconds
+        if self.is_rank0:
+            self._note(f"training waited {seconds:.1f} s for the score")
 
-    def _commit(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        checkpoints.commit(Path(checkpoint.path), self.job.folder, name)
-        ray.get(self.status.committed.remote(name))
+    def _upload(self, written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Upload a written checkpoint. Ray Train calls this method in a separate thread."""
+        upload_checkpoint(Path(written.path), self.stored.checkpoint(name))
+        ray.get(self.status.uploaded.remote(name))
         storage = ray.train.get_context().get_storage()
-        path = f"{storage.experiment_fs_path}/checkpoints/{name}"
-        return ray.train.Checkpoint(path, storage.storage_filesystem)
+        return ray.train.Checkpoint(f"{storage.experiment_fs_path}/checkpoints/{name}", storage.storage_filesystem)
 
     # --- between ranks -----------------------------------------------------------------------------------------------
 
-    def _from_leader(self, value: Any) -> Any:
-        """Rank 0's value, on every rank. Collective."""
+    def _from_rank0(self, value: Any) -> Any:
+        """Return the value of rank 0 on every rank. Collective."""
         if self.control is None:
             return value
         box = [value]
@@ -258,14 +276,5 @@ class Worker:
         return box[0]
 
     def _note(self, message: str) -> None:
+        """Show the message on the driver's console."""
         self.status.note.remote(message)
-
-
-def _validation(name: str | None) -> ray.train.ValidationTaskConfig:
-    return ray.train.ValidationTaskConfig(fn_kwargs={"name": name})
-
-
-def _prepare_device() -> torch.device:
-    device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
-    machine.prepare(device)
-    return device

@@ -1,284 +1,191 @@
-"""A search over keys of a base job: every trial is a Ray Train run like any other, a child of one MLflow run."""
+"""A sweep: a search over keys of a base job. Every trial is a separate training run with its own MLflow run.
+
+The MLflow runs of the trials are children of the sweep's MLflow run.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config.load import override, parse, trial_job
-from pipeline.config.schema import Choice, TrainJob, TuneJob
+from pipeline.compute.cluster import connect
+from pipeline.compute.devices import uses_gpu
+from pipeline.compute.resources import cluster_resources, release_placement_groups, require_resources
+from pipeline.config.job_file import override, parse_job, trial_job
+from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.runs.records import RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
-from pipeline.storage.run_folder import RunFolder
-from pipeline.tracking.tracker import Tracker, tracking_uri
-from pipeline.training import cluster
-from pipeline.training import run as training
-from pipeline.training.run import Evaluation
-from pipeline.tuning.picture import draw
-
-TRIAL_CPUS = 0.01  # Ray Tune reserves something for the function that drives a trial; Ray Train's workers do the work
-WORST = 1e9  # finite stand-in for the score of a trial that diverged: searchers cannot learn from NaN
-REPORTED = "score"
+from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
+from pipeline.training.assignment import Evaluation
+from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, train
+from pipeline.tuning import ray_tune
+from pipeline.tuning.sweep_picture import draw_plane
 
 
-@dataclass(frozen=True)
-class Trial:
-    """How one trial ended."""
+def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> SweepSummary:
+    """Run the trials, register the model of the best trial, draw the plane and return the summary.
 
-    name: str
-    point: dict[str, Any]
-    score: float
-    kimg: float
-    reason: str
+    The same command resumes a sweep whose driver died. Trials that ended are kept; the others resume.
 
+    Args:
+        sweep: The sweep job.
+        evaluation: Computes the scores.
+        fresh: Whether to delete the sweep first. The runs of its trials are not deleted.
 
-def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> dict[str, Any]:
-    """Try the points, register the best trial's champion, draw the plane; returns the summary.
-
-    The same command resumes a sweep whose driver died: finished trials are kept, unfinished ones go on.
-    Raises EnvironmentFault where the trials do not fit the cluster, SaganError where every trial failed.
+    Raises EnvironmentFault where the trials do not fit the cluster, and SaganError where every trial failed.
     """
     base = trial_job(sweep, sweep.example)
     base = base.model_copy(update={"track": base.track.model_copy(update={"uri": tracking_uri(base)})})
     files.check_writable(base.checkpoint.root)
-    training.pack_if_missing(base)
+    pack_if_missing(base)
+    stored = StoredSweep.of(base, sweep.name)
     if fresh:
-        files.delete(_folder(sweep, base).url)
-    _check_room(sweep, base)
+        stored.delete()
+    _require_room(sweep, base)
     evaluation.check(base)
-    run_id = _parent_run(sweep, base)
-    trials = _search(sweep, base, evaluation, run_id)
-    return _conclude(sweep, base, evaluation, run_id, trials)
+    run_id = _find_or_start(sweep, base, stored)
+    higher_is_better = evaluation.higher_is_better(base)
+    run = ray_tune.with_parameters(
+        run_trial, sweep=sweep.name, base=base, evaluation=evaluation, parent=run_id, higher_is_better=higher_is_better
+    )
+    trials = ray_tune.search(sweep, base, run, higher_is_better)
+    release_placement_groups()
+    return _conclude(sweep, base, stored, evaluation, run_id, trials)
 
 
-def trial_of(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJob:
-    """The job of one trial; it registers nothing, since the best of all is chosen later.
+def job_of_trial(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJob:
+    """Return the job of one trial: the base job with the values of `point`.
 
-    Made from the base as the driver resolved it: a trial runs in another folder and environment.
+    The trial registers no model, because the best trial is known only after all trials. `base` must be the job that the
+    driver completed, because a trial runs in another folder with another environment.
     """
     values = base.model_dump(mode="json", by_alias=True)
     for key, value in {**point, "name": name, "track.register": False}.items():
         override(values, key, value)
-    job = parse(values, name)
+    job = parse_job(values, name)
     assert isinstance(job, TrainJob)
     return job
 
 
-def _folder(sweep: TuneJob, base: TrainJob) -> RunFolder:
-    return RunFolder(files.join(base.checkpoint.root, sweep.name))
+def run_trial(
+    point: dict[str, Any], *, sweep: str, base: TrainJob, evaluation: Evaluation, parent: str, higher_is_better: bool
+) -> None:
+    """Train one trial inside Ray Tune and report each score.
+
+    Raises EnvironmentFault. Other errors of training are reported as the failure of the trial.
+    """
+    name = f"{sweep}-{ray_tune.trial_id()}".lower().replace("_", "-")
+    job = job_of_trial(base, name, point)
+
+    def report(images: int, score: float | None) -> None:
+        ray_tune.report(name, score, images / 1000, higher_is_better)
+
+    try:
+        train(job, evaluation, parent=parent, on_score=report, final=False)
+    except EnvironmentFault:
+        raise  # the values of the point are not the cause, so Ray Tune may run the trial again
+    except SaganError as error:
+        ray_tune.report(name, None, job.train.kimg, higher_is_better, failure=error.message)
 
 
-def _check_room(sweep: TuneJob, base: TrainJob) -> None:
-    """Trials that do not fit would wait for one another in silence."""
-    import ray
+def _require_room(sweep: TuneJob, base: TrainJob) -> None:
+    """Check that `search.max_concurrent` trials fit the cluster at once. Raises EnvironmentFault."""
+    train_, scores, trials = base.train, base.evaluate, sweep.search.max_concurrent
+    cpus = train_.workers * base.resources.cpus_per_worker + scores.workers * scores.cpus
+    connect(trials * (cpus + ray_tune.TRIAL_CPUS))
+    gpus = train_.workers + scores.workers * scores.gpus if uses_gpu(base.resources.device) else 0.0
 
-    cpus = TRIAL_CPUS + base.train.workers * base.resources.cpus_per_worker + base.evaluate.workers * base.evaluate.cpus
-    cluster.connect(sweep.search.at_once * cpus)
-    have = ray.cluster_resources()
-    need = {"CPU": sweep.search.at_once * cpus}
-    if cluster.uses_gpu(base):
-        need["GPU"] = sweep.search.at_once * (base.train.workers + base.evaluate.workers * base.evaluate.gpus)
-    for resource, wanted in need.items():
-        if math.floor(wanted) > have.get(resource, 0):
-            fits = int(have.get(resource, 0) // (wanted / sweep.search.at_once))
-            raise EnvironmentFault(
-                f"{sweep.search.at_once} trials at once need {wanted:g} {resource}s; the cluster has "
-                f"{have.get(resource, 0):g}",
-                f"set search.at_once={fits}" if fits else "one trial alone does not fit: fewer workers, or more nodes",
-            )
+    def remedy(fit: int) -> str:
+        return f"set search.max_concurrent={fit}" if fit else "not even one trial fits: use fewer workers or add nodes"
+
+    require_resources(trials, "trials at once", cpus, gpus, remedy)
+    spare = math.floor(cluster_resources()["CPU"] - trials * cpus)
+    if spare < 0:
+        raise EnvironmentFault(f"{trials} trials at once do not fit the cluster", remedy(0))
 
 
-def _parent_run(sweep: TuneJob, base: TrainJob) -> str:
-    """The sweep's own MLflow run, begun or found again."""
-    record_url = _folder(sweep, base).record
-    record = files.read_json(record_url) if files.exists(record_url) else None
-    tracker = Tracker.start(
+def _find_or_start(sweep: TuneJob, base: TrainJob, stored: StoredSweep) -> str:
+    """Return the id of the sweep's MLflow run, which is created where the sweep has none."""
+    record = stored.record()
+    tracker = MlflowRun.start(
         tracking_uri(base),
         base.track.experiment,
         sweep.name,
-        record["mlflow_run_id"] if record else None,
+        record.mlflow_run_id if record else None,
         params={f"space.{key}": choice.model_dump(exclude_none=True) for key, choice in sweep.space.items()},
         tags={"kind": "tune"},
-        artifacts=base.track.artifacts or training.artifacts(base),
+        artifacts=base.track.artifacts or artifact_location(base),
     )
-    if record is None:
-        files.write_json(record_url, {"format": 1, "name": sweep.name, "mlflow_run_id": tracker.run_id})
     tracker.close(timeout_s=30)
+    if record is None:
+        stored.write_record(SweepRecord(name=sweep.name, mlflow_run_id=tracker.run_id))
     return tracker.run_id
 
 
-# --- searching -------------------------------------------------------------------------------------------------------
-
-
-def _search(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, run_id: str) -> list[Trial]:
-    from ray import tune as ray_tune
-    from ray.tune import RunConfig, TuneConfig, Tuner
-
-    filesystem, path = cluster.ray_storage(base.checkpoint.root)
-    storage = f"{path}/{sweep.name}/tune"
-    trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(run_trial, sweep=sweep.name, base=base, evaluation=evaluation, parent=run_id),
-        {"CPU": TRIAL_CPUS},
-    )
-    if Tuner.can_restore(f"{storage}/{sweep.name}", storage_filesystem=filesystem):
-        print(f"sweep {sweep.name} goes on where it stands", flush=True)
-        tuner = Tuner.restore(
-            f"{storage}/{sweep.name}", trainable=trainable, storage_filesystem=filesystem, resume_errored=True
-        )
-    else:
-        tuner = Tuner(
-            trainable,
-            param_space={key: _domain(choice) for key, choice in sweep.space.items()},
-            tune_config=TuneConfig(
-                num_samples=_samples(sweep),
-                max_concurrent_trials=sweep.search.at_once,
-                search_alg=_searcher(sweep),
-                scheduler=_scheduler(sweep, base),
-                metric=REPORTED,
-                mode="min",
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=RunConfig(name=sweep.name, storage_path=storage, storage_filesystem=filesystem, verbose=1),
-        )
-    results = tuner.fit()
-    cluster.release_placement_groups()
-    return [_trial(sweep, base, result) for result in results]
-
-
-def run_trial(point: dict[str, Any], *, sweep: str, base: TrainJob, evaluation: Evaluation, parent: str) -> None:
-    """One trial, inside Ray Tune: train, and report each score as it comes."""
-    from ray import tune as ray_tune
-
-    name = f"{sweep}-{ray_tune.get_context().get_trial_id()}".lower().replace("_", "-")
-    job = trial_of(base, name, point)
-    sign = -1.0 if evaluation.higher_is_better(job) else 1.0
-
-    def report(images: int, score: float | None) -> None:
-        value = WORST if score is None else sign * score
-        ray_tune.report({REPORTED: value, "kimg": images / 1000, "run": name})
-
-    try:
-        training.train(job, evaluation, parent=parent, on_score=report, final=False)
-    except EnvironmentFault:
-        raise  # not the point's fault: Ray Tune may try again
-    except SaganError as error:
-        ray_tune.report({REPORTED: WORST, "kimg": job.train.kimg, "run": name, "reason": error.message})
-
-
-def _domain(choice: Choice) -> Any:
-    from ray import tune as ray_tune
-
-    if choice.grid is not None:
-        return ray_tune.grid_search(choice.grid)
-    if choice.choice is not None:
-        return ray_tune.choice(choice.choice)
-    if choice.loguniform is not None:
-        return ray_tune.loguniform(*choice.loguniform)
-    assert choice.uniform is not None
-    return ray_tune.uniform(*choice.uniform)
-
-
-def _is_grid(sweep: TuneJob) -> bool:
-    return any(choice.grid is not None for choice in sweep.space.values())
-
-
-def _samples(sweep: TuneJob) -> int:
-    """A grid is tried whole, once."""
-    return 1 if _is_grid(sweep) else sweep.search.trials
-
-
-def _searcher(sweep: TuneJob) -> Any:
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-    from ray.tune.search.optuna import OptunaSearch
-
-    search = sweep.search
-    if search.algorithm == "random" or _is_grid(sweep):
-        return BasicVariantGenerator(points_to_evaluate=search.first or None, random_state=search.seed)
-    return OptunaSearch(points_to_evaluate=search.first or None, seed=search.seed)
-
-
-def _scheduler(sweep: TuneJob, base: TrainJob) -> Any:
-    from ray.tune.schedulers import ASHAScheduler
-
-    if sweep.schedule is None:
-        return None
-    return ASHAScheduler(
-        time_attr="kimg",
-        max_t=base.train.kimg,
-        grace_period=sweep.schedule.grace_kimg,
-        reduction_factor=sweep.schedule.reduction,
-    )
-
-
-def _trial(sweep: TuneJob, base: TrainJob, result: Any) -> Trial:
-    metrics = result.metrics or {}
-    score, kimg = metrics.get(REPORTED, WORST), metrics.get("kimg", 0.0)
-    if result.error is not None:
-        reason = f"failed: {str(result.error).strip().splitlines()[-1]}"
-    elif "reason" in metrics:
-        reason = metrics["reason"]
-    else:
-        reason = "finished" if kimg >= base.train.kimg else "stopped early"
-    return Trial(metrics.get("run", ""), {k: result.config[k] for k in sweep.space}, score, kimg, reason)
-
-
-# --- concluding ------------------------------------------------------------------------------------------------------
+# --- at the end ------------------------------------------------------------------------------------------------------
 
 
 def _conclude(
-    sweep: TuneJob, base: TrainJob, evaluation: Evaluation, run_id: str, trials: list[Trial]
-) -> dict[str, Any]:
-    """The best trial becomes the registry's version; table and picture become the parent run's artifacts."""
-    ranked = sorted((trial for trial in trials if trial.score < WORST), key=lambda trial: trial.score)
-    if not ranked:
-        reasons = sorted({trial.reason for trial in trials})
+    sweep: TuneJob, base: TrainJob, stored: StoredSweep, evaluation: Evaluation, run_id: str, trials: list[Trial]
+) -> SweepSummary:
+    """Register the best trial, write the table, the picture and the summary, and log table and picture to MLflow."""
+    ranked = best_first(trials, evaluation.higher_is_better(base))
+    if ranked[0].score is None:
+        reasons = sorted({trial.outcome for trial in trials})
         raise SaganError(f"all {len(trials)} trials of {sweep.name} failed: {'; '.join(reasons)}")
-    best = ranked[0]
-    scores = _register(sweep, base, evaluation, best)
-    sign = -1.0 if evaluation.higher_is_better(base) else 1.0
+    scores = _register(sweep, base, evaluation, ranked[0])
+    assert scores.score is not None
     local = Path("runs") / sweep.name
     local.mkdir(parents=True, exist_ok=True)
-    picture = local / "plane.png"
-    draw([(t.point, sign * t.score, t.kimg) for t in ranked], sweep.search.first, str(scores["score"]["key"]), picture)
-    (local / "trials.json").write_text(json.dumps([trial.__dict__ for trial in trials], indent=1))
-    files.upload(picture, _folder(sweep, base).plane)
-    files.upload(local / "trials.json", _folder(sweep, base).trials)
-    _print_table(sweep, sorted(trials, key=lambda trial: trial.score), sign)
-    summary = {
-        "name": sweep.name,
-        "kind": "tune",
-        "trials": len(trials),
-        "stopped_early": sum(trial.reason == "stopped early" for trial in trials),
-        "best": {"trial": best.name, **best.point},
-        **scores,
-        "mlflow_run_id": run_id,
-        "picture": str(picture),
-    }
-    (local / "summary.json").write_text(json.dumps(summary, indent=1))
-    files.write_json(_folder(sweep, base).summary, summary)
-    tracker = Tracker(tracking_uri(base), run_id)
-    for artifact in (picture, local / "trials.json"):
-        tracker.artifact(artifact, "")
+    picture, table = local / "plane.png", local / "trials.json"
+    draw_plane(trials, sweep.search.initial_points, scores.score.metric, picture)
+    files.upload(picture, stored.picture_url)
+    record = SweepTrials(trials=trials)
+    table.write_text(record.model_dump_json(indent=1))
+    stored.write_trials(record)
+    _print_table(sweep, ranked)
+    summary = SweepSummary(
+        name=sweep.name,
+        trials=len(trials),
+        stopped_early=sum(trial.outcome == ray_tune.STOPPED_EARLY for trial in trials),
+        best=ranked[0],
+        mlflow_run_id=run_id,
+        picture=str(picture),
+        **dict(scores),
+    )
+    (local / "summary.json").write_text(summary.model_dump_json(indent=1))
+    stored.write_summary(summary)
+    tracker = MlflowRun(tracking_uri(base), run_id)
+    for path in (picture, table):
+        tracker.log_file(path)
     tracker.close(timeout_s=60)
     tracker.finish("FINISHED")
     return summary
 
 
-def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial) -> dict[str, Any]:
-    job = training.resolve(trial_of(base, best.name, best.point))
+def best_first(trials: list[Trial], higher_is_better: bool) -> list[Trial]:
+    """Return the trials sorted by score, the best first. Trials without a score come last."""
+    scored = sorted((t for t in trials if t.score is not None), key=lambda t: t.score or 0.0, reverse=higher_is_better)
+    return scored + [trial for trial in trials if trial.score is None]
+
+
+def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial) -> RunScores:
+    """Register the model of the best trial under the name of the sweep, and return the scores of the trial."""
+    job = complete_job(job_of_trial(base, best.name, best.point))
     track = job.track.model_copy(update={"model": sweep.name, "register_model": True})
-    record = files.read_json(job.folder.record)
-    return evaluation.finalise(job.model_copy(update={"track": track}), record["mlflow_run_id"])
+    record = StoredRun.of(job).record()
+    assert record is not None
+    return evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
 
 
-def _print_table(sweep: TuneJob, trials: list[Trial], sign: float) -> None:
+def _print_table(sweep: TuneJob, trials: list[Trial]) -> None:
     table = Table(title=f"{sweep.name}: {len(trials)} trials", title_justify="left")
     for key in sweep.space:
         table.add_column(key, justify="right")
@@ -286,6 +193,6 @@ def _print_table(sweep: TuneJob, trials: list[Trial], sign: float) -> None:
         table.add_column(column, justify="right" if column else "left")
     for trial in trials:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.point.values()]
-        score = f"{sign * trial.score:.4g}" if trial.score < WORST else "–"
-        table.add_row(*values, score, f"{trial.kimg:.1f}", trial.reason)
+        score = "–" if trial.score is None else f"{trial.score:.4g}"
+        table.add_row(*values, score, f"{trial.kimg:.1f}", trial.outcome)
     Console(width=100).print(table)

@@ -109,7 +109,7 @@ def train(folder: Path, name: str, *, scores: int, cpus: int) -> Path:
         "evaluate.cpus": cpus,
         "track.register": False,
     }
-    pipeline.run(JOB, **{key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()})
+    pipeline.run_job(JOB, {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()})
     return folder / "runs" / name
 
 

@@ -28,17 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.collection.manifest import Collection
+from pipeline.compute.cluster import connect
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
-from pipeline.data.index import Collection
-from pipeline.data.pack import pack
-from pipeline.data.stream import read_images
 from pipeline.evaluation import metrics
-from pipeline.evaluation.evaluator import Evaluator, open_evaluator
+from pipeline.evaluation.extractors.fidelity_networks import import_torch_fidelity
 from pipeline.evaluation.features import Real
-from pipeline.evaluation.fidelity import import_torch_fidelity
-from pipeline.evaluation.measure import compared
-from pipeline.evaluation.statistics import Moments, frechet_distance
-from pipeline.training import cluster
+from pipeline.evaluation.moments import Moments, frechet_distance
+from pipeline.evaluation.scorer import Scorer, open_scorer
+from pipeline.packing.pack import pack
+from pipeline.streaming.read_images import read_images
 from tests.benchmarks.turns import Figures, Server, serve
 
 import_torch_fidelity()
@@ -64,7 +63,7 @@ def main() -> None:
     if given.serve:
         serve_torch_fidelity(given.serve)
         return
-    cluster.connect(CORES + 1)
+    connect(CORES + 1)
     with tempfile.TemporaryDirectory(prefix="sagan-evaluation-") as folder:
         figures = compare(Path(folder), given.rounds)
     for name, value in figures.items():
@@ -83,7 +82,7 @@ def compare(folder: Path, rounds: int) -> dict[str, float]:
     torch.save(made.images, folder / "made.pt")
     torch.set_num_threads(1)  # of the worker that works alone
     peer = Server("tests.benchmarks.evaluation", ["--serve", str(folder)], {"OMP_NUM_THREADS": str(CORES)})
-    with evaluator(collection, folder, 1) as one, evaluator(collection, folder, CORES) as all_cores:
+    with scorer_with(collection, folder, 1) as one, scorer_with(collection, folder, CORES) as all_cores:
         figures = parity(all_cores, made)
         turns = [turn(one, all_cores, peer, made) for _ in range(1 + rounds)][1:]
     peer.close()
@@ -97,10 +96,10 @@ def test_data(name: str) -> Path:
     return Path(os.environ["SAGAN_TEST_DATA"], name)
 
 
-def evaluator(collection: Collection, folder: Path, workers: int) -> AbstractContextManager[Evaluator]:
+def scorer_with(collection: Collection, folder: Path, workers: int) -> AbstractContextManager[Scorer]:
     data = DataSection(train=collection.url, cache=str(folder / "cache"))
-    section = EvaluateSection(extractor=str(test_data(NETWORK)), workers=workers, precision_recall=True)
-    return open_evaluator(section, collection, data, 0)
+    section = EvaluateSection(extractor=str(test_data(NETWORK)), workers=workers, feature_metrics=True)
+    return open_scorer(section, collection, data, 0)
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,10 @@ def changed(collection: Collection, folder: Path) -> Made:
 # --- the same numbers ------------------------------------------------------------------------------------------------
 
 
-def parity(opened: Evaluator, made: Made) -> dict[str, float]:
+def parity(scorer: Scorer, made: Made) -> dict[str, float]:
     """How far our metrics are from torch-fidelity's functions on the same float64 features (relative)."""
-    real = Real(opened.collection, np.asarray(opened.collection.ids("train")), opened.data)
-    a, b = opened.features(made, "samples", keep=True), opened.features(real, "real images", keep=True)
+    real = Real(scorer.collection, np.asarray(scorer.collection.ids("train")), scorer.data)
+    a, b = scorer.features(made, "samples", keep=True), scorer.features(real, "real images", keep=True)
     assert a.rows is not None
     assert b.rows is not None
     x, y, logits = a.rows.double(), b.rows.double(), a.logits.double()
@@ -156,7 +155,7 @@ def parity(opened: Evaluator, made: Made) -> dict[str, float]:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def turn(one: Evaluator, all_cores: Evaluator, peer: Server, made: Made) -> dict[str, float]:
+def turn(one: Scorer, all_cores: Scorer, peer: Server, made: Made) -> dict[str, float]:
     """Seconds of each, and how far apart the two whole scores are, relative to torch-fidelity's."""
     theirs = peer.go()
     ours, ours_s = timed(lambda: score(all_cores, made))
@@ -169,15 +168,15 @@ def turn(one: Evaluator, all_cores: Evaluator, peer: Server, made: Made) -> dict
     return seconds | {f"difference_{name}": abs(ours[name] - theirs[name]) / theirs[name] for name in theirs}
 
 
-def score(evaluator: Evaluator, made: Made) -> dict[str, float]:
-    forget(evaluator)
-    values = compared(evaluator.features(made, "samples", keep=True), evaluator, speaks=False)
+def score(scorer: Scorer, made: Made) -> dict[str, float]:
+    forget(scorer)
+    values = scorer.compute_metrics(scorer.features(made, "samples", keep=True), classes_match=False)
     return {name.partition("_")[0]: value for name, value in values.items()}
 
 
-def forget(evaluator: Evaluator) -> None:
+def forget(scorer: Scorer) -> None:
     """The reference is not there yet."""
-    shutil.rmtree(Path(evaluator.collection.url, "evaluation"), ignore_errors=True)
+    shutil.rmtree(Path(scorer.collection.url, "evaluation"), ignore_errors=True)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -27,7 +27,7 @@ from sagan.resample import conv_down, up_conv
 from tests.benchmarks.step import has_bf16, timed
 
 PAIRS = 9
-MODEL = ModelConfig(resolution=128, classes=1000)
+MODEL = ModelConfig(resolution=128, num_classes=1000)
 
 Layer = Callable[[Tensor, Tensor], Tensor]
 

@@ -27,17 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.collection.manifest import Collection
+from pipeline.compute.devices import ALLOCATOR, configure_device
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
-from pipeline.data.index import Collection
-from pipeline.data.pack import pack
-from pipeline.data.stream import read_images
-from pipeline.evaluation.measure import score_model
-from sagan import Model, ModelConfig, OptimConfig, Step, TrainState, machine
+from pipeline.evaluation.scorer import open_scorer
+from pipeline.packing.pack import pack
+from pipeline.streaming.read_images import read_images
+from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
 
 BATCH = 32
 MODEL = {
     "resolution": 32,
-    "classes": 10,
+    "num_classes": 10,
     "z_dim": 64,
     "channels_g": 16,
     "channels_d": 16,
@@ -76,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (images := os.environ.get("SAGAN_TEST_DATA")):
         sys.exit("set SAGAN_TEST_DATA to the folder with cifar10-train-5000.tar and resnet56-cifar10.ts")
-    os.environ.update(machine.ALLOCATOR["cpu"] | {"OMP_NUM_THREADS": "1"})
+    os.environ.update(ALLOCATOR["cpu"] | {"OMP_NUM_THREADS": "1"})
     results: dict[str, list[dict[str, float]]] = {name: [{}] * arguments.seeds for name in ARMS}
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(arguments.processes) as pool:
         pack(folder, PackSection(source=f"{images}/cifar10-train-5000.tar", resolution=32))
@@ -103,7 +104,7 @@ def main() -> None:
 
 def train(name: str, seed: int, kimg: float, url: str, judge: str) -> dict[str, float]:
     """Final score of one arm and seed."""
-    machine.prepare(torch.device("cpu"))
+    configure_device(torch.device("cpu"))
     arm, collection = ARMS[name], Collection.open(url)
     data = DataSection(train=url)
     real = torch.cat(list(read_images(collection, np.array(collection.ids("train")), data.cache, data.cache_gb, 1)))
@@ -117,7 +118,8 @@ def train(name: str, seed: int, kimg: float, url: str, judge: str) -> dict[str, 
         step([(real[ids].float() * (2 / 255) - 1, labels[ids])])
     section = EvaluateSection(extractor=judge, samples=2000, standing_images=512)
     model = Model.from_state(state, standing_images=section.standing_images)
-    score = score_model(model, section, collection, data=data, seed=0, samples=section.samples, judge_seed=0)
+    with open_scorer(section, collection, data, 0) as scorer:
+        score = scorer.score(model, scorer.protocol(model, seed=0, samples=section.samples))
     gammas = {f"gamma_{k}": p.item() for k, p in _gammas(state)}
     return {**score.values, **gammas}
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from pipeline.data.index import Shard
-from pipeline.data.order import PACKING, Order, permutation
+from pipeline.collection.manifest import Shard
+from pipeline.streaming.order import Order
+from sagan.random import Purpose, permutation
 
 WINDOW, BATCH, CLASSES = 2048, 256, 1000
 IMAGE_BYTES, RANKS_PER_NODE, IMAGES_PER_S = 10_500, 8, 1000
@@ -53,7 +54,7 @@ def quality() -> None:
             fetches = (order.fetches(workers) * per_shard / IMAGENET for workers in (8, 64))
             mixed = value.format(*mixing(order.samples(range(IMAGENET)), per_shard))
             print(f"{lanes:5}{per_shard:9}{mixed}", cost.format(first_mb, lanes * (WINDOW // per_shard + 1), *fetches))
-    print("any permutation".ljust(14) + value.format(*mixing(permutation(IMAGENET, 0, PACKING), 1000))[1:])
+    print("any permutation".ljust(14) + value.format(*mixing(permutation(IMAGENET, 0, Purpose.PACKING), 1000))[1:])
 
 
 def mixing(ids: np.ndarray, per_shard: int) -> tuple[float, float, int, float]:

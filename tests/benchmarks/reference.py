@@ -115,7 +115,7 @@ class Generator(nn.Module):
         self.linear = Linear(config.z_dim, 16 * widths[0])
         blocks: list[nn.Module] = []
         for in_, out in pairwise(widths):
-            blocks.append(GeneratorBlock(in_, out, config.labels))
+            blocks.append(GeneratorBlock(in_, out, config.known_num_classes))
             size *= 2
             if size in config.attention_sizes:
                 blocks.append(SelfAttention(out))
@@ -150,14 +150,14 @@ class Discriminator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
-        in_, size = 3, config.size
+        in_, size = 3, config.known_resolution
         for out, down in config.widths_d:
             blocks.append(DiscriminatorBlock(in_, out, down=down, first=not blocks))
             in_, size = out, size // 2 if down else size
             if down and size in config.attention_sizes:
                 blocks.append(SelfAttention(out))
         self.blocks = nn.Sequential(*blocks)
-        self.linear, self.embedding = Linear(in_, 1), Embedding(config.labels, in_)
+        self.linear, self.embedding = Linear(in_, 1), Embedding(config.known_num_classes, in_)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         features = F.relu(self.blocks(x)).sum((2, 3))
@@ -211,11 +211,11 @@ class Step:
         betas = (optim.beta1, optim.beta2)
         self.adam_g = torch.optim.Adam(self.generator.parameters(), optim.lr_g, betas, optim.eps, foreach=False)
         self.adam_d = torch.optim.Adam(self.discriminator.parameters(), optim.lr_d, betas, optim.eps, foreach=False)
-        self.average = {name: p.detach().clone() for name, p in self.generator.named_parameters()}
+        self.ema = {name: p.detach().clone() for name, p in self.generator.named_parameters()}
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         z = torch.randn(n, self.config.z_dim, device=self.device)
-        return z, torch.randint(self.config.labels, (n,), device=self.device)
+        return z, torch.randint(self.config.known_num_classes, (n,), device=self.device)
 
     def __call__(self, real: Tensor, y: Tensor) -> None:
         z, y_fake = self.draw(len(real))
@@ -235,4 +235,4 @@ class Step:
         self.adam_g.step()
         with torch.no_grad():
             for name, parameter in self.generator.named_parameters():
-                self.average[name].mul_(self.decay).add_(parameter, alpha=1 - self.decay)
+                self.ema[name].mul_(self.decay).add_(parameter, alpha=1 - self.decay)

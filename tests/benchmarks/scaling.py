@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sagan import ModelConfig, OptimConfig, Step, TrainState, World, machine
+from pipeline.compute.devices import ALLOCATOR, configure_device
+from sagan import ModelConfig, OptimConfig, Step, TrainState, World
 from sagan.cost import parameters
 from tests.benchmarks.turns import Figures, Server, median_ratio, serve
 
-MODEL = ModelConfig(resolution=32, classes=10, multipliers_g=(8, 8, 4, 2), multipliers_d=(2, 4, 8, 8))
+MODEL = ModelConfig(resolution=32, num_classes=10, multipliers_g=(8, 8, 4, 2), multipliers_d=(2, 4, 8, 8))
 RANKS = 2
 STEPS = {32: 1, 8: 4}  # images per rank → steps per turn, so that a turn takes about as long
 
@@ -71,13 +72,13 @@ def turn(servers: list[Server]) -> Figures:
 
 
 def start(images: int, rank: int, meeting: str) -> Server:
-    environment = machine.ALLOCATOR["cpu"] | {"OMP_NUM_THREADS": "1"}
+    environment = ALLOCATOR["cpu"] | {"OMP_NUM_THREADS": "1"}
     return Server("tests.benchmarks.scaling", ["--serve", str(images), str(rank), meeting], environment)
 
 
 def train(images: int, rank: int, meeting: str) -> None:
     """One process: `meeting` is where the ranks of a process group find each other, or "alone"."""
-    machine.prepare(torch.device("cpu"))
+    configure_device(torch.device("cpu"))
     if meeting != "alone":
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
     world = World.current()

@@ -27,14 +27,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sagan import ModelConfig, OptimConfig, Step, TrainState, World, machine
+from pipeline.compute.devices import ALLOCATOR, configure_device
+from sagan import ModelConfig, OptimConfig, Step, TrainState, World
 from sagan.batch_norm import Groups
 from sagan.cost import parameters, step_flop_per_image
 from tests.benchmarks import reference
 from tests.benchmarks.turns import Server, median_ratio
 from tests.benchmarks.turns import serve as answer
 
-MODEL, OPTIM = ModelConfig(resolution=128, classes=1000, attention=(32,)), OptimConfig()
+MODEL, OPTIM = ModelConfig(resolution=128, num_classes=1000, attention=(32,)), OptimConfig()
 LEAST_REFERENCE_SHARE = 0.5
 
 
@@ -129,7 +130,7 @@ def compare(device: str, batch: int, rounds: int) -> dict[str, float]:
 
 
 def start(name: str, batch: int, device: str) -> Server:
-    allocator = {} if name == "reference, default allocator" else machine.ALLOCATOR[device]
+    allocator = {} if name == "reference, default allocator" else ALLOCATOR[device]
     arguments = ["--serve", name, "--batch", str(batch)]
     server = Server("tests.benchmarks.step", arguments, allocator | {"OMP_NUM_THREADS": str(threads())})
     server.go()  # the first step: caches, optimiser states
@@ -137,7 +138,7 @@ def start(name: str, batch: int, device: str) -> Server:
 
 
 def serve(name: str, batch: int, device: str) -> None:
-    machine.prepare(torch.device(device))
+    configure_device(torch.device(device))
     if name == "equal":
         check_equal(device)
         run: Callable[[], dict[str, float]] = dict

@@ -44,11 +44,12 @@ from PIL import Image
 from webdataset import TarWriter
 
 from infra.local.servers import S3
+from pipeline.collection.manifest import FORMAT, INDEX, MANIFEST, Collection, Shard
+from pipeline.collection.shard_file import read_shard
+from pipeline.compute.threads import map_ahead
 from pipeline.config.schema import DataSection
-from pipeline.data.index import FORMAT, INDEX, MANIFEST, Collection, Shard, read_shard
-from pipeline.data.stream import Stream
-from pipeline.data.threads import map_ahead
 from pipeline.storage import files
+from pipeline.streaming.stream import Stream
 from sagan.world import World
 from tests.benchmarks import _readers
 from tests.benchmarks._readers import BATCH, SIDE, Batches

@@ -33,12 +33,12 @@ from rich.progress import track
 from rich.table import Table
 
 from infra.local.servers import S3
+from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, PackSection
-from pipeline.data.index import Collection
-from pipeline.data.order import Order
-from pipeline.data.pack import pack
-from pipeline.data.stream import Stream
 from pipeline.errors import SaganError
+from pipeline.packing.pack import pack
+from pipeline.streaming.order import Order
+from pipeline.streaming.stream import Stream
 from sagan.world import World
 from tests.faults.proxy import FaultProxy, fault_proxy
 
@@ -55,20 +55,20 @@ class Fault:
 
 
 FAULTS = {
-    "refused": Fault("waits, and goes on when the port is open again", "cannot be reached|broke off"),
+    "refused": Fault("waits, and continues when the port is open again", "cannot be reached|broke off"),
     "reset_mid_body": Fault("fetches again", "broke off"),
     "burst_500": Fault("tries again", "answers InternalError"),
-    "burst_503": Fault("tries again, ever more slowly", "answers SlowDown"),
+    "burst_503": Fault("tries again with growing pauses", "answers SlowDown"),
     "slow_first_byte": Fault("waits; gives up a request after 20 s of silence", "cannot be reached"),
-    "slow_body": Fault("waits; gives up a transfer below 50 kB/s after 20 s", "which is given up"),
-    "truncated_body": Fault("fetches again, decodes nothing of it", "broke off"),
-    "flipped_byte": Fault("fetches again, decodes nothing of it", "differs from its manifest"),
-    "object_replaced": Fault("fetches again, decodes nothing of it", "differs from its manifest"),
+    "slow_body": Fault("waits; gives up a transfer below 50 kB/s after 20 s", "the download is too slow"),
+    "truncated_body": Fault("fetches again, decodes nothing of the damaged shard", "broke off"),
+    "flipped_byte": Fault("fetches again, decodes nothing of the damaged shard", "differs from its manifest"),
+    "object_replaced": Fault("fetches again, decodes nothing of the damaged shard", "differs from its manifest"),
     "object_missing": Fault("asks three times", "is missing"),
     "credentials_revoked": Fault("asks three times", "does not know this key id"),
     "cache_disk_full": Fault("evicts its own older shards", "has no room"),
-    "cache_corrupted": Fault("fetches again, decodes nothing of it", None),
-    "killed_while_writing_cache": Fault("cleans up and fetches again", None),
+    "cache_corrupted": Fault("fetches again, decodes nothing of the damaged shard", None),
+    "killed_while_writing_cache": Fault("deletes the partial file and fetches again", None),
 }
 SLOW = ("slow_first_byte", "slow_body")
 
@@ -258,7 +258,7 @@ def _refusal(place: Place, cache: Path, patience_s: float, named: str, cause: st
 
 
 Row = tuple[str, Fault, Outcome, Outcome | None]
-HEADINGS = ("fault", "promise while it passes", "delivered", "next batch after", "where it lasts", "said after")
+HEADINGS = ("fault", "promise while it passes", "delivered", "next batch after", "where it lasts", "error after")
 
 
 def main() -> int:

@@ -12,9 +12,9 @@ from queue import Queue
 
 import pytest
 
+from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection
-from pipeline.data.index import Collection
-from pipeline.data.stream import Stream
+from pipeline.streaming.stream import Stream
 from sagan.world import World
 from tests.faults import data
 from tests.faults.data import FAULTS, NOT_RUN, SLOW, Outcome, Place
@@ -46,11 +46,11 @@ def test_a_fault_that_lasts_ends_with_an_error_that_names_the_object_and_the_cau
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", SLOW)
-def test_silence_and_trickling_are_given_up(place: Place, fault: str) -> None:
+def test_silent_and_slow_transfers_are_given_up(place: Place, fault: str) -> None:
     check(data.lasting(place, fault, patience_s=0.5))
 
 
-def test_an_outage_is_fed_from_the_cache_and_then_waited_for_visibly(place: Place) -> None:
+def test_a_stream_reads_from_the_cache_during_an_outage_and_then_waits_with_a_note(place: Place) -> None:
     """One lane, no window: a shard after the other, in batches of a tenth of one."""
     place.proxy.clear()
     section = place.section(place.cache()).model_copy(update={"lanes": 1, "window": 1, "ahead": 1, "threads": 1})
@@ -65,7 +65,7 @@ def test_an_outage_is_fed_from_the_cache_and_then_waited_for_visibly(place: Plac
         for _ in range(8):  # what is left of the shard
             next(batches)
         epoch = pool.submit(lambda: [next(batches) for _ in range(place.collection.size("train") // 10)])
-        assert "has been waited for" in notes.get(timeout=60)
+        assert "still waiting for" in notes.get(timeout=60)
         place.proxy.clear()
         epoch.result(timeout=60)
 

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("simplejpeg")
 
-from pipeline.data.device import to_device
-from pipeline.data.stream import Batch
+from pipeline.streaming.device_transfer import to_device
+from pipeline.streaming.stream import Batch
 
 
 def batch_at(start):

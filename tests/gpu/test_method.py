@@ -3,16 +3,16 @@
 import torch
 
 from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
-from sagan.random import Purpose, labels, latents
+from sagan.random import Purpose, draw_labels, draw_latents
 
-SMALL = ModelConfig(resolution=32, classes=10, channels_g=8, channels_d=8, z_dim=16)
+SMALL = ModelConfig(resolution=32, num_classes=10, channels_g=8, channels_d=8, z_dim=16)
 BATCH = 16
 
 
 def real(images, device, dtype):
     positions = range(images, images + BATCH)
-    pixels = latents(9, Purpose.DEQUANTISE, positions, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
-    return pixels.to(device, dtype), labels(9, Purpose.DEQUANTISE, positions, 10).to(device)
+    pixels = draw_latents(9, Purpose.DEQUANTISE, positions, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
+    return pixels.to(device, dtype), draw_labels(9, Purpose.DEQUANTISE, positions, 10).to(device)
 
 
 def trained(device, dtype, updates, precision="float32"):
@@ -49,7 +49,7 @@ def test_a_state_moves_between_devices(tmp_path):
 
 
 def test_the_full_model_steps_and_samples_at_128_px():
-    config = ModelConfig(resolution=128, classes=1000, attention=(64,))
+    config = ModelConfig(resolution=128, num_classes=1000, attention=(64,))
     state = TrainState(config, OptimConfig(), seed=0, device="cuda")
     step = Step(state, 32, precision="bf16")
     pixels = torch.rand(32, 3, 128, 128, device="cuda") * 2 - 1

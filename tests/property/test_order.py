@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import Order
+from pipeline.streaming.order import Order
 from sagan.world import World
 
 thorough = settings(max_examples=50, deadline=None)  # no deadline: how busy the machine is is not what is tested

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.runs.score import Score
+
 JOBS = Path(__file__).parents[2] / "jobs"
 
 # The quickstart with networks and counts so small that a run is mostly Ray starting its workers.
@@ -75,6 +77,11 @@ class Driver:
     def summary(self, name: str) -> dict[str, Any]:
         value: dict[str, Any] = json.loads((self.folder / "runs" / name / "summary.json").read_text())
         return value
+
+
+def score_key(score: dict[str, Any]) -> str:
+    """Name in the tracker of the metric that ranks, of a summary's score: `fid/3fa9c1d2`."""
+    return Score(**score).key
 
 
 def training_workers(cluster: str) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import ROOT, blocks
+from tests.document_blocks import ROOT, blocks
 
 DOCUMENTS = ["README.md", "sagan/README.md", "pipeline/README.md", "jobs/README.md", "infra/README.md"]
 SELF_CONTAINED = [

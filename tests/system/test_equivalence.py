@@ -15,11 +15,11 @@ import torch.multiprocessing as mp
 
 from sagan import ModelConfig, OptimConfig, Step, TrainState, World
 from sagan.batch_norm import Groups
-from sagan.random import Purpose, labels, latents
+from sagan.random import Purpose, draw_labels, draw_latents
 
 BATCH, UPDATES = 32, 5
 RATES = OptimConfig(ema_decay=0.9)
-CONDITIONAL = ModelConfig(resolution=32, classes=10, channels_g=4, channels_d=4, z_dim=16)
+CONDITIONAL = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
 
 SYSTEMS = {
     "conditional": Case(),
-    "unconditional": Case(replace(CONDITIONAL, classes=0)),
+    "unconditional": Case(replace(CONDITIONAL, num_classes=0)),
     "five discriminator updates": Case(optim=OptimConfig(n_dis=5, ema_decay=0.9), updates=3),
     "unequal on four": Case(batch=30),
     "groups of 8": Case(replace(CONDITIONAL, batch_norm_group=8)),
@@ -49,7 +49,7 @@ SYSTEMS = {
     "official norm": Case(replace(CONDITIONAL, spectral_norm_gradient="through", spectral_norm_start="cold")),
     "attention of the paper": Case(replace(CONDITIONAL, attention=(8, 16), attention_form="icml")),
     "attention of the first version": Case(replace(CONDITIONAL, attention_form="first")),
-    "leaky": Case(replace(CONDITIONAL, classes=0, slope_g=0.02, slope_d=0.2)),
+    "leaky": Case(replace(CONDITIONAL, num_classes=0, slope_g=0.02, slope_d=0.2)),
 }
 FAST = ("conditional", "unconditional", "groups of 8")
 EVERYWHERE = (
@@ -68,10 +68,10 @@ CONTROLS = {
 }
 
 
-def real(start, world, classes, batch=BATCH):
+def real(start, world, num_classes, batch=BATCH):
     share = world.share(start, start + batch)
-    pixels = latents(1, Purpose.DEQUANTISE, share, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
-    return pixels, labels(1, Purpose.DEQUANTISE, share, classes)
+    pixels = draw_latents(1, Purpose.DEQUANTISE, share, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
+    return pixels, draw_labels(1, Purpose.DEQUANTISE, share, num_classes)
 
 
 def train(world, case):
@@ -89,7 +89,7 @@ def train(world, case):
     keep.append(_keep_gradients(state.discriminator, state.optimizer_d, found))
     for update in range(case.updates):
         starts = [state.images + k * case.batch for k in range(case.optim.n_dis)]
-        pairs = [real(start, world, case.model.labels or 10, case.batch) for start in starts]
+        pairs = [real(start, world, case.model.known_num_classes or 10, case.batch) for start in starts]
         losses.append(world.sum_(step([(pixels.to(case.dtype), y) for pixels, y in pairs])))
         for hook in keep:
             hook.remove()
@@ -100,7 +100,10 @@ def train(world, case):
             layer.power_iteration()
     found |= {f"state/{name}": tensor.clone() for name, tensor in state.tensors()}
     found["losses"] = torch.stack(losses)
-    z, y = latents(4, Purpose.SAMPLE_Z, range(8), 16).to(case.dtype), torch.arange(8) if case.model.labels else None
+    z, y = (
+        draw_latents(4, Purpose.SAMPLE_Z, range(8), 16).to(case.dtype),
+        torch.arange(8) if case.model.known_num_classes else None,
+    )
     with torch.no_grad():
         found["images"] = state.generator(z, y, Groups(range(8), 1, World(), torch.device("cpu")))
         found["logits"] = state.discriminator(found["images"], y)
@@ -196,7 +199,7 @@ def _lone_grid(rank, size, folder):
     step = Step(state, BATCH, world)
     step([real(0, world, 10)])
     if rank == 0:
-        z, y = latents(4, Purpose.SAMPLE_Z, range(8), 16), torch.arange(8)
+        z, y = draw_latents(4, Purpose.SAMPLE_Z, range(8), 16), torch.arange(8)
         before = {name: tensor.clone() for name, tensor in state.tensors()}
         grid = state.generator.train()(z, y)
         state.discriminator.train()(grid, y)

@@ -125,9 +125,9 @@ def test_classes_asked_of_a_collection_without(sagan, photos, tmp_path):
     for i, path in enumerate(photos.rglob("*.png")):
         path.rename(plain / f"{i}.png")
     assert sagan("pack", plain, tmp_path / "out", "--resolution", 32)[0] == 0
-    code, printed = sagan("run", JOB, f"data.train={tmp_path / 'out'}", "data.pack=", "model.classes=10")
+    code, printed = sagan("run", JOB, f"data.train={tmp_path / 'out'}", "data.pack=", "model.num_classes=10")
     assert code == 2
-    assert "model.classes is 10, but the collection has 0" in printed
+    assert "model.num_classes is 10, but the collection has 0" in printed
 
 
 def test_inception_without_weights_fails_before_training(sagan, photos, tmp_path):
@@ -136,7 +136,7 @@ def test_inception_without_weights_fails_before_training(sagan, photos, tmp_path
     code, printed = sagan("run", JOB, *overrides, HOME=str(tmp_path))
     assert code == 3
     assert "weights-inception-2015-12-05-6726825d.pth" in printed
-    assert "evaluate.weights" in printed
+    assert "evaluate.extractor_weights" in printed
     assert "starting" not in printed
 
 

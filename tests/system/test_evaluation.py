@@ -16,14 +16,13 @@ import pytest
 import ray
 import torch
 
+from pipeline.collection.manifest import Collection
+from pipeline.compute.cluster import connect
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
-from pipeline.data.index import Collection
-from pipeline.data.pack import pack
 from pipeline.errors import EnvironmentFault
-from pipeline.evaluation.evaluator import Evaluator, open_evaluator
 from pipeline.evaluation.features import Features, Generated, Real
-from pipeline.evaluation.measure import score_model
-from pipeline.training import cluster
+from pipeline.evaluation.scorer import Scorer, open_scorer
+from pipeline.packing.pack import pack
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
 from sagan.state import TrainState
@@ -57,7 +56,7 @@ def _ray() -> Iterator[None]:
     """A Ray of this process's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        cluster.connect(3)
+        connect(3)
         yield
         ray.shutdown()
 
@@ -76,23 +75,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Collection:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    networks = ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8)
+    networks = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=8, channels_d=8)
     return Model.from_state(TrainState(networks, OptimConfig(), seed=0), standing_images=64)
 
 
 @contextmanager
-def evaluator(extractor: str, digits: Collection, folder: Path, workers: int, batch: int = 64) -> Iterator[Evaluator]:
+def scorer_with(extractor: str, digits: Collection, folder: Path, workers: int, batch: int = 64) -> Iterator[Scorer]:
     data = DataSection(train=digits.url, cache=str(folder))
-    section = EvaluateSection(extractor=extractor, workers=workers, batch=batch, precision_recall=True)
-    with open_evaluator(section, digits, data, 0) as opened:
-        yield opened
+    section = EvaluateSection(extractor=extractor, workers=workers, batch=batch, feature_metrics=True)
+    with open_scorer(section, digits, data, 0) as scorer:
+        yield scorer
 
 
-def both(evaluator: Evaluator, model: Model) -> tuple[Features, Features]:
-    real = Real(evaluator.collection, np.asarray(evaluator.collection.ids("train"))[:SAMPLES], evaluator.data)
+def both(scorer: Scorer, model: Model) -> tuple[Features, Features]:
+    real = Real(scorer.collection, np.asarray(scorer.collection.ids("train"))[:SAMPLES], scorer.data)
     return (
-        evaluator.features(Generated(model, 0, range(7, 7 + SAMPLES)), "samples", keep=True),
-        evaluator.features(real, "real images", keep=True),
+        scorer.features(Generated(model, 0, range(7, 7 + SAMPLES)), "samples", keep=True),
+        scorer.features(real, "real images", keep=True),
     )
 
 
@@ -113,8 +112,8 @@ def test_workers_give_the_features_of_one_process_in_the_same_order(
     workers: int, extractor: str, digits: Collection, model: Model, tmp_path: Path
 ) -> None:
     with (
-        evaluator(extractor, digits, tmp_path, 1) as alone,
-        evaluator(extractor, digits, tmp_path, workers) as together,
+        scorer_with(extractor, digits, tmp_path, 1) as alone,
+        scorer_with(extractor, digits, tmp_path, workers) as together,
     ):
         for ours, theirs in zip(both(together, model), both(alone, model), strict=True):
             assert_equal(ours, theirs)
@@ -124,16 +123,19 @@ def test_workers_give_the_features_of_one_process_in_the_same_order(
 def test_the_batch_changes_features_by_rounding_alone(
     batch: int, extractor: str, digits: Collection, model: Model, tmp_path: Path
 ) -> None:
-    with evaluator(extractor, digits, tmp_path, 1) as usual, evaluator(extractor, digits, tmp_path, 2, batch) as other:
+    with (
+        scorer_with(extractor, digits, tmp_path, 1) as usual,
+        scorer_with(extractor, digits, tmp_path, 2, batch) as other,
+    ):
         for ours, theirs in zip(both(other, model), both(usual, model), strict=True):
             assert_equal(ours, theirs, **ROUNDING)
 
 
 def test_a_worker_that_dies_is_replaced(extractor: str, digits: Collection, model: Model, tmp_path: Path) -> None:
-    with evaluator(extractor, digits, tmp_path, 1) as alone, evaluator(extractor, digits, tmp_path, 2) as together:
+    with scorer_with(extractor, digits, tmp_path, 1) as alone, scorer_with(extractor, digits, tmp_path, 2) as together:
         expected = both(alone, model)
         both(together, model)
-        os.kill(ray_workers("FeatureWorker", ray.get_runtime_context().gcs_address)[0], signal.SIGKILL)
+        os.kill(ray_workers("PoolActor", ray.get_runtime_context().gcs_address)[0], signal.SIGKILL)
         for ours, theirs in zip(both(together, model), expected, strict=True):
             assert_equal(ours, theirs)
 
@@ -143,15 +145,16 @@ def test_a_score_does_not_depend_on_the_workers(
 ) -> None:
     def score(workers: int) -> dict[str, float]:
         data = DataSection(train=digits.url, cache=str(tmp_path))
-        section = EvaluateSection(extractor=extractor, workers=workers, precision_recall=True)
-        return score_model(model, section, digits, data=data, seed=0, samples=SAMPLES, judge_seed=0).values
+        section = EvaluateSection(extractor=extractor, workers=workers, feature_metrics=True)
+        with open_scorer(section, digits, data, 0) as scorer:
+            return scorer.score(model, scorer.protocol(model, seed=0, samples=SAMPLES)).values
 
     assert score(3) == score(1)
 
 
 def test_workers_that_find_no_room_are_refused(extractor: str, digits: Collection, tmp_path: Path) -> None:
     refused = pytest.raises(EnvironmentFault, match=r"50 evaluation workers need 50 CPUs; the cluster has")
-    with refused, evaluator(extractor, digits, tmp_path, 50):
+    with refused, scorer_with(extractor, digits, tmp_path, 50):
         pass
 
 

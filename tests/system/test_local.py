@@ -179,7 +179,7 @@ def test_doctor_tells_a_wrong_secret_from_a_server_that_is_down(tmp_path, monkey
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         wrong = finding("S3")
         assert (wrong.status, wrong.remedy) == ("fail", "correct AWS_SECRET_ACCESS_KEY")
-        assert "secret key is wrong" in wrong.found
+        assert "secret key does not match" in wrong.found
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.credentials.secret)
     down = finding("S3")
     assert down.status == "fail"

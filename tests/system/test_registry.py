@@ -1,4 +1,4 @@
-"""Tracker and registry against a real MLflow server with its artifacts on a real S3 server."""
+"""MlflowRun and registry against a real MLflow server with its artifacts on a real S3 server."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from typer.testing import CliRunner
 from infra.local.server import BIN, CHECKOUT, Server, answers, free_port
 from infra.local.servers import MlflowServer
 from pipeline.cli import app
-from pipeline.data.grids import grid
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
-from pipeline.storage import files, fileset
+from pipeline.pictures import grid
+from pipeline.runs.score import Score, ScoreProtocol
+from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
-from pipeline.tracking.card import card
-from pipeline.tracking.tracker import Tracker, client
+from pipeline.tracking.mlflow_run import MlflowRun, client
+from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
 from sagan.state import TrainState
@@ -122,7 +123,7 @@ def server(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlflow
 
 @pytest.fixture
 def run_id(server: MlflowServer) -> str:
-    tracker = Tracker.start(server.uri, "registry", "run", None, {}, {}, None)
+    tracker = MlflowRun.start(server.uri, "registry", "run", None, {}, {}, None)
     tracker.close(timeout_s=10)
     return tracker.run_id
 
@@ -135,14 +136,25 @@ def name() -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is ready to register."""
-    networks = ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8)
+    networks = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=8, channels_d=8)
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "golden retriever"]
     model = Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32, class_names=words)
     folder = tmp_path_factory.mktemp("model")
     model.save(folder)
     grid(model.sample(n=10), words, columns=5).save(folder / "samples.png")
-    score = {"key": "fd_x", "value": 12.5, "protocol": {"extractor": "x", "samples": 100}}
-    (folder / "README.md").write_text(card("digits", model, score, {"kimg": "2"}))
+    protocol = ScoreProtocol(
+        extractor="x",
+        extractor_digest="",
+        resize="none",
+        reference_digest="",
+        split="train",
+        samples=100,
+        seed=0,
+        weights=model.weights,
+        batch_norm=model.batch_norm,
+    )
+    score = Score.of(protocol, "fd_x", False, {"fd_x": 12.5})
+    (folder / "README.md").write_text(model_card("digits", model, score, {"kimg": "2"}))
     return folder
 
 
@@ -160,11 +172,13 @@ def tags(value: float, metric: str = "fd_x/11111111", better: str = "lower") -> 
 def test_the_training_state_behind_a_version_is_pulled_and_is_the_one_that_was_registered(
     server: MlflowServer, s3: Any, run_id: str, name: str, folder: Path, tmp_path: Path
 ) -> None:
-    state = TrainState(ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8), OptimConfig(), 0)
+    state = TrainState(
+        ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=8, channels_d=8), OptimConfig(), 0
+    )
     (tmp_path / "state").mkdir()
     state.save(tmp_path / "state")
     url = f"{s3.bucket()}/runs/x/checkpoints/1"
-    manifest = fileset.commit(tmp_path / "state", url)
+    manifest = file_sets.upload_set(tmp_path / "state", url)
     facts = tags(1.0) | {"checkpoint": url, "checkpoint_sha256": manifest.digest}
     version = registry.register(server.uri, name, folder, run_id, facts)
     pulled = registry.pull_checkpoint(server.uri, f"models:/{name}/{version}", tmp_path / "pulled")
@@ -175,8 +189,8 @@ def test_the_training_state_behind_a_version_is_pulled_and_is_the_one_that_was_r
     other = registry.register(server.uri, name, folder, run_id, facts | {"checkpoint_sha256": "ab" * 32})
     with pytest.raises(CorruptError, match="is not the checkpoint that"):
         registry.pull_checkpoint(server.uri, f"models:/{name}/{other}", tmp_path / "other")
-    fileset.remove(url)
-    with pytest.raises(CorruptError, match=f"version {version} is gone: {url}"):
+    file_sets.remove_set(url)
+    with pytest.raises(CorruptError, match=f"version {version} does not exist: {url}"):
         registry.pull_checkpoint(server.uri, f"models:/{name}/{version}", tmp_path / "gone")
 
 
@@ -211,7 +225,8 @@ def test_the_card_of_a_pulled_model_shows_code_that_runs(folder: Path, tmp_path:
     assert len(code.strip().splitlines()) <= 10
     (tmp_path / "model").symlink_to(folder)
     isolated("-c", code, cwd=tmp_path / "model")
-    assert Image.open(folder / "sample-15.png").size == (32, 32)
+    with Image.open(folder / "sample-15.png") as sample:
+        assert sample.size == (32, 32)
 
 
 def test_mlflow_opens_it_without_pickle_and_without_this_repository(
@@ -309,7 +324,7 @@ def test_across_protocols_nothing_is_promoted_and_both_are_said(
     for facts in (one, other):
         registry.register(server.uri, name, folder, run_id, facts)
         registry.promote_best(server.uri, name)
-    with pytest.raises(UsageError, match="another protocol") as refused:
+    with pytest.raises(UsageError, match="different protocols") as refused:
         sagan("promote", name, "2")
     assert all(facts["protocol"] in refused.value.message for facts in (one, other))
     assert "fd_x/11111111 = 5.0" in refused.value.message
@@ -384,11 +399,11 @@ def test_a_model_that_is_not_there_is_said_with_those_that_are(
     for uri in (f"models:/{name}@champion", f"models:/{name}/7"):
         with pytest.raises(UsageError, match=uri) as caught:
             registry.pull(server.uri, uri, tmp_path / "x")
-        assert caught.value.remedy == f"{name} has versions 1"
+        assert caught.value.remedy == f"choose one of the versions of {name}: 1"
     with pytest.raises(UsageError, match="not in the registry") as caught:
         registry.pull(server.uri, "models:/unheard-of@champion", tmp_path / "x")
     assert name in caught.value.remedy
-    with pytest.raises(UsageError, match="names no model"):
+    with pytest.raises(UsageError, match="is not a model URI"):
         registry.pull(server.uri, "models:/nonsense", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
@@ -398,7 +413,7 @@ def test_a_model_that_is_not_there_is_said_with_those_that_are(
 
 def test_what_an_outage_kept_back_arrives_when_the_server_is_back(server: MlflowServer, run_id: str) -> None:
     port = free_port()  # a way to the server that is closed at first
-    tracker = Tracker(f"http://127.0.0.1:{port}", run_id)
+    tracker = MlflowRun(f"http://127.0.0.1:{port}", run_id)
     for step in (1, 2):
         tracker.log({"loss": float(step)}, step, step)
     with pytest.raises(EnvironmentFault, match="cannot be used"):

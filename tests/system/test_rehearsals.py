@@ -16,17 +16,17 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline.config.load import load, parse_overrides
+from pipeline.collection.manifest import Collection
+from pipeline.config.job_file import load_job, parse_overrides
 from pipeline.config.schema import PackSection, TrainJob, TuneJob
-from pipeline.data.index import Collection
-from pipeline.data.pack import pack as pack_section
-from pipeline.data.stream import read_images
-from pipeline.evaluation.evaluator import load_extractor
-from pipeline.evaluation.measure import score_model
+from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.metrics import precision_recall
+from pipeline.evaluation.scorer import open_scorer
+from pipeline.packing.pack import pack as pack_section
 from pipeline.storage import files
+from pipeline.streaming.read_images import read_images
 from sagan import Model, TrainState
-from tests.jobs import JOBS, shipped
+from tests.shipped_jobs import JOBS, shipped
 from tests.system.driving import Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1800)]
@@ -75,23 +75,24 @@ def test_cifar10_learns_in_ten_minutes(place, images):
         "evaluate.extractor": str(images / "resnet56-cifar10.ts"),
         "evaluate.samples": 2000,
         "evaluate.standing_images": 512,
-        "evaluate.precision_recall": True,
+        "evaluate.feature_metrics": True,
         "resources.cpus_per_worker": 1,
     }
     run = Driver(folder, env, job=JOBS / "cifar10.yaml", tiny=False, **overrides)
     assert run.end() == 0, run.output
     print(run.output)
     summary = run.summary("cifar10")
-    assert summary["score"]["key"] == "fd_resnet56-cifar10"
+    assert summary["score"]["metric"] == "fd_resnet56-cifar10"
 
-    job = load(JOBS / "cifar10.yaml", overrides | {"data.train": url})
+    job = load_job(JOBS / "cifar10.yaml", overrides | {"data.train": url})
     collection = Collection.open(url)
-    job = job.model_copy(update={"model": job.model.for_collection(collection.resolution, collection.classes)})
+    job = job.model_copy(update={"model": job.model.for_collection(collection.resolution, collection.num_classes)})
     untrained = Model.from_state(TrainState(job.model, job.optim, job.seed), standing_images=512)
     section = job.evaluate
-    start = score_model(untrained, section, collection, data=job.data, seed=0, samples=2000, judge_seed=0).value
+    with open_scorer(section, collection, job.data, 0) as scorer:
+        start = scorer.score(untrained, scorer.protocol(untrained, seed=0, samples=2000)).value
     record = files.read_json(f"{bucket}/runs/cifar10/scores/{files.name(summary['checkpoint'])}.json")
-    recall = record["values"]["recall"]
+    recall = record["score"]["values"]["recall"]
 
     extractor = load_extractor(section, collection, job.data, 0)
     real = torch.cat([part for part, *_ in _batches(collection, job, collection.ids("train"))])
@@ -204,11 +205,11 @@ def narrowed(job, collection, extractor):
 def test_two_updates_of_every_job_and_variant(name, place, small, thumbnails):
     folder, _, env = place
     path, overrides = SHIPPED[name]
-    job = load(path, parse_overrides(overrides))
+    job = load_job(path, parse_overrides(overrides))
     run_name = f"two-updates-{name.replace(' ', '-')}"
     if isinstance(job, TuneJob):
-        narrow = narrowed(load(JOBS / job.base), small(128), thumbnails)
-        search = {"search.trials": 1, "search.at_once": 1, "schedule.grace_kimg": narrow["train.kimg"]}
+        narrow = narrowed(load_job(JOBS / job.base), small(128), thumbnails)
+        search = {"search.trials": 1, "search.max_concurrent": 1, "schedule.grace_kimg": narrow["train.kimg"]}
         given = {"name": run_name, "overrides": json.dumps(narrow), **search}
     else:
         narrow = narrowed(job, small(job.model.resolution), thumbnails)
@@ -216,7 +217,7 @@ def test_two_updates_of_every_job_and_variant(name, place, small, thumbnails):
     run = Driver(folder, env, job=path, tiny=False, **dict(o.split("=") for o in overrides) | given)
     assert run.end() == 0, run.output
     summary = run.summary(run_name)
-    assert summary["score"]["key"] == "fd_thumbnails"
+    assert summary["score"]["metric"] == "fd_thumbnails"
     assert np.isfinite(summary["score"]["value"])
     assert summary["registered"]["alias"] == "champion"
     if isinstance(job, TrainJob):

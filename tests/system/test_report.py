@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.report import page, report
-from pipeline.report.attention import Layer
-from pipeline.report.explorer import explorer
+from pipeline.report import html
+from pipeline.report.attention_explorer import explorer
+from pipeline.report.attention_maps import Layer
+from pipeline.report.write_report import write_report
 from tests.system.browser import Browser
 from tests.unit.report.conftest import checkpoint, data, digits, extractor, job, run, run_id, tracking
 
@@ -60,7 +61,7 @@ def by_hand(tmp_path: Path) -> Path:
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     path = tmp_path / "by hand.html"
     path.write_text(
-        page.whole("by hand", [page.Section("Attention", explorer(layers, images, ["cat", "dog"], 1 << 20))])
+        html.whole("by hand", [html.Section("Attention", explorer(layers, images, ["cat", "dog"], 1 << 20))])
     )
     return path
 
@@ -92,8 +93,8 @@ def test_a_point_shows_where_every_layer_attends_from_there(
         assert lit(browser) == [[3, 0], [3, 14]]
     said = browser.evaluate('document.querySelector(".readout").textContent')
     assert "From row 4, column 15 of 16" in said
-    assert "generator, 8×8, most to row 4, column 1 of 4, 16 times an even share" in said
-    assert "discriminator, 16×16, most to row 4, column 15 of 16" in said
+    assert "generator, 8×8, attends most to row 4, column 1 of 4, with 16 times the uniform share" in said
+    assert "discriminator, 16×16, attends most to row 4, column 15 of 16" in said
 
 
 def test_everything_is_reached_by_keyboard(browser: Browser, by_hand: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_run_s_page_needs_no_network_and_fits_the_screen(
     browser: Browser, run: Any, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     out = tmp_path / "report.html"
-    report.write([run("first"), run("second")], out, compared=120)
+    write_report([run("first"), run("second")], out, compared=120)
     browser.open(out, *size)
     assert browser.evaluate("document.documentElement.scrollWidth") == size[0]
     assert [url for url in browser.requested if not url.startswith("data:")] == [out.as_uri()]

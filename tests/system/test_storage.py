@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from infra.local.servers import S3, free_port
+from pipeline.collection.manifest import Collection
+from pipeline.collection.verify import verify_collection
 from pipeline.config.schema import DataSection, PackSection
-from pipeline.data.index import Collection
-from pipeline.data.pack import pack
-from pipeline.data.stream import Stream
-from pipeline.data.verify import verify
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
-from pipeline.storage import files, fileset
+from pipeline.packing.pack import pack
+from pipeline.storage import file_sets, files
+from pipeline.streaming.stream import Stream
 from sagan.world import World
 
 pytestmark = pytest.mark.system
@@ -106,7 +106,7 @@ CALLS = {
 @pytest.mark.parametrize(
     ("variable", "value", "cause", "remedy"),
     [
-        ("AWS_SECRET_ACCESS_KEY", "wrong", "secret key is wrong", "AWS_SECRET_ACCESS_KEY"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "secret key does not match", "AWS_SECRET_ACCESS_KEY"),
         ("AWS_ACCESS_KEY_ID", "NOBODY", "does not know this key id", "AWS_ACCESS_KEY_ID"),
     ],
 )
@@ -155,24 +155,26 @@ def test_sets_are_committed_verified_and_removed(bucket: str, tmp_path: Path) ->
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "state.bin").write_bytes(b"state")
     url = files.join(bucket, "checkpoints/1")
-    manifest = fileset.commit(tmp_path / "set", url, images=1)
-    assert fileset.fetch(url, tmp_path / "copy") == fileset.verify(url) == manifest
+    manifest = file_sets.upload_set(tmp_path / "set", url, images=1)
+    assert file_sets.fetch_set(url, tmp_path / "copy") == file_sets.verify_set(url) == manifest
     files.write_bytes(files.join(url, "state.bin"), b"spate")
     with pytest.raises(CorruptError, match=r"state\.bin"):
-        fileset.verify(url)
-    fileset.remove(url)
-    assert fileset.read_manifest(url) is None
+        file_sets.verify_set(url)
+    file_sets.remove_set(url)
+    assert file_sets.read_manifest(url) is None
 
 
 class TestCollection:
     """Packing to and streaming from a bucket."""
 
     @pytest.fixture(scope="class")
-    def url(self, s3: Any) -> str:
+    @classmethod
+    def url(cls, s3: Any) -> str:
         return files.join(s3.bucket(), "digits")
 
     @pytest.fixture(scope="class")
-    def collection(self, url: str) -> Collection:
+    @classmethod
+    def collection(cls, url: str) -> Collection:
         return pack(url, PackSection(source="digits", resolution=32, shard_images=200))
 
     @pytest.fixture
@@ -185,7 +187,7 @@ class TestCollection:
     def test_a_bucket_and_a_folder_hold_the_same_bytes(self, collection: Collection, tmp_path: Path) -> None:
         local = pack(str(tmp_path / "digits"), PackSection(source="digits", resolution=32, shard_images=200))
         assert local.digest == collection.digest
-        assert verify(collection.url).digest == collection.digest
+        assert verify_collection(collection.url).digest == collection.digest
 
     def test_an_epoch_is_fetched_once_and_every_image_seen_once(
         self, collection: Collection, stream: Stream, tmp_path: Path
@@ -212,7 +214,7 @@ class TestCollection:
             next(stream.batches(0, collection.size("train")))
         stream.close()
         with pytest.raises(CorruptError, match=collection.shards[0].name):
-            verify(url)
+            verify_collection(url)
 
     def test_no_collection_where_the_url_points(self, bucket: str) -> None:
         with pytest.raises(UsageError, match="holds no packed collection") as caught:

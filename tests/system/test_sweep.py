@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 from ray.util.placement_group import placement_group, placement_group_table
 
 from infra.local.server import BIN
-from pipeline.report import report
+from pipeline.compute.resources import release_placement_groups
+from pipeline.report.write_report import write_report
 from pipeline.storage import files
-from pipeline.training.cluster import release_placement_groups
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 
@@ -51,10 +51,10 @@ def test_the_digits_sweep(s3, ray_cluster, tmp_path):
     picture = client.list_artifacts(summary["mlflow_run_id"])
     assert "plane.png" in [artifact.path for artifact in picture]
 
-    report.write([f"{bucket}/runs/ttur-quickstart"], tmp_path / "sweep.html", compared=200)
+    write_report([f"{bucket}/runs/ttur-quickstart"], tmp_path / "sweep.html", compared=200)
     page = (tmp_path / "sweep.html").read_text()
     assert "<h2>Sweep ttur-quickstart</h2>" in page
-    assert page.count(f"{summary['best']['trial']}") >= 3
+    assert page.count(f"{summary['best']['name']}") >= 3
 
     listing = [str(BIN / "ray"), "list", "placement-groups", "--format=json"]
     groups = json.loads(subprocess.run(listing, env=environment, capture_output=True, text=True, check=True).stdout)

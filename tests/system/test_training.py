@@ -15,10 +15,10 @@ import pytest
 from mlflow import MlflowClient
 
 from infra.local.server import BIN
+from pipeline.runs.stored_run import StoredCheckpoint
 from pipeline.storage import files
-from pipeline.storage.run_folder import images_of
-from tests.readme import ROOT, block
-from tests.system.driving import Driver, training_workers
+from tests.document_blocks import ROOT, block
+from tests.system.driving import Driver, score_key, training_workers
 
 MORE_THAN_THERE_ARE = 16  # CPUs of the cluster, so that nothing fits beside training
 
@@ -64,7 +64,7 @@ def test_a_run_trains_scores_and_registers(place, left_alone):
     summary = left_alone
     assert summary["images"] == 1600
     assert summary["images_per_s"] > 0
-    assert summary["score"]["key"] == "fd_classifier"
+    assert summary["score"]["metric"] == "fd_classifier"
     assert summary["registered"]["model"] == "alone"
     assert summary["registered"]["alias"] == "champion"
     assert (summary["restarts"], summary["images_lost"], summary["resumed_from"]) == (0, 0, None)
@@ -73,7 +73,7 @@ def test_a_run_trains_scores_and_registers(place, left_alone):
     version = client.get_model_version_by_alias("alone", "champion")
     assert int(version.version) == summary["registered"]["version"]
     keys = client.get_run(summary["mlflow_run_id"]).data.metrics
-    assert f"fd_classifier/{summary['score']['protocol']['id']}" in keys
+    assert score_key(summary["score"]) in keys
     assert {"loss_d", "loss_g", "images_per_s", "gamma_g", "gamma_d", "sigma_g", "sigma_d"} <= keys.keys()
 
 
@@ -104,14 +104,14 @@ def test_a_finished_run_has_a_page(place, left_alone):
     ]
     subprocess.run(command, cwd=folder, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, check=True)
     page = (folder / "page.html").read_text()
-    assert f"fd_classifier/{left_alone['score']['protocol']['id']}" in page
+    assert score_key(left_alone["score"]) in page
     assert "generator, 16×16" in page
     assert "discriminator, 16×16" in page
     assert "<h2>Classes</h2>" in page
-    assert "Left out" not in page
+    assert "is left out" not in page
     left = files.read_bytes(f"{bucket}/runs/alone/report.html").decode()  # by the run itself
     assert "<h2>Nearest real images</h2>" in left
-    assert "Left out" not in left
+    assert "is left out" not in left
     logged = {a.path for a in MlflowClient(env["MLFLOW_TRACKING_URI"]).list_artifacts(left_alone["mlflow_run_id"])}
     assert {"report.html", "grids.gif"} <= logged
 
@@ -129,7 +129,7 @@ def test_another_method_under_the_same_name_is_refused(place, left_alone):
     folder, _, env = place
     other = Driver(folder, env, name="alone", **{"optim.lr_d": 0.5})
     assert other.end() == 2
-    assert "optim.lr_d: 0.001 there, 0.5 here" in other.output
+    assert "optim.lr_d: 0.001 in that run, 0.5 in this job" in other.output
     assert "--fresh" in other.output
 
 
@@ -142,7 +142,7 @@ def test_interrupted_killed_and_resumed_it_ends_in_the_same_state(place, left_al
     assert first.end() == 130, first.output
     assert status(env, files.read_json(f"{bucket}/runs/tried/run.json")) == "KILLED"
     newest = checkpoints(bucket, "tried")[-1]
-    assert f"{newest} stands" in first.output
+    assert f"{newest} is complete" in first.output
 
     second = Driver(folder, env, name="tried")
     second.until(f"resumed from {newest}")
@@ -170,8 +170,7 @@ def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(pla
     summary = run.summary(name)
 
     scored = [run.output.index(f"score at {images / 1000:.1f} kimg: isc_classifier") for images in every]
-    key = f"isc_classifier/{summary['score']['protocol']['id']}"
-    values = dict(points(env, summary["mlflow_run_id"], key))
+    values = dict(points(env, summary["mlflow_run_id"], score_key(summary["score"])))
     assert list(values) == list(every)
     scores = [files.read_json(f"{bucket}/runs/{name}/scores/{file}") for file in scores_of(bucket, name)]
     spans = sorted((score["time_ms"] - 1000 * score["seconds"], score["time_ms"]) for score in scores)
@@ -180,7 +179,7 @@ def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(pla
     best = max(values, key=lambda images: values[images])
     assert best != 1600, "while the newest is the best, nothing is shown of what becomes of the best"
     first, last = checkpoints(bucket, name)
-    assert (images_of(first), images_of(last)) == (best, 1600)
+    assert (StoredCheckpoint(first).images, StoredCheckpoint(last).images) == (best, 1600)
     assert last == files.name(left_alone["checkpoint"]), "its name holds the digest of the state"
 
     committed = [run.output.index(f"checkpoint {images:012d}") for images in every]
@@ -188,7 +187,7 @@ def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(pla
     if name == "beside":
         assert not waited
     else:
-        assert "no room to evaluate beside training (16 CPUs, 0 GPUs more): it waits for each score" in run.output
+        assert "no room for scoring tasks beside training: training waits for each score" in run.output
         assert all(score < later for score, later in zip(scored, committed[1:], strict=False))
         assert run.output.count("training waited") == len(every)
         assert len(waited) == len(every) - 1, "in the first metrics after each; after the last there are none"
@@ -209,8 +208,8 @@ def test_what_died_while_it_was_scored_in_line_is_scored_at_the_end(place, left_
     assert "score at 1.0 kimg" not in run.output, "the worker was killed before that"
     summary = run.summary("scored-late")
     assert checkpoints(bucket, "scored-late")[-1] == files.name(left_alone["checkpoint"])
-    key = f"fd_classifier/{summary['score']['protocol']['id']}"
-    assert sorted(step for step, _ in points(env, summary["mlflow_run_id"], key)) == [960, 1600]
+    scored = points(env, summary["mlflow_run_id"], score_key(summary["score"]))
+    assert sorted(step for step, _ in scored) == [960, 1600]
 
 
 @pytest.mark.slow
@@ -250,7 +249,7 @@ def test_ray_job_stop_saves_a_checkpoint_and_the_same_submission_resumes(place, 
     ray_cluster.stop_jobs()
     first.end()
     (newest,) = checkpoints(bucket, "stopped")
-    assert f"{newest} stands" in first.output
+    assert f"{newest} is complete" in first.output
     second = Driver(folder, env, command=submit, name="stopped", **{"checkpoint.kimg": 50})
     second.until(f"resumed from {newest}")
     assert second.end() == 0, second.output

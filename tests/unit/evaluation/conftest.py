@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.config.load import parse
+from pipeline.collection.manifest import Collection
+from pipeline.config.job_file import parse_job
 from pipeline.config.schema import DataSection, PackSection, TrainJob
-from pipeline.data.index import Collection
-from pipeline.data.pack import pack
-from pipeline.storage import fileset
-from pipeline.tracking.tracker import Tracker
+from pipeline.packing.pack import pack
+from pipeline.runs.checkpoints import upload_checkpoint, write_checkpoint
+from pipeline.runs.records import CheckpointFacts
+from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
+from pipeline.tracking.mlflow_run import MlflowRun
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
 from sagan.state import TrainState
 
-NETWORKS = ModelConfig(resolution=32, classes=10, z_dim=16, channels_g=8, channels_d=8)
+NETWORKS = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=8, channels_d=8)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,7 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def job(digits: Collection, data: DataSection, tracking: str, tmp_path: Path) -> TrainJob:
-    """A run on the digits, judged by their classifier, with a name of its own."""
+    """A run on the digits, scored by their classifier, with a name of its own."""
     values: dict[str, Any] = {
         "kind": "train",
         "name": f"digits-{uuid.uuid4().hex[:8]}",
@@ -58,32 +61,53 @@ def job(digits: Collection, data: DataSection, tracking: str, tmp_path: Path) ->
         "evaluate": {"extractor": "classifier", "samples": 120, "standing_images": 64, "grid": 20},
         "track": {"uri": tracking},
     }
-    parsed = parse(values, "test")
+    parsed = parse_job(values, "test")
     assert isinstance(parsed, TrainJob)
     return parsed
 
 
 @pytest.fixture
 def run_id(job: TrainJob, tmp_path: Path) -> str:
-    tracker = Tracker.start(job.track.uri or "", job.name, job.name, None, {}, {}, str(tmp_path / "artifacts"))
+    tracker = MlflowRun.start(job.track.uri or "", job.name, job.name, None, {}, {}, str(tmp_path / "artifacts"))
     tracker.close(timeout_s=10)
     return tracker.run_id
 
 
+def commit_checkpoint(
+    job: TrainJob,
+    images: int,
+    seed: int = 0,
+    change: Callable[[TrainState], object] = lambda state: None,
+    points: Sequence[dict[str, Any]] = (),
+    **facts: Any,
+) -> StoredCheckpoint:
+    """Write a checkpoint of an untrained state into the run of `job`, as training does.
+
+    `change` is applied to the state, `points` are the logged metrics, and `facts` replace fields of `CheckpointFacts`.
+    """
+    state = TrainState(NETWORKS, OptimConfig(), seed)
+    state.images = images
+    change(state)
+    stated: dict[str, Any] = {
+        "images": images,
+        "train_seconds": 1.0,
+        "to_score": True,
+        "collection_digest": "cd" * 32,
+        "class_names": list("0123456789"),
+        "method_digest": "ab" * 32,
+        "git_commit": "unknown",
+    }
+    with tempfile.TemporaryDirectory() as temp:
+        local, metrics = Path(temp) / "checkpoint", Path(temp) / "metrics.jsonl"
+        local.mkdir()
+        metrics.write_text("".join(f"{json.dumps(point)}\n" for point in points))
+        name = write_checkpoint(local, state, metrics, CheckpointFacts(**stated | facts))
+        checkpoint = StoredRun.of(job).checkpoint(name)
+        upload_checkpoint(local, checkpoint)
+    return checkpoint
+
+
 @pytest.fixture
-def checkpoint(job: TrainJob) -> Callable[..., str]:
-    """Commits a checkpoint of an untrained state; returns its URL."""
-
-    def commit(images: int, seed: int = 0, change: Callable[[TrainState], None] = lambda state: None) -> str:
-        state = TrainState(NETWORKS, OptimConfig(), seed)
-        state.images = images
-        change(state)
-        url = f"{job.checkpoint.root}/{job.name}/checkpoints/{images:012d}-{seed:08x}"
-        with tempfile.TemporaryDirectory() as folder:
-            state.save(folder)
-            facts = {"images": images, "evaluate": True, "class_names": list("0123456789"), "method_digest": "ab" * 32}
-            (Path(folder) / "checkpoint.json").write_text(json.dumps(facts))
-            fileset.commit(Path(folder), url)
-        return url
-
-    return commit
+def checkpoint(job: TrainJob) -> Callable[..., StoredCheckpoint]:
+    """`commit_checkpoint` for the run of `job`."""
+    return partial(commit_checkpoint, job)

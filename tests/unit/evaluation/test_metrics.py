@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation.fidelity import import_torch_fidelity
+from pipeline.evaluation.extractors.extractor import Extractor
+from pipeline.evaluation.extractors.fidelity_networks import import_torch_fidelity
 from pipeline.evaluation.metrics import (
+    METRICS,
     class_accuracy,
-    higher_is_better,
+    density_coverage,
     inception_score,
     kernel_distance,
+    metric_named,
     precision_recall,
 )
 
@@ -59,6 +63,111 @@ def test_class_accuracy_counts_the_largest_logit() -> None:
     assert class_accuracy(logits, torch.tensor([1, 0, 0, 0])) == 0.75
 
 
-def test_distances_are_better_when_lower() -> None:
-    assert not any(map(higher_is_better, ("fid", "fid_inception_12345678", "fd_classifier", "kid", "auto")))
-    assert all(map(higher_is_better, ("isc", "isc_classifier", "class_accuracy", "precision", "recall")))
+def density_coverage_in_numpy(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[float, float]:
+    """Naeem et al. 2020, equations 3 to 5, word by word."""
+    between_real = np.linalg.norm(real[:, None] - real[None], axis=2)
+    np.fill_diagonal(between_real, np.inf)  # an image is no neighbour of its own
+    radii = np.sort(between_real, axis=1)[:, k - 1]
+    contained = np.linalg.norm(real[:, None] - generated[None], axis=2) < radii[:, None]  # [real, generated]
+    return float(contained.sum(0).mean() / k), float(contained.any(1).mean())
+
+
+@pytest.mark.parametrize(("generated_rows", "real_rows", "columns"), [(150, 200, 8), (1100, 1200, 4)])
+def test_density_and_coverage_are_the_papers_formulas(generated_rows: int, real_rows: int, columns: int) -> None:
+    """The second size is more rows than distances are computed for at a time."""
+    generated, real = normal(generated_rows, columns, 1) + 1, normal(real_rows, columns, 2)
+    expected = density_coverage_in_numpy(generated.double().numpy(), real.double().numpy(), k=5)
+    assert all(0.1 < value < 0.95 for value in expected)
+    # Both count the same balls, since no random distance comes near a radius; only the divisions round differently.
+    assert density_coverage(generated, real) == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+def test_density_and_coverage_tell_truth_from_variety() -> None:
+    real = normal(400, 4, 0)
+    # Each ball holds its centre and four neighbours; rounding decides on the fifth, whose distance is the radius.
+    density, coverage = density_coverage(real, real)
+    assert 1 <= density <= 6 / 5
+    assert coverage == 1
+    assert density_coverage(real + 100, real) == (0, 0)
+    density, coverage = density_coverage(real[:10].repeat(40, 1), real)
+    assert density > 0.5
+    assert coverage < 0.2
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+PUBLISHED_INCEPTION = "6726825d"
+
+
+def extractor(name: str, digest: str = "1234abcd", resize: str = "none") -> Extractor:
+    return Extractor(name, digest.ljust(64, "0"), lambda images: (images, images), resize)
+
+
+def names_under(extractor: Extractor, *metrics: str) -> list[str]:
+    by_name = {metric.name: metric for metric in METRICS}
+    return [by_name[name].name_under(extractor) for name in metrics]
+
+
+@pytest.mark.parametrize(
+    ("name", "digest", "resize", "names"),
+    [
+        ("inception", PUBLISHED_INCEPTION, "tf1-bilinear-299", ["fid", "isc", "kid"]),
+        ("inception", PUBLISHED_INCEPTION, "clean-bicubic-299", ["fid_clean", "isc_clean", "kid_clean"]),
+        ("inception", "1234abcd", "tf1-bilinear-299", [f"{m}_inception_1234abcd" for m in ("fid", "isc", "kid")]),
+        (
+            "inception",
+            "1234abcd",
+            "clean-bicubic-299",
+            [f"{m}_inception_1234abcd_clean" for m in ("fid", "isc", "kid")],
+        ),
+        ("vgg16", "397923af", "tf1-bilinear-224", [f"{m}_vgg16" for m in ("fd", "isc", "kid")]),
+        ("vgg16", "6726825d", "tf1-bilinear-224", [f"{m}_vgg16_6726825d" for m in ("fd", "isc", "kid")]),
+        (
+            "clip-vit-b-32",
+            "40d36571",
+            "tf1-bilinear-224",
+            [f"{m}_clip-vit-b-32_40d36571" for m in ("fd", "isc", "kid")],
+        ),
+        (
+            "dinov2-vit-s-14",
+            "1234abcd",
+            "tf1-bilinear-224",
+            [f"{m}_dinov2-vit-s-14_1234abcd" for m in ("fd", "isc", "kid")],
+        ),
+        ("classifier", "6726825d", "none", ["fd_classifier", "isc_classifier", "kid_classifier"]),
+        ("resnet56-cifar10", "eca1", "none", [f"{m}_resnet56-cifar10" for m in ("fd", "isc", "kid")]),
+    ],
+)
+def test_plain_names_are_for_published_inception_alone(name: str, digest: str, resize: str, names: list[str]) -> None:
+    assert names_under(extractor(name, digest, resize), "fd", "isc", "kid") == names
+
+
+def test_names_of_metrics_are_unique() -> None:
+    names = [name for metric in METRICS for name in (metric.name, metric.inception_name) if name]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "under",
+    [
+        extractor("inception", PUBLISHED_INCEPTION, "tf1-bilinear-299"),
+        extractor("inception", "1234abcd", "clean-bicubic-299"),
+        extractor("vgg16"),
+        extractor("classifier"),
+        extractor("my_file"),
+    ],
+    ids=lambda under: "_".join([under.name, *under.qualifiers]),
+)
+def test_a_metric_is_found_by_its_name_under_any_extractor(under: Extractor) -> None:
+    for metric in METRICS:
+        assert metric_named(metric.name_under(under)) is metric
+
+
+@pytest.mark.parametrize("name", ["auto", "", "fidelity", "precision_classifier", "accuracy"])
+def test_what_names_no_metric_is_not_found(name: str) -> None:
+    assert metric_named(name) is None
+
+
+def test_distances_are_better_when_lower_and_all_else_when_higher() -> None:
+    lower = {metric.name for metric in METRICS if not metric.higher_is_better}
+    assert lower == {"fd", "kid"}

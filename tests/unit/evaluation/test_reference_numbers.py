@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from pipeline.evaluation import extractors
+from pipeline.evaluation.extractors.extractor_file import extractor_from_file
 from pipeline.evaluation.metrics import class_accuracy, class_distance, inception_score
-from pipeline.evaluation.statistics import Moments, frechet_distance
+from pipeline.evaluation.moments import Moments, frechet_distance
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TOLERANCE = 1e-3  # stated with the numbers
@@ -30,7 +30,7 @@ class Measured:
 
     def __init__(self, folder: Path, network: str) -> None:
         self.folder = folder
-        self.extractor = extractors.from_file(str(folder / f"{network}-cifar10.ts"), resolution=32)
+        self.extractor = extractor_from_file(str(folder / f"{network}-cifar10.ts"), resolution=32)
         self.numbers: dict[str, Any] = json.loads((folder / "cifar10-reference-numbers.json").read_text())[network]
 
     @functools.lru_cache  # noqa: B019

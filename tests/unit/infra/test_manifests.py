@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from infra.local.servers import Ray
-from pipeline.config.load import load
+from pipeline.config.job_file import load_job
 from pipeline.config.schema import TrainJob
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,7 +30,7 @@ def rayjob() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def job(rayjob) -> TrainJob:
-    resolved = load(ROOT / rayjob["entrypoint"])
+    resolved = load_job(ROOT / rayjob["entrypoint"])
     assert isinstance(resolved, TrainJob)
     return resolved
 
@@ -89,7 +89,7 @@ def test_storage_and_tracker_reach_every_pod(rayjob):
         assert everywhere <= set(env(pod))
 
 
-def test_shared_memory_is_memory_and_the_cache_holds_what_the_job_may_keep(rayjob, job):
+def test_shared_memory_is_memory_and_the_cache_volume_is_large_enough(rayjob, job):
     for name, pod in pods(rayjob).items():
         volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container(pod)["volumeMounts"]}
@@ -99,7 +99,7 @@ def test_shared_memory_is_memory_and_the_cache_holds_what_the_job_may_keep(rayjo
             assert int(cache["sizeLimit"].removesuffix("Gi")) >= job.data.cache_gb
 
 
-def test_a_stopped_job_may_finish_its_checkpoint(rayjob):
+def test_a_stopped_job_has_time_to_finish_its_checkpoint(rayjob):
     head = pods(rayjob)["head"]
     ours = Ray().environment()
     wait = int(env(head)["RAY_JOB_STOP_WAIT_TIME_S"]["value"])
@@ -114,7 +114,7 @@ def test_versions_are_the_pinned_ones(rayjob):
     assert images == {PROJECT["version"]}
 
 
-def test_the_image_builds_from_what_is_there():
+def test_the_image_copies_only_existing_paths():
     dockerfile = (ROOT / "infra/image/Dockerfile").read_text()
     (python,) = re.findall(r"^FROM python:3\.(\d+)", dockerfile, re.MULTILINE)
     low, high = re.findall(r"3\.(\d+)", PROJECT["requires-python"])

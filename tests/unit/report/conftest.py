@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
-from pipeline.data.index import Collection
-from pipeline.evaluation import evaluate
-from pipeline.storage import files
-from tests.unit.evaluation.conftest import checkpoint, data, digits, job, model, run_id, tracking
+from pipeline.evaluation import run_scores
+from pipeline.runs.records import RunRecord
+from pipeline.runs.stored_run import StoredRun
+from tests.unit.evaluation.conftest import checkpoint, commit_checkpoint, data, digits, job, model, run_id, tracking
 
 __all__ = ["checkpoint", "data", "digits", "job", "model", "run_id", "tracking"]
 
@@ -34,9 +33,7 @@ def extractor(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def run(
-    job: TrainJob, run_id: str, checkpoint: Callable[..., str], digits: Collection, extractor: str
-) -> Callable[..., str]:
+def run(job: TrainJob, run_id: str, digits: Collection, extractor: str) -> Callable[..., str]:
     """Makes a run's folder as training leaves it, with a score for each checkpoint; returns its URL."""
 
     def make(name: str, samples: int = 120) -> str:
@@ -44,16 +41,18 @@ def run(
         track = job.track.model_copy(update={"register_model": False})
         mine = job.model_copy(update={"name": name, "evaluate": section, "track": track})
         for images in (1000, 2000):
-            committed = Path(checkpoint(images, seed=images))
-            here = Path(mine.folder.checkpoint(committed.name))
-            here.parent.mkdir(parents=True, exist_ok=True)
-            committed.rename(here)
             point = {"step": images, "time_ms": 0, "metrics": {"loss_d": 1.5, "gamma_g": 0.25}}
-            (here / "metrics.jsonl").write_text(f"{json.dumps(point)}\n")
-            evaluate.score_checkpoint(mine, str(here), run_id)
-        record = {"name": name, "method": {"data.collection": digits.digest, "optim.lr_d": 4e-4}}
-        record |= {part: getattr(mine, part).model_dump(mode="json") for part in ("data", "evaluate")}
-        files.write_json(mine.folder.record, record)
-        return mine.folder.url
+            committed = commit_checkpoint(mine, images, seed=images, points=[point])
+            run_scores.score_checkpoint(mine, committed, run_id)
+        record = RunRecord(
+            name=name,
+            method={"data.collection": digits.digest, "optim.lr_d": 4e-4},
+            mlflow_run_id=run_id,
+            data=mine.data,
+            evaluate=section,
+        )
+        stored = StoredRun.of(mine)
+        stored.write_record(record)
+        return stored.url
 
     return make

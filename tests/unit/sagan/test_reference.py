@@ -16,8 +16,10 @@ BOUND = {"rtol": 1e-10, "atol": 1e-10}
 
 
 @pytest.mark.parametrize(("resolution", "attention"), [(32, (16,)), (64, (8, 32)), (128, (64,))])
-def test_losses_and_all_gradients_are_the_formulas(resolution, attention):
-    config = ModelConfig(resolution=resolution, classes=5, channels_g=8, channels_d=8, z_dim=12, attention=attention)
+def test_losses_and_all_gradients_equal_the_formulas(resolution, attention):
+    config = ModelConfig(
+        resolution=resolution, num_classes=5, channels_g=8, channels_d=8, z_dim=12, attention=attention
+    )
     state = TrainState(config, OptimConfig(), seed=0).to(torch.float64)
     torch.manual_seed(1)
     for network in (state.generator, state.discriminator):

@@ -63,6 +63,6 @@ def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_kind_of_url_that_nobody_knows_is_an_environment_fault() -> None:
+def test_an_unknown_kind_of_url_is_an_environment_fault() -> None:
     with pytest.raises(EnvironmentFault, match="nosuch"):
         files.read_bytes("nosuch://bucket/x")

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import TrainJob
-from pipeline.training.decisions import at_border, due, superfluous
+from pipeline.runs.stored_run import StoredCheckpoint
+from pipeline.training.decisions import actions_after_step, is_due, superfluous
 
 
 def job(**train):
@@ -20,29 +21,38 @@ def job(**train):
 
 
 @given(interval=st.integers(1, 500), batch=st.integers(1, 300), steps=st.integers(1, 60))
-def test_due_once_for_every_interval_that_steps_cross(interval, batch, steps):
+def test_an_action_is_due_once_for_every_interval_that_steps_cross(interval, batch, steps):
     """Whatever the batch: a step longer than the interval is due once, not several times."""
-    borders = [due(i * batch, (i + 1) * batch, interval / 1000) for i in range(steps)]
-    assert sum(borders) <= steps * batch // interval
+    due = [is_due(i * batch, (i + 1) * batch, interval / 1000) for i in range(steps)]
+    assert sum(due) <= steps * batch // interval
     if batch <= interval:
-        assert sum(borders) == steps * batch // interval
+        assert sum(due) == steps * batch // interval
 
 
-def test_what_happens_at_borders():
-    quiet = at_border(job(log_kimg=10), 0, 32, stop_requested=False)
-    assert not any((quiet.log, quiet.checkpoint, quiet.evaluate, quiet.stop))
-    checkpoint = at_border(job(), 192, 224, stop_requested=False)
-    assert (checkpoint.log, checkpoint.checkpoint, checkpoint.evaluate, checkpoint.stop) == (True, True, False, False)
-    scored = at_border(job(), 480, 512, stop_requested=False)
-    assert (scored.checkpoint, scored.evaluate, scored.stop) == (True, True, False)
-    asked = at_border(job(), 0, 32, stop_requested=True)
-    assert (asked.log, asked.checkpoint, asked.evaluate, asked.stop, asked.early) == (True, True, False, True, True)
-    last = at_border(job(), 992, 1024, stop_requested=False)
-    assert (last.log, last.checkpoint, last.evaluate, last.stop, last.early) == (True, True, True, True, False)
-    assert not at_border(job(), 992, 1024, stop_requested=True).early
+def test_a_step_that_crosses_nothing_has_no_actions():
+    quiet = actions_after_step(job(log_kimg=10), 0, 32, stop_requested=False)
+    assert not any((quiet.log, quiet.checkpoint, quiet.score, quiet.stop, quiet.interrupted))
+
+
+def test_a_checkpoint_is_logged_first_and_a_score_has_a_checkpoint():
+    checkpoint = actions_after_step(job(), 192, 224, stop_requested=False)
+    assert (checkpoint.log, checkpoint.checkpoint, checkpoint.score, checkpoint.stop) == (True, True, False, False)
+    scored = actions_after_step(job(), 480, 512, stop_requested=False)
+    assert (scored.checkpoint, scored.score, scored.stop) == (True, True, False)
+
+
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_interrupted():
+    asked = actions_after_step(job(), 0, 32, stop_requested=True)
+    assert (asked.log, asked.checkpoint, asked.score, asked.stop, asked.interrupted) == (True, True, False, True, True)
+
+
+def test_the_last_step_is_scored_and_is_not_an_interruption():
+    last = actions_after_step(job(), 992, 1024, stop_requested=False)
+    assert (last.log, last.checkpoint, last.score, last.stop, last.interrupted) == (True, True, True, True, False)
+    assert not actions_after_step(job(), 992, 1024, stop_requested=True).interrupted
 
 
 def test_retention_keeps_the_newest_and_the_protected():
-    names = [f"{i:03}" for i in range(6)]
-    assert superfluous(names, 2, {"001"}) == ["000", "002", "003"]
-    assert superfluous(names[:2], 2, set()) == []
+    checkpoints = [StoredCheckpoint(f"runs/a/checkpoints/{i:03}") for i in range(6)]
+    assert superfluous(checkpoints, 2, {"001"}) == [checkpoints[0], checkpoints[2], checkpoints[3]]
+    assert superfluous(checkpoints[:2], 2, set()) == []

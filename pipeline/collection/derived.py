@@ -1,0 +1,63 @@
+"""Tensors that are computed once from a collection and stored beside it, for every run and trial."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.collection.manifest import Collection
+from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.storage import file_sets, files
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+
+
+def derived(
+    collection: Collection, name: str, make: Callable[[], tuple[Tensors, dict[str, Any]]]
+) -> tuple[Tensors, dict[str, Any], str]:
+    """Return tensors that are stored beside a collection. Where they are missing, compute and store them.
+
+    The set of files is stored at `<collection>/evaluation/<name>-<first 8 digits of the collection's digest>`. Where
+    several processes compute it at the same time, the first upload wins and all processes use its tensors. Where the
+    collection cannot be written to, the result is not stored, and the next call computes it again.
+
+    Args:
+        collection: The collection.
+        name: Name of the result.
+        make: Computes the tensors and the facts. Facts are JSON values that are stored in the manifest.
+
+    Returns:
+        The tensors, the facts, and the SHA-256 of the tensors' file.
+    """
+    url = files.join(collection.url, "evaluation", f"{name}-{collection.digest[:8]}")
+    with tempfile.TemporaryDirectory(prefix="sagan-derived-") as temp:
+        folder = Path(temp)
+        manifest = file_sets.read_manifest(url)
+        if manifest is None:
+            tensors, facts = make()
+            path = folder / "tensors"
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            # Concurrent results with other tensors get other file names.
+            path = path.rename(folder / f"{digest[:16]}.safetensors")
+            try:
+                manifest = file_sets.upload_set(folder, url, **facts)
+            except EnvironmentFault as fault:
+                log.warning("%s is not stored and will be computed again: %s", name, fault.message)
+                return tensors, facts, digest
+            except SaganError:  # another process has uploaded its result first
+                manifest = file_sets.read_manifest(url)
+                if manifest is None:
+                    raise
+        file_sets.fetch_set(url, folder / "stored")
+        ((file, entry),) = manifest.files.items()
+        return load_file(folder / "stored" / file), manifest.facts, entry.sha256

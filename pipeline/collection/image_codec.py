@@ -1,0 +1,90 @@
+"""Encoding and decoding of single images: any image file to a stored square RGB image, and that to pixels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+"""Extension of an image in a shard, by encoding."""
+
+
+def crop_and_encode(data: bytes, resolution: int, encoding: str, quality: int = 95, chroma: str = "4:4:4") -> bytes:
+    """Return an image file as shards hold it: RGB, upright, its largest centred square, resized and encoded.
+
+    Args:
+        data: Bytes of an image file of any kind that Pillow reads.
+        resolution: Pixels per side of the result.
+        encoding: A key of EXTENSIONS.
+        quality: JPEG quality, 1 to 100.
+        chroma: JPEG chroma subsampling, 4:4:4 or 4:2:0.
+
+    Raises ValueError with the reason where `data` is not an image or cannot be decoded completely.
+    """
+    image = _decode(data)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # resize(box=…) would let the filter read pixels outside the box, so the image is cropped first. Pillow widens its
+    # filter with the scale, which prevents aliasing. At scale 1 the filter keeps every pixel.
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if encoding == "jpeg":
+        image.save(out, "JPEG", quality=quality, subsampling=chroma)
+    elif encoding == "webp":
+        image.save(out, "WEBP", lossless=True)
+    else:
+        image.save(out, "PNG")
+    return out.getvalue()
+
+
+def decode_into(data: bytes, pixels: np.ndarray) -> None:
+    """Decode a stored image into `pixels`, a contiguous uint8 array [H, W, 3].
+
+    Raises ValueError where `data` is damaged or the image has another size. `pixels` is undefined then.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        shape = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape
+    else:
+        decoded = np.asarray(_decode(data))
+        shape = decoded.shape
+        if shape == pixels.shape:
+            pixels[:] = decoded
+    if shape != pixels.shape:  # simplejpeg fills only a part of the buffer with a smaller image
+        raise ValueError(f"the image is {shape[1]} x {shape[0]} pixels, not {pixels.shape[1]} x {pixels.shape[0]}")
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Decode a whole image to 8-bit RGB, upright. Raises ValueError with the reason."""
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError("not an image of a format that Pillow can read") from None
+    except Exception as error:  # for damaged files decoders raise OSError, SyntaxError, struct.error and others
+        raise ValueError(f"cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to upright 8-bit RGB. Transparent pixels become white, and 16-bit grey is scaled to 8 bits.
+
+    Raises ValueError for values of unknown range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow may hold in 32 bits
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError(f"pixel values from {wide.min()} to {wide.max()} do not fit 16 bits")
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

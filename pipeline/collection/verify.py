@@ -1,0 +1,96 @@
+"""Verification of a collection: every hash, index entry, label and pixel."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.collection.image_codec import decode_into
+from pipeline.collection.manifest import KEYS, Collection
+from pipeline.collection.shard_file import read_shard
+from pipeline.compute.tasks import map_parallel
+from pipeline.errors import CorruptError
+from pipeline.progress import Report, progress
+from pipeline.storage import files
+from pipeline.storage.file_sets import FileEntry
+
+
+def verify_collection(url: str, report: Report | None = None, *, on_cluster: bool = False) -> Collection:
+    """Check every hash, index entry and label of the collection at `url`, and decode every image.
+
+    Prints the names of images that cannot be decoded, one a line, as `sagan pack --exclude` reads them.
+
+    Args:
+        url: URL of the collection.
+        report: Replaces the progress bar.
+        on_cluster: Use tasks of the connected Ray cluster where the collection is not on this machine.
+
+    Raises CorruptError that lists every damaged shard and sample with the reason, UsageError where there is no
+    collection, and EnvironmentFault where storage fails.
+    """
+    collection = Collection.open(url)
+    bad: list[str] = []
+    ids: list[int] = []
+    with progress("verifying", len(collection.labels), report=report) as advance:
+        numbers, use_tasks = range(len(collection.shards)), on_cluster and not files.is_local(url)
+        shards = map_parallel(_bad_in_shard, numbers, (collection,), use_tasks)
+        for shard, (reasons, bad_ids) in zip(collection.shards, shards, strict=True):
+            bad += reasons
+            ids += bad_ids
+            advance(shard.count)
+    if ids:
+        try:
+            names = files.read_bytes(files.join(url, KEYS)).decode().split("\n")
+            print("\n".join(names[i] for i in ids))
+        except FileNotFoundError:
+            bad.append(f"{KEYS} is missing, so the names of the bad images are unknown")
+    if bad:
+        raise CorruptError(
+            "\n  ".join([f"{url} is damaged:", *bad]),
+            "pack the collection again, and leave out images that are still bad with --exclude",
+        )
+    return collection
+
+
+def _bad_in_shard(number: int, collection: Collection) -> tuple[list[str], list[int]]:
+    """Return the faults of one shard, and the ids of its samples that cannot be decoded."""
+    shard = collection.shards[number]
+    ids = np.flatnonzero(collection.shard == number)
+    with tempfile.TemporaryDirectory(prefix="sagan-verify-") as folder:
+        path = Path(folder) / shard.name
+        try:
+            files.download(collection.shard_url(shard), path)
+            by_offset = {sample.offset: sample for sample in read_shard(path)}
+        except FileNotFoundError:
+            return [f"{shard.name}: missing"], []
+        except CorruptError as error:
+            return [f"{shard.name}: {error}"], []
+        bad, bad_ids = [], []
+        if FileEntry.of(path).sha256 != shard.sha256:
+            bad.append(f"{shard.name}: its SHA-256 differs from the manifest")
+        data = path.read_bytes()
+        pixels = np.empty((collection.resolution, collection.resolution, 3), dtype=np.uint8)
+        for i in ids.tolist():
+            offset, length, label = int(collection.offset[i]), int(collection.length[i]), int(collection.labels[i])
+            sample = by_offset.get(offset)
+            name = f"{shard.name}: {sample.name if sample else f'sample at byte {offset}'}"
+            if sample is None or sample.length != length or not _same_label(sample.label, label, collection):
+                bad.append(f"{name}: its position or label differs from the index")
+            try:
+                decode_into(data[offset : offset + length], pixels)
+            except ValueError as reason:
+                bad.append(f"{name}: {reason}")
+                bad_ids.append(i)
+        return bad, bad_ids
+
+
+def _same_label(in_shard: int | str | None, label: int, collection: Collection) -> bool:
+    """Return whether the label in a shard equals the label of the index.
+
+    A shard holds a class index, a class name, or no label, which means 0.
+    """
+    if isinstance(in_shard, str):
+        return in_shard == collection.class_names[label]
+    return (in_shard or 0) == label

@@ -1,0 +1,16 @@
+"""Causes of Ray's exceptions."""
+
+from __future__ import annotations
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception that a worker raised, without the exceptions that Ray wrapped around it."""
+    import ray.exceptions
+    import ray.train
+
+    if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
+        return root_cause(error.worker_failures[min(error.worker_failures)])
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        return root_cause(error.cause)
+    original = getattr(error, "_base_exc", None)
+    return root_cause(original) if isinstance(original, BaseException) else error

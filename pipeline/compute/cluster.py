@@ -1,0 +1,92 @@
+"""The connection to Ray: join a cluster, start Ray on this machine, run a function on every node."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.errors import EnvironmentFault
+from pipeline.storage import files
+
+T = TypeVar("T")
+
+
+def connect(least_cpus: float = 1) -> None:
+    """Join the cluster that RAY_ADDRESS names. Without RAY_ADDRESS, start Ray on this machine.
+
+    A submitted job always has RAY_ADDRESS. A process that is connected already stays connected.
+
+    Args:
+        least_cpus: Least number of logical CPUs of a Ray that is started on this machine.
+
+    Raises EnvironmentFault where the cluster cannot be reached.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Ray Train polls its workers at this interval, and a report waits for the next poll. The default is 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else {"env_vars": _python_path()}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": runtime_env}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**options)
+        else:
+            ray.init(num_cpus=max(os.cpu_count() or 1, int(-(-least_cpus // 1))), include_dashboard=False, **options)
+    except Exception as error:  # Ray raises bare Exceptions, for example when a node is slow to start
+        raise EnvironmentFault(
+            f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} cannot be reached: {error}",
+            "start a cluster with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone",
+        ) from None
+
+
+def join_named_cluster() -> bool:
+    """Join the cluster that RAY_ADDRESS names. Return whether RAY_ADDRESS is set. Raises EnvironmentFault."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return False
+    connect()
+    return True
+
+
+def run_on_each_node(function: Callable[[], T], timeout_s: float) -> dict[str, T]:
+    """Run `function` on every live node of the cluster. Return the results by address of the node.
+
+    Args:
+        function: Function without arguments.
+        timeout_s: Longest time to wait for each result, in seconds. Ray raises GetTimeoutError after it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0)(function)
+    pending = {
+        node["NodeManagerAddress"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    return {address: ray.get(result, timeout=timeout_s) for address, result in pending.items()}
+
+
+def ray_storage(root: str) -> tuple[Any, str]:
+    """Return the pyarrow file system and the path of a URL, for Ray.
+
+    Ray's S3 client is not used, because it creates directory objects, which break other clients.
+    """
+    import pyarrow.fs
+
+    filesystem, path = files.filesystem(root)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+def _python_path() -> dict[str, str]:
+    """Return a PYTHONPATH with which workers import the driver's code, whether it is installed or not."""
+    checkout = str(Path(__file__).resolve().parents[2])
+    return {"PYTHONPATH": os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -1,0 +1,87 @@
+"""Calls of functions in tasks of a Ray cluster or in threads of this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from pipeline.compute.resources import cluster_resources
+from pipeline.compute.threads import map_ahead
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_parallel(
+    function: Callable[..., R], items: Iterable[T], common: tuple[Any, ...], on_cluster: bool
+) -> Generator[R, None, None]:
+    """Yield `function(item, *common)` for each of `items`, in order.
+
+    Args:
+        function: Function to call.
+        items: One item per call.
+        common: Further arguments, equal in all calls. They are sent to the cluster once.
+        on_cluster: If true, tasks of the connected Ray cluster call the function, with one CPU each. Otherwise threads
+            of this process call it.
+
+    The calls run ahead of the consumer by about twice the number of CPUs. An exception of the function is raised in
+    place of the result of its item.
+    """
+    if not on_cluster:
+        cpus = os.cpu_count() or 1
+        yield from map_ahead(lambda item: function(item, *common), items, cpus, 2 * cpus)
+        return
+    import ray
+
+    task = ray.remote(num_cpus=1)(_run)
+    references = tuple(ray.put(value) for value in common)
+    cpus = max(1, int(cluster_resources()["CPU"]))
+    print(f"running in tasks of the Ray cluster, which has {cpus} CPUs", file=sys.stderr, flush=True)
+    pending: deque[Any] = deque()
+    try:
+        for item in items:
+            pending.append(task.remote(function, item, references))
+            if len(pending) > 2 * cpus:
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+
+
+def run_as_task(function: Callable[..., R], *arguments: Any, cpus: float, gpus: float) -> R:
+    """Call `function` in a task of the connected Ray cluster and return the result.
+
+    The task reserves `cpus` CPUs and `gpus` GPUs. Raises the exceptions of the function.
+    """
+    import ray
+
+    result: R = _result(ray.remote(num_cpus=cpus, num_gpus=gpus)(function).remote(*arguments))
+    return result
+
+
+def _run(function: Callable[..., R], item: T, references: tuple[Any, ...]) -> R:
+    return function(item, *_fetched(references))
+
+
+@lru_cache(maxsize=1)
+def _fetched(references: tuple[Any, ...]) -> list[Any]:
+    """Return the objects. A process fetches them once for all its tasks; a list of a million images takes seconds."""
+    import ray
+
+    return list(ray.get(list(references)))
+
+
+def _result(reference: Any) -> Any:
+    """Return the result of a task. Raises the exception of the function, without Ray's wrapper."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None

@@ -1,0 +1,47 @@
+"""The method of a run: all values that determine its result. A run with another method needs another name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pipeline.config.schema import TrainJob
+from pipeline.errors import UsageError
+
+
+def complete_model(job: TrainJob, resolution: int, num_classes: int) -> TrainJob:
+    """Return the job with the resolution and the number of classes of its collection.
+
+    Raises UsageError where the job gives other values.
+    """
+    try:
+        model = job.model.for_collection(resolution, num_classes)
+    except ValueError as error:
+        remedy = "leave the key out to take the collection's value, or give another data.train"
+        if "num_classes" in str(error) and num_classes == 0:
+            remedy = "the collection has no labels: leave model.num_classes out, or set model.num_classes=0"
+        raise UsageError(str(error), remedy) from None
+    return job.model_copy(update={"model": model})
+
+
+def method_of(job: TrainJob, collection_digest: str) -> dict[str, Any]:
+    """Return the method of a job, by dotted key. Paths, lengths, intervals and resources are not part of a method."""
+    method = {
+        "seed": job.seed,
+        "data.collection": collection_digest,
+        "data.split": job.data.split,
+        "data.flip": job.data.flip,
+        "data.lanes": job.data.lanes,
+        "data.window": job.data.window,
+        "train.batch": job.train.batch,
+        "train.precision": job.train.precision,
+        **{f"model.{k}": v for k, v in job.model.to_dict().items()},
+        **{f"optim.{k}": v for k, v in job.optim.to_dict().items()},
+    }
+    return json.loads(json.dumps(method))  # tuples become lists, as in a method that is read from run.json
+
+
+def digest_of(method: dict[str, Any]) -> str:
+    """Return the SHA-256 of a method in hex."""
+    return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,83 @@
+"""Opens the generator of a registered model, a checkpoint or a folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipeline.config.schema import EvaluateSection
+from pipeline.errors import UsageError
+from pipeline.runs.stored_run import CHECKPOINT_FACTS, StoredCheckpoint
+from pipeline.storage import file_sets, files
+from pipeline.tracking import registry
+from pipeline.tracking.mlflow_run import default_uri
+from sagan.sampling import Model
+from sagan.state import FACTS, TrainState
+
+_REMEDY = "give models:/NAME@ALIAS, a checkpoint's URL, or a folder that `sagan pull` wrote"
+
+
+def open_model(
+    where: str, device: str = "cpu", *, tracking_uri: str | None = None, section: EvaluateSection | None = None
+) -> Model:
+    """Open a model.
+
+    Args:
+        where: A registry URI (models:/NAME@ALIAS), the URL of a checkpoint, or a folder that `sagan pull` wrote.
+        device: Device of the model.
+        tracking_uri: MLflow tracking URI for a registry URI. Default: `default_uri()`.
+        section: Its `weights`, `standing_images` and `seed` choose the generator of a checkpoint (see
+            `Model.from_state`). Other models hold one generator.
+
+    Raises UsageError, EnvironmentFault, CorruptError.
+    """
+    if where.startswith("models:/"):
+        with tempfile.TemporaryDirectory(prefix="sagan-model-") as temp:
+            return Model.load(registry.pull(tracking_uri or default_uri(), where, Path(temp) / "model"), device)
+    if files.exists(files.join(where, FACTS)):
+        return model_of_checkpoint(StoredCheckpoint(where), section or EvaluateSection(), device)
+    if files.is_local(where):
+        try:
+            return Model.load(files.local_path(where), device)
+        except (FileNotFoundError, ValueError) as error:
+            raise UsageError(str(error), _REMEDY) from None
+    raise UsageError(f"there is no model at {where}", _REMEDY)
+
+
+def model_of_checkpoint(checkpoint: StoredCheckpoint, section: EvaluateSection, device: str = "cpu") -> Model:
+    """Download and verify a checkpoint, and return the generator that a section describes.
+
+    Raises FileNotFoundError, CorruptError, EnvironmentFault.
+    """
+    state, class_names = load_checkpoint(checkpoint, device)
+    return model_of_state(state, class_names, section)
+
+
+def model_of_state(state: TrainState, class_names: list[str], section: EvaluateSection) -> Model:
+    """Return the generator of a training state that a section describes."""
+    return Model.from_state(
+        state,
+        weights=section.weights,
+        standing_images=section.standing_images,
+        seed=section.seed,
+        class_names=class_names,
+    )
+
+
+def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[TrainState, list[str]]:
+    """Download and verify a checkpoint, and return its state and class names.
+
+    The list of names is empty where the model is unconditional.
+
+    Raises FileNotFoundError, CorruptError, EnvironmentFault.
+    """
+    with tempfile.TemporaryDirectory(prefix="sagan-checkpoint-") as temp:
+        file_sets.fetch_set(checkpoint.url, Path(temp))
+        state = TrainState.load(temp, device)
+        facts = StoredCheckpoint(temp).facts()
+    return state, facts.class_names if state.model.known_num_classes else []
+
+
+def is_checkpoint(url: str) -> bool:
+    """Return whether `url` is the URL of a checkpoint. Raises EnvironmentFault."""
+    return files.exists(files.join(url, CHECKPOINT_FACTS))

@@ -1,0 +1,118 @@
+"""Runs a job of any kind, for the command line and for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.dry_run import CollectionFacts, dry_run
+from pipeline.config.job_file import load_job, trial_job
+from pipeline.config.schema import EvaluateJob, Job, PackJob, TrainJob, TuneJob
+from pipeline.errors import SaganError
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.self_test import Finding
+
+
+def run_job(
+    job: Job | Path | str, overrides: Mapping[str, Any] | None = None, *, fresh: bool = False
+) -> dict[str, Any]:
+    """Run a job to its end and return its summary.
+
+    Args:
+        job: A job, or the path of a job file.
+        overrides: Values by dotted key. They replace values of the job file.
+        fresh: Whether to delete the run or the sweep of this name first.
+
+    Returns a dict of JSON values. For a training run or a sweep, it equals `runs/<name>/summary.json`.
+    Raises SaganError and its subclasses.
+    """
+    if isinstance(job, Path | str):
+        job = load_job(job, overrides)
+    if isinstance(job, PackJob):
+        return _pack(job)
+    if isinstance(job, EvaluateJob):
+        from pipeline.evaluation.evaluate_model import evaluate_model
+
+        _connect_workers(job)
+        return evaluate_model(job).model_dump(mode="json")
+    if isinstance(job, TuneJob):
+        from pipeline.evaluation import run_scores
+        from pipeline.tuning.sweep import tune
+
+        return tune(job, run_scores, fresh=fresh).to_dict()
+    return _train(job, fresh)
+
+
+def run_self_test(job: EvaluateJob) -> list[Finding]:
+    """Test the extractor of a job on real images of the reference collection and on degraded images.
+
+    Raises SaganError.
+    """
+    from pipeline.evaluation.self_test import self_test
+
+    _connect_workers(job)
+    return self_test(job.evaluate, job.reference)
+
+
+def dry_run_job(job: Job) -> dict[str, Any]:
+    """Return what a job would do and cost, without starting it.
+
+    The manifest of the collection is read if it can be read.
+    """
+    if isinstance(job, TuneJob):
+        trial = dry_run_job(trial_job(job, job.example))
+        return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial}
+    if isinstance(job, TrainJob):
+        return dry_run(job, _collection_facts(job)).to_dict()
+    return job.model_dump(mode="json")
+
+
+def _connect_workers(job: EvaluateJob) -> None:
+    """Connect to Ray if the job has several evaluation workers. Raises EnvironmentFault."""
+    from pipeline.compute.cluster import connect
+
+    if job.evaluate.workers > 1:
+        connect(job.evaluate.workers * job.evaluate.cpus)
+
+
+def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:
+    from pipeline.evaluation import run_scores
+    from pipeline.report.publish_report import publish_report
+    from pipeline.runs.stored_run import StoredRun
+    from pipeline.training.driver import train
+
+    if fresh:
+        StoredRun.of(job).delete()
+    return train(job, run_scores, on_end=publish_report).to_dict()
+
+
+def _pack(job: PackJob) -> dict[str, Any]:
+    from pipeline.compute.cluster import join_named_cluster
+    from pipeline.packing.pack import pack
+
+    collection = pack(job.destination, job.pack, on_cluster=join_named_cluster())
+    return {
+        "name": job.name,
+        "kind": "pack",
+        "url": collection.url,
+        "digest": collection.digest,
+        "images": {split: collection.size(split) for split in collection.splits},
+    }
+
+
+def _collection_facts(job: TrainJob) -> CollectionFacts | None:
+    """Return facts about the job's collection; None where the collection cannot be read."""
+    from pipeline.collection.manifest import Collection
+    from pipeline.streaming.order import Order
+
+    try:
+        collection = Collection.open(job.data.train)
+    except SaganError:
+        return None
+    sizes = collection.shard_sizes(job.data.split)
+    fetches = Order(sizes, job.seed, job.data.lanes, job.data.window).fetches(job.train.workers)
+    return CollectionFacts(
+        collection.resolution, collection.num_classes, collection.size(job.data.split), len(sizes), fetches
+    )

@@ -1,0 +1,217 @@
+"""Packing of images into shards. Each image is decoded, cropped to a square and written in a seeded permutation.
+
+The same images and the same section give the same bytes. It makes no difference whether the images lie in a folder, a
+tar or a bucket, and whether threads or Ray tasks pack them. The key of an image is its number in the permutation of all
+listed images, including broken and excluded ones. So a broken or excluded image changes only its own shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset import TarWriter
+
+from pipeline.collection.image_codec import EXTENSIONS, crop_and_encode
+from pipeline.collection.manifest import MANIFEST, Collection, Shard
+from pipeline.collection.shard_file import read_shard
+from pipeline.compute.tasks import map_parallel
+from pipeline.compute.threads import map_ahead
+from pipeline.config.schema import PackSection
+from pipeline.errors import CorruptError, UsageError
+from pipeline.packing.existing_shards import index_shards
+from pipeline.packing.finish import (
+    SECTION,
+    PackedShard,
+    ShardPlan,
+    finish_collection,
+    gather,
+    printable_key,
+    select_images,
+)
+from pipeline.packing.image_source import Source
+from pipeline.packing.recognise import open_source
+from pipeline.progress import Report, progress
+from pipeline.storage import files
+from pipeline.storage.file_sets import FileEntry
+from sagan.random import Purpose, permutation
+
+# Folder with one receipt per complete shard. It is deleted after the manifest is written.
+_RECEIPTS = ".packing"
+_THREADS = 4  # threads per shard, so that reading from a bucket and decoding overlap
+
+
+def pack(
+    destination: str, section: PackSection, report: Report | None = None, *, on_cluster: bool = False
+) -> Collection:
+    """Pack `section.source` into shards at `destination`. Prints a summary and the next command.
+
+    Where `destination` holds a collection that was packed by the same section, it is returned as it is. Complete shards
+    of an interrupted packing are kept.
+
+    Args:
+        destination: URL of the collection.
+        section: What to pack, and how.
+        report: Replaces the progress bar.
+        on_cluster: Use tasks of the connected Ray cluster where neither source nor destination is on this machine.
+
+    Raises UsageError where there are no images, too many broken images, or another collection at `destination`. Raises
+    EnvironmentFault where storage fails.
+    """
+    encoding = section.encoding or ("png" if section.resolution == 32 else "jpeg")
+    section = section.model_copy(update={"encoding": encoding})
+    excluded = _excluded(section)
+    record = section.model_dump(exclude={"max_broken"}) | {"exclude": sorted(excluded)}
+    if files.exists(files.join(destination, MANIFEST)):
+        return _existing_collection(destination, record)
+    files.check_writable(destination)
+    if section.index_only:
+        return index_shards(destination, section, excluded, record, report, on_cluster)
+    source = open_source(section.source)
+    plans = list(_shard_plans(source, section, excluded))
+    use_tasks = on_cluster and not source.local_only and not files.is_local(destination)
+    total = sum(len(part.ids) for part in plans)
+    with progress("packing", total, report=report) as advance:
+        shards = map_parallel(pack_shard, plans, (source, section, destination), use_tasks)
+        done = gather(shards, total, section.max_broken, advance)
+    facts = {
+        "source": source.kind,
+        "seed": section.seed,
+        "resolution": section.resolution,
+        "encoding": encoding,
+        "quality": section.quality if encoding == "jpeg" else None,
+        "chroma": section.chroma if encoding == "jpeg" else None,
+        "class_names": source.class_names,
+    }
+    collection = finish_collection(destination, record, facts, done, source.notes)
+    files.delete(files.join(destination, _RECEIPTS))
+    return collection
+
+
+def pack_shard(part: ShardPlan, source: Source, section: PackSection, destination: str) -> PackedShard:
+    """Write a shard and its receipt, unless `destination` has both already."""
+    with tempfile.TemporaryDirectory(prefix="sagan-pack-") as folder:
+        path = Path(folder) / part.name
+        broken = _fetch_complete_shard(path, part, source, section, destination)
+        if broken is None:
+            broken = _write(path, part, source, section)
+            if len(broken) < len(part.ids):
+                files.upload(path, files.join(destination, part.name))
+                receipt = asdict(FileEntry.of(path)) | {"inputs": _inputs(part, source, section), "broken": broken}
+                files.write_json(_receipt_url(destination, part), receipt)
+        lines = [f"{printable_key(source.keys[i])}: {broken[str(i)]}" for i in part.ids if str(i) in broken]
+        kept = [int(i) for i in part.ids if str(i) not in broken]
+        if not kept:
+            nothing = np.empty((0, 3), dtype=np.int64)
+            return PackedShard(Shard(part.name, 0, "", 0, part.split), [], nothing, np.empty(0, dtype=np.uint64), lines)
+        keys = [printable_key(source.keys[i]) for i in kept]
+        return PackedShard.of(path, part, read_shard(path), source.labels[kept], keys, lines)
+
+
+def _excluded(section: PackSection) -> set[str]:
+    """Return the names in the file `exclude`. Raises UsageError where there is no such file."""
+    if section.exclude is None:
+        return set()
+    try:
+        return set(filter(None, files.read_bytes(section.exclude).decode().splitlines()))
+    except FileNotFoundError:
+        raise UsageError(f"{section.exclude} does not exist", "correct the path or URL in exclude") from None
+
+
+def _existing_collection(destination: str, record: dict[str, Any]) -> Collection:
+    """Return the collection at `destination`. Raises UsageError where it was packed by another section."""
+    try:
+        packed_by = files.read_json(files.join(destination, SECTION))
+    except FileNotFoundError:
+        packed_by = {}
+    if differing := [key for key in record if packed_by.get(key) != record[key]]:
+        listed = ", ".join(f"{key} {packed_by.get(key)!r} instead of {record[key]!r}" for key in differing)
+        raise UsageError(
+            f"{destination} already holds a collection that was packed with other options: {listed}",
+            "choose another destination; a collection is never changed",
+        )
+    collection = Collection.open(destination)
+    print(f"{destination} is packed already, with the same options: {len(collection.labels):,} images")
+    return collection
+
+
+def _shard_plans(source: Source, section: PackSection, excluded: set[str]) -> Iterator[ShardPlan]:
+    """Yield a plan for each shard. Raises UsageError where `excluded` has a name that no image has."""
+    wanted = select_images(source, excluded)
+    first = 0
+    for split_number, (split, ids) in enumerate(source.splits.items()):
+        order = ids[permutation(len(ids), section.seed, Purpose.PACKING, split_number)]
+        numbers = first + np.arange(len(order))
+        for shard_number, start in enumerate(range(0, len(order), section.shard_images)):
+            part = slice(start, start + section.shard_images)
+            kept = wanted[order[part]]
+            if kept.any():
+                yield ShardPlan(f"{split}-{shard_number:05d}.tar", split, order[part][kept], numbers[part][kept])
+        first += len(ids)
+
+
+def _write(path: Path, part: ShardPlan, source: Source, section: PackSection) -> dict[str, str]:
+    """Write a shard to `path`, a WebDataset tar with the same bytes for the same samples.
+
+    Returns the reason for each image that cannot be decoded, by its index in the source as text.
+    """
+    broken: dict[str, str] = {}
+    extension = EXTENSIONS[section.encoding or ""]
+    with path.open("wb") as file, TarWriter(file, user="sagan", group="sagan", mtime=0, encoder=False) as tar:
+        images = map_ahead(lambda i: _encoded(int(i), source, section), part.ids, _THREADS, 4 * _THREADS)
+        for i, number, image in zip(part.ids, part.numbers, images, strict=True):
+            if isinstance(image, str):
+                broken[str(i)] = image
+                continue
+            label = {"cls": str(source.labels[i]).encode()} if source.class_names else {}
+            tar.write({"__key__": f"{number:08d}", extension: image} | label)
+    return broken
+
+
+def _encoded(i: int, source: Source, section: PackSection) -> bytes | str:
+    """Return an image as it is stored, or the reason why it cannot be stored."""
+    try:
+        return crop_and_encode(
+            source.read(i), section.resolution, section.encoding or "", section.quality, section.chroma
+        )
+    except FileNotFoundError:
+        return "the file does not exist"
+    except ValueError as reason:
+        return str(reason)
+
+
+def _fetch_complete_shard(
+    path: Path, part: ShardPlan, source: Source, section: PackSection, destination: str
+) -> dict[str, str] | None:
+    """Download a complete shard that an earlier packing of the same images wrote.
+
+    Returns the reason for each image that the shard leaves out, by its index as text. Returns None where there is no
+    complete shard, or where an image that was broken can be used now.
+    """
+    with suppress(FileNotFoundError, CorruptError, ValueError, KeyError):
+        receipt = files.read_json(_receipt_url(destination, part))
+        if receipt["inputs"] == _inputs(part, source, section):
+            files.download(files.join(destination, part.name), path)
+            is_whole = FileEntry.of(path) == FileEntry(receipt["size"], receipt["sha256"])
+            if is_whole and all(isinstance(_encoded(int(i), source, section), str) for i in receipt["broken"]):
+                return dict(receipt["broken"])
+    return None
+
+
+def _inputs(part: ShardPlan, source: Source, section: PackSection) -> str:
+    """Return the SHA-256 of everything that determines a shard, except the contents of its images."""
+    keys = {"resolution", "encoding", "quality", "chroma"}
+    images = [(int(n), source.keys[i], int(source.labels[i])) for n, i in zip(part.numbers, part.ids, strict=True)]
+    text = json.dumps([section.model_dump(include=keys), bool(source.class_names), images])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _receipt_url(destination: str, part: ShardPlan) -> str:
+    return files.join(destination, _RECEIPTS, f"{part.name}.json")

@@ -1,0 +1,218 @@
+"""Typed records of runs, sweeps and checkpoints, and their JSON files in storage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.config.schema import DataSection, EvaluateSection
+from pipeline.errors import CorruptError
+from pipeline.runs.score import Score, better_first, comparable
+from pipeline.storage import files
+
+FORMAT = 2
+
+
+class Record(BaseModel):
+    """A JSON file in storage. It is always written as a whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[2] = 2
+
+    @classmethod
+    def read(cls, url: str) -> Self | None:
+        """Return the record at `url`; None where there is no such file. Raises CorruptError, EnvironmentFault."""
+        try:
+            return cls.parse(files.read_bytes(url), url)
+        except FileNotFoundError:
+            return None
+
+    @classmethod
+    def parse(cls, data: bytes, url: str) -> Self:
+        """Return the record in the JSON text `data`. `url` is named in messages.
+
+        Raises CorruptError where `data` is not such a record. The message names the wrong field.
+        """
+        try:
+            values = json.loads(data)
+        except ValueError as error:
+            raise CorruptError(f"{url} is not JSON: {error}") from error
+        version = values.get("format", 1) if isinstance(values, dict) else None
+        if version != FORMAT:
+            raise CorruptError(
+                f"{url} has format {version}; this version reads format {FORMAT}",
+                "use the version of sagan that wrote the file, or give the run another name",
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise CorruptError(f"{url} is not a {cls.__name__}: {field}: {problem['msg']}") from error
+
+    def write(self, url: str) -> None:
+        """Write the record to `url`. Raises EnvironmentFault."""
+        files.write_json(url, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as a dict of JSON values."""
+        return self.model_dump(mode="json")
+
+
+class RunRecord(Record):
+    """`run.json` of a training run: facts that a later driver and later readers need."""
+
+    kind: Literal["train"] = "train"
+    name: str
+    method: dict[str, Any]
+    """All values that decide the numbers of the run, by dotted key."""
+    mlflow_run_id: str
+    starts: int = 0
+    """Number of worker-group starts."""
+    images_lost: int = 0
+    """Number of images that were trained on and were in no checkpoint when workers died."""
+    data: DataSection
+    """Location of the images, for reports about the run."""
+    evaluate: EvaluateSection
+    """Extractor and samples of the run's scores."""
+
+
+class SweepRecord(Record):
+    """`run.json` of a sweep."""
+
+    kind: Literal["tune"] = "tune"
+    name: str
+    mlflow_run_id: str
+
+
+class CheckpointFacts(Record):
+    """`checkpoint.json`: facts about a checkpoint that its training state does not hold."""
+
+    images: int
+    """Position of the run."""
+    train_seconds: float
+    """Seconds of training up to this position, including scores on rank 0 and checkpoints."""
+    to_score: bool
+    """Whether the checkpoint is due for a score."""
+    collection_digest: str
+    class_names: list[str]
+    method_digest: str
+    git_commit: str
+    """Git commit of the training code."""
+
+
+class ScoreRecord(Record):
+    """`scores/<checkpoint>.json`: the score of one checkpoint. A checkpoint that has a record is not scored again."""
+
+    checkpoint: str
+    """Name of the checkpoint."""
+    images: int
+    """Position of the checkpoint."""
+    score: Score
+    seconds: float
+    """Seconds that scoring took."""
+    time_ms: int
+    """Unix time of the score in milliseconds, for the tracker."""
+
+
+class RegisteredModel(BaseModel):
+    """A version in the model registry. `alias` is None where another version is the champion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    version: int
+    alias: str | None
+
+
+class RunScores(Record):
+    """Results of the evaluation of a run. A value that does not exist is None."""
+
+    score: Score | None = None
+    """Best score under the ranking protocol."""
+    final: Score | None = None
+    """Independent score of the same checkpoint, with other latents."""
+    class_accuracy: float | None = None
+    """Share of 1 000 samples that the extractor assigns to the class that they were generated for, in [0, 1]."""
+    fd_classifier: float | None = None
+    """Fréchet distance between samples and training images in the features of the classifier."""
+    fd_classifier_real: float | None = None
+    """Fréchet distance between held-out and training images in the features of the classifier."""
+    registered: RegisteredModel | None = None
+    grid: str | None = None
+    """URL of the sample grid."""
+    checkpoint: str | None = None
+    """URL of the best checkpoint."""
+
+
+class TrainSummary(RunScores):
+    """`summary.json` of a training run that has ended."""
+
+    kind: Literal["train"] = "train"
+    name: str
+    images: int
+    """Position at the end."""
+    seconds: float
+    """Seconds of training, including scores on rank 0 and checkpoints."""
+    images_per_s: float | None
+    mlflow_run_id: str
+    resumed_from: str | None
+    """Name of the last checkpoint from which workers resumed; None where none did."""
+    restarts: int
+    images_lost: int
+
+
+class Trial(BaseModel):
+    """Result of one trial of a sweep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    point: dict[str, Any]
+    """Value of each key of the sweep's space."""
+    score: float | None
+    """Last score of the trial; None where its images were not finite or where it failed."""
+    kimg: float
+    """Position of the last report."""
+    outcome: str
+    """`finished`, `stopped early`, or the reason of the failure."""
+
+
+class SweepTrials(Record):
+    """`trials.json` of a sweep."""
+
+    trials: list[Trial]
+
+
+class SweepSummary(RunScores):
+    """`summary.json` of a sweep that has ended."""
+
+    kind: Literal["tune"] = "tune"
+    name: str
+    trials: int
+    """Number of trials."""
+    stopped_early: int
+    """Number of trials that were stopped early."""
+    best: Trial
+    mlflow_run_id: str
+    picture: str
+    """Path or URL of the picture of the score over the space."""
+
+
+def best_score(records: Iterable[ScoreRecord]) -> ScoreRecord | None:
+    """Return the best record of all that can be compared with the newest record; None where no record has a value.
+
+    A record can be compared where its protocol equals that of the newest record and where it has the metric that ranks
+    the newest record. Of two equally good records, the one with the later position wins.
+    """
+    valued = sorted((r for r in records if r.score.value is not None), key=lambda record: record.time_ms)
+    if not valued:
+        return None
+    last = valued[-1].score
+    rivals = [(r, score) for r in valued for score in comparable([r.score], last)]
+    best, score = min(rivals, key=lambda rival: (better_first(rival[1]), -rival[0].images))
+    return best.model_copy(update={"score": score})

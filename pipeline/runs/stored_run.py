@@ -1,0 +1,212 @@
+"""Layout of the folder of a run or a sweep, `<checkpoint.root>/<name>/`. No other module knows the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.schema import TrainJob
+from pipeline.runs.records import (
+    CheckpointFacts,
+    RunRecord,
+    ScoreRecord,
+    SweepRecord,
+    SweepSummary,
+    SweepTrials,
+    TrainSummary,
+)
+from pipeline.storage import file_sets, files
+
+CHECKPOINT_FACTS = "checkpoint.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint at a URL.
+
+    Its name is `<images, 12 digits>-<first 8 digits of the state's digest>`, so names sort by position.
+    """
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        return files.name(self.url)
+
+    @property
+    def images(self) -> int:
+        """Position of the run, taken from the name."""
+        return int(self.name.split("-")[0])
+
+    def is_complete(self) -> bool:
+        """Return whether the checkpoint has a manifest. Raises CorruptError, EnvironmentFault."""
+        return file_sets.read_manifest(self.url) is not None
+
+    def facts(self) -> CheckpointFacts:
+        """Return the contents of `checkpoint.json`. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
+        url = files.join(self.url, CHECKPOINT_FACTS)
+        return CheckpointFacts.parse(files.read_bytes(url), url)
+
+    def metrics(self) -> bytes:
+        """Return `metrics.jsonl`: one JSON line for every point that was logged up to this position.
+
+        Raises FileNotFoundError, EnvironmentFault.
+        """
+        return files.read_bytes(files.join(self.url, METRICS))
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """The folder of a training run."""
+
+    url: str
+
+    @classmethod
+    def of(cls, job: TrainJob) -> StoredRun:
+        """Return the folder of the job's run. The folder need not exist."""
+        return cls(files.join(job.checkpoint.root, job.name))
+
+    @property
+    def name(self) -> str:
+        return files.name(self.url)
+
+    @property
+    def record_url(self) -> str:
+        return _record_url(self.url)
+
+    def record(self) -> RunRecord | None:
+        """Return `run.json`; None where there is no run. Raises CorruptError, EnvironmentFault."""
+        return RunRecord.read(self.record_url)
+
+    def write_record(self, record: RunRecord) -> None:
+        record.write(self.record_url)
+
+    def summary(self) -> TrainSummary | None:
+        """Return `summary.json`; None where the run has not ended. Raises CorruptError, EnvironmentFault."""
+        return TrainSummary.read(_summary_url(self.url))
+
+    def write_summary(self, summary: TrainSummary) -> None:
+        summary.write(_summary_url(self.url))
+
+    def delete(self) -> None:
+        """Delete the folder with all checkpoints. Registered models have files of their own."""
+        files.delete(self.url)
+
+    # --- checkpoints ---
+
+    def checkpoint(self, name: str) -> StoredCheckpoint:
+        """Return the checkpoint of this name. The checkpoint need not exist."""
+        return StoredCheckpoint(files.join(self.url, "checkpoints", name))
+
+    def checkpoints(self) -> list[StoredCheckpoint]:
+        """Return the complete checkpoints, the oldest first. Raises CorruptError, EnvironmentFault."""
+        names = sorted(files.list_names(files.join(self.url, "checkpoints")))
+        return [checkpoint for name in names if (checkpoint := self.checkpoint(name)).is_complete()]
+
+    # --- scores ---
+
+    def score(self, checkpoint: StoredCheckpoint) -> ScoreRecord | None:
+        """Return the score of a checkpoint; None where it has no score. Raises CorruptError, EnvironmentFault."""
+        return ScoreRecord.read(self._score_url(checkpoint.name))
+
+    def write_score(self, record: ScoreRecord) -> None:
+        record.write(self._score_url(record.checkpoint))
+
+    def scores(self) -> list[ScoreRecord]:
+        """Return all scores of the run, the oldest first. Scores of deleted checkpoints are included.
+
+        Raises CorruptError, EnvironmentFault.
+        """
+        names = sorted(files.list_names(files.join(self.url, "scores")))
+        records = [ScoreRecord.read(self._score_url(name.removesuffix(".json"))) for name in names]
+        return [record for record in records if record is not None]
+
+    def _score_url(self, checkpoint: str) -> str:
+        return files.join(self.url, "scores", f"{checkpoint}.json")
+
+    # --- pictures ---
+
+    def grid_url(self, checkpoint: str) -> str:
+        """Return the URL of the sample grid of a checkpoint."""
+        return files.join(self.url, "grids", f"{checkpoint}.png")
+
+    @property
+    def report_url(self) -> str:
+        """URL of the page about the run. The page is written at the end of the run."""
+        return files.join(self.url, "report.html")
+
+    @property
+    def animation_url(self) -> str:
+        """URL of an animation of the sample grids. The animation is written at the end of the run."""
+        return files.join(self.url, "grids.gif")
+
+
+@dataclass(frozen=True)
+class StoredSweep:
+    """The folder of a sweep. The runs of its trials are beside it."""
+
+    url: str
+
+    @classmethod
+    def of(cls, base: TrainJob, name: str) -> StoredSweep:
+        """Return the folder of the sweep of this name over a base job. The folder need not exist."""
+        return cls(files.join(base.checkpoint.root, name))
+
+    @property
+    def name(self) -> str:
+        return files.name(self.url)
+
+    def record(self) -> SweepRecord | None:
+        """Return `run.json`; None where there is no sweep. Raises CorruptError, EnvironmentFault."""
+        return SweepRecord.read(_record_url(self.url))
+
+    def write_record(self, record: SweepRecord) -> None:
+        record.write(_record_url(self.url))
+
+    def summary(self) -> SweepSummary | None:
+        """Return `summary.json`; None where the sweep has not ended. Raises CorruptError, EnvironmentFault."""
+        return SweepSummary.read(_summary_url(self.url))
+
+    def write_summary(self, summary: SweepSummary) -> None:
+        summary.write(_summary_url(self.url))
+
+    def trials(self) -> SweepTrials | None:
+        """Return `trials.json`; None where the sweep has not ended. Raises CorruptError, EnvironmentFault."""
+        return SweepTrials.read(files.join(self.url, "trials.json"))
+
+    def write_trials(self, trials: SweepTrials) -> None:
+        trials.write(files.join(self.url, "trials.json"))
+
+    @property
+    def picture_url(self) -> str:
+        """URL of the picture of the scores over the sweep's space."""
+        return files.join(self.url, "plane.png")
+
+    def trial(self, name: str) -> StoredRun:
+        """Return the run of a trial."""
+        return StoredRun(files.join(self.url.rpartition("/")[0], name))
+
+    def delete(self) -> None:
+        """Delete the folder of the sweep. The runs of its trials are kept."""
+        files.delete(self.url)
+
+
+def open_folder(url: str) -> StoredRun | StoredSweep | None:
+    """Return the run or the sweep in the folder `url`; None where the folder holds neither.
+
+    Raises CorruptError, EnvironmentFault.
+    """
+    record_url = _record_url(url)
+    try:
+        record = files.read_json(record_url)
+    except FileNotFoundError:
+        return None
+    return StoredSweep(url) if isinstance(record, dict) and record.get("kind") == "tune" else StoredRun(url)
+
+
+def _record_url(url: str) -> str:
+    return files.join(url, "run.json")
+
+
+def _summary_url(url: str) -> str:
+    return files.join(url, "summary.json")

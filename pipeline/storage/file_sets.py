@@ -1,0 +1,156 @@
+"""Immutable sets of files. The manifest of a set has the size and the SHA-256 of each file, and is written last.
+
+A set exists once its manifest exists. A crash before that leaves unused files, but never a damaged set. Readers verify
+each file by its SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.errors import CorruptError, SaganError
+from pipeline.storage import files
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Entry of a file in a manifest: its size in bytes and its SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Compute the entry of a local file."""
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a set of files.
+
+    Attributes:
+        files: Entry of each file, by its path relative to the manifest, with `/`.
+        facts: Other keys of the manifest, JSON values that the writer of the set gave.
+    """
+
+    files: dict[str, FileEntry]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Return the manifest as JSON. The same contents give the same bytes."""
+        entries = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()}
+        value = {"format": FORMAT, "files": entries, **self.facts}
+        return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, url: str) -> Manifest:
+        """Parse the manifest that was read from `url`. Raises CorruptError where it is no manifest of this format."""
+        try:
+            value = json.loads(data)
+            if (format_ := value.pop("format")) != FORMAT:
+                raise CorruptError(f"{url} has format {format_}; this version reads {FORMAT}", "use a matching version")
+            entries = {name: FileEntry(int(e["size"]), str(e["sha256"])) for name, e in value.pop("files").items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"{url} is not a manifest: {error!r}") from error
+        for name in entries:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise CorruptError(f"{url} lists a file outside its folder: {name!r}")
+        return cls(entries, value)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest's bytes in hex. It identifies the set and its contents."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def upload_set(folder: Path, url: str, **facts: Any) -> Manifest:
+    """Upload every file below `folder` to `url`, then the manifest with the entries and `facts`.
+
+    Where `url` holds the same set already, nothing is uploaded. Raises SaganError where `url` holds another set, and
+    EnvironmentFault where storage fails.
+    """
+    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest = Manifest({name: FileEntry.of(path) for name, path in paths.items()}, facts)
+    if (existing := read_manifest(url)) is not None:
+        if existing.to_bytes() != manifest.to_bytes():
+            raise SaganError(f"{url} already holds another set of files; a set is never changed", "choose another URL")
+        return existing
+    for name, path in paths.items():
+        files.upload(path, files.join(url, name))
+    files.write_bytes(files.join(url, MANIFEST), manifest.to_bytes())
+    return manifest
+
+
+def read_manifest(url: str) -> Manifest | None:
+    """Return the manifest of the set at `url`; None where there is no set. Raises CorruptError, EnvironmentFault."""
+    manifest_url = files.join(url, MANIFEST)
+    try:
+        return Manifest.from_bytes(files.read_bytes(manifest_url), manifest_url)
+    except FileNotFoundError:
+        return None
+
+
+def fetch_set(url: str, folder: Path) -> Manifest:
+    """Download the set at `url` into `folder` and verify every file.
+
+    Raises FileNotFoundError where there is no set, CorruptError that names a damaged or missing file, and
+    EnvironmentFault where storage fails.
+    """
+    manifest = _require(url)
+    for name, entry in manifest.files.items():
+        _fetch_file(files.join(url, name), folder / name, entry)
+    return manifest
+
+
+def verify_set(url: str) -> Manifest:
+    """Download and verify every file of the set at `url`, and keep none. Raises what `fetch_set` raises."""
+    manifest = _require(url)
+    with tempfile.TemporaryDirectory(prefix="sagan-verify-") as folder:
+        for name, entry in manifest.files.items():
+            local = Path(folder) / PurePosixPath(name).name
+            _fetch_file(files.join(url, name), local, entry)
+            local.unlink()
+    return manifest
+
+
+def remove_set(url: str) -> None:
+    """Delete the set at `url`. The manifest is deleted first, so that a crash does not leave an incomplete set.
+
+    Raises EnvironmentFault where storage fails.
+    """
+    files.delete(files.join(url, MANIFEST))
+    files.delete(url)
+
+
+def _require(url: str) -> Manifest:
+    """Return the manifest of the set at `url`. Raises FileNotFoundError where there is no set."""
+    manifest = read_manifest(url)
+    if manifest is None:
+        raise FileNotFoundError(f"{url} holds no {MANIFEST}")
+    return manifest
+
+
+def _fetch_file(url: str, local: Path, expected: FileEntry) -> None:
+    """Download a file and compare it with its entry. Raises CorruptError, EnvironmentFault."""
+    local.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        files.download(url, local)
+    except FileNotFoundError:
+        raise CorruptError(f"{url} is missing, though its manifest names it") from None
+    if (actual := FileEntry.of(local)) != expected:
+        local.unlink()
+        raise CorruptError(
+            f"{url} differs from its manifest: {actual.size} bytes, SHA-256 {actual.sha256[:16]}…, "
+            f"instead of {expected.size} bytes, SHA-256 {expected.sha256[:16]}…"
+        )

@@ -1,0 +1,88 @@
+"""The model card: the README.md of a registered model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.runs.score import Score
+from sagan.sampling import Model
+
+_CARD = """# {name}
+
+A Self-Attention GAN (Zhang et al. 2019) that generates {size}×{size} images{classes}.
+
+![samples](samples.png)
+
+## Score
+
+{score}
+
+Two scores can be compared only if all of these values are equal:
+
+{protocol}
+
+## Sampling
+
+The model needs `torch`, `numpy` and `safetensors`. The example also needs `pillow`, to write the images. Nothing else
+of the training system is needed. Run this in the model's folder:
+
+```python
+import sys
+
+sys.path.insert(0, "code")
+import sagan
+from PIL import Image
+
+model = sagan.load(".")
+images = model.sample(classes={example}, n=16, seed=0, truncation=1.0)  # uint8 [16, 3, {size}, {size}]
+for i, image in enumerate(images):
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"sample-{{i:02d}}.png")
+```
+
+`generator.safetensors` holds {weights}, divided by their spectral norms, with {batch_norm}.
+With a `truncation` below 1, images are more typical and less varied.
+
+## Training
+
+{training}
+
+## Licence
+
+The code in `code/` is under Apache-2.0. The terms for the weights and the samples depend on the training images. Ask
+the person who chose these images.
+"""
+
+
+def model_card(name: str, model: Model, score: Score, training: dict[str, Any]) -> str:
+    """Return the card in Markdown. `training` holds facts about the training by name."""
+    names = model.class_names
+    classes = f" of {model.config.known_num_classes} classes" if model.config.known_num_classes else ""
+    if names:
+        classes += f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
+    return _CARD.format(
+        name=name,
+        size=model.config.known_resolution,
+        classes=classes,
+        weights=_WEIGHTS[model.weights],
+        batch_norm=_batch_norm(model.batch_norm),
+        example=repr(names[:1]) if names else "None",
+        score=f"**{score.metric} = {score.value:.4g}**",
+        protocol=_table({"id": score.protocol.id8, **score.protocol.to_dict()}),
+        training=_table(training),
+    )
+
+
+_WEIGHTS = {"ema": "the exponential moving average of the generator's weights", "raw": "the generator's raw weights"}
+
+
+def _batch_norm(statistics: str) -> str:
+    """Return a clause that describes `statistics`, a value of `Model.batch_norm`."""
+    if statistics == "running":
+        return "the running averages of training as batch-norm statistics"
+    return f"batch-norm statistics computed over {statistics.removeprefix('standing ')} samples of these weights"
+
+
+def _table(facts: dict[str, Any]) -> str:
+    """Return a Markdown table with a row per fact."""
+    rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])

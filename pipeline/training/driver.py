@@ -1,0 +1,305 @@
+"""The driver of a training run. It finds or starts the run, starts the workers, shows progress and ends the run."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.collection.manifest import MANIFEST, Collection
+from pipeline.compute.causes import root_cause
+from pipeline.compute.cluster import join_named_cluster
+from pipeline.config.method import complete_model, digest_of, method_of
+from pipeline.config.schema import TrainJob
+from pipeline.errors import InterruptedRun, SaganError, UsageError
+from pipeline.packing.pack import pack
+from pipeline.runs.records import RunRecord, RunScores, TrainSummary
+from pipeline.runs.stored_run import StoredRun
+from pipeline.storage import file_sets, files
+from pipeline.tracking.git_commit import git_commit
+from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
+from pipeline.training import ray_train
+from pipeline.training.assignment import Evaluation, TrainingRun
+from pipeline.training.console import Console
+from pipeline.training.decisions import superfluous
+from pipeline.training.status import Snapshot, create_status
+
+POLL_SECONDS = 0.5
+SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the source version of the run
+
+
+def train(
+    job: TrainJob,
+    evaluation: Evaluation,
+    *,
+    parent: str | None = None,
+    on_score: Callable[[int, float | None], None] | None = None,
+    final: bool = True,
+    on_end: Callable[[TrainJob, str], None] | None = None,
+) -> TrainSummary:
+    """Train from the run's newest checkpoint to `train.kimg` and return the summary.
+
+    A run that has ended is not trained again. Its stored summary is returned.
+
+    Args:
+        evaluation: Computes the scores.
+        parent: Id of the MLflow run of the sweep, if this run is a trial.
+        on_score: Called with (position in images, value) after each score. The value is None where the model generates
+            images that are not finite.
+        final: Whether to compute a final score at the end and to register the best model. False for a trial, because a
+            sweep chooses its champion among all trials.
+        on_end: Called with (job, MLflow run id) after the summary is stored and before the MLflow run ends.
+
+    Raises UsageError, EnvironmentFault or SaganError. Raises InterruptedRun after SIGINT or SIGTERM; the checkpoint
+    after the current step is written first.
+    """
+    run = find_or_start(job, evaluation, parent)
+    if run.summary is not None:
+        return run.summary
+    status = "FAILED"
+    try:
+        snapshot = _train(run, evaluation, on_score)
+        scores = evaluation.finalise(run.job, run.mlflow_run_id) if final else RunScores()
+        summary = _summary(run, snapshot, scores)
+        _write_summary(run, summary)
+        if on_end is not None:
+            on_end(run.job, run.mlflow_run_id)
+        status = "FINISHED"
+    except (InterruptedRun, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        MlflowRun(run.tracking_uri, run.mlflow_run_id).finish(status)
+    return summary
+
+
+def pack_if_missing(job: TrainJob) -> None:
+    """Pack `data.pack` to `data.train`, unless `data.train` already holds a collection."""
+    if job.data.pack is not None and not files.exists(files.join(job.data.train, MANIFEST)):
+        files.check_writable(job.data.train)
+        pack(job.data.train, job.data.pack, on_cluster=join_named_cluster())
+
+
+def complete_job(job: TrainJob) -> TrainJob:
+    """Return the job with the values filled in that its collection and its environment decide.
+
+    The collection decides the resolution and the number of classes. The environment decides the tracking URI.
+    Raises UsageError where the collection has no split `data.split` or does not fit the model.
+    """
+    collection = Collection.open(job.data.train)
+    collection.ids(job.data.split)
+    job = complete_model(job, collection.resolution, collection.num_classes)
+    return job.model_copy(update={"track": job.track.model_copy(update={"uri": tracking_uri(job)})})
+
+
+def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = None) -> TrainingRun:
+    """Check the job before any worker starts, then find the run of this name or start it in MLflow.
+
+    Raises UsageError, EnvironmentFault or CorruptError.
+    """
+    files.check_writable(job.checkpoint.root)
+    pack_if_missing(job)
+    job = complete_job(job)
+    evaluation.check(job)
+    stored = StoredRun.of(job)
+    method = method_of(job, Collection.open(job.data.train).digest)
+    record = _own_record(job, stored, method)
+    uri = tracking_uri(job)
+    if record and (summary := stored.summary()) and summary.images >= 1000 * job.train.kimg:
+        return TrainingRun(job, stored, uri, record, 0, summary)
+    tracker = MlflowRun.start(
+        uri,
+        job.track.experiment,
+        job.name,
+        record.mlflow_run_id if record else None,
+        params=method,
+        tags={
+            "kind": "train",
+            "method_digest": digest_of(method),
+            "collection": job.data.train,
+            SOURCE_COMMIT: git_commit(),
+        },
+        artifacts=job.track.artifacts or artifact_location(job),
+        parent=parent,
+    )
+    tracker.close(timeout_s=30)
+    record = RunRecord(
+        name=job.name,
+        method=method,
+        mlflow_run_id=tracker.run_id,
+        starts=record.starts if record else 0,
+        images_lost=record.images_lost if record else 0,
+        data=job.data,
+        evaluate=job.evaluate,
+    )
+    stored.write_record(record)
+    return TrainingRun(job, stored, uri, record, last_step(uri, tracker.run_id, "loss_d"), None)
+
+
+def artifact_location(job: TrainJob) -> str | None:
+    """Return the artifact location of a new experiment; None where the MLflow server decides it.
+
+    A tracking database has no artifact store, so artifacts go to `<checkpoint.root>/mlflow`.
+    """
+    return files.join(job.checkpoint.root, "mlflow") if (job.track.uri or "").startswith("sqlite:") else None
+
+
+def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> RunRecord | None:
+    """Return the record of the run of this name; None where there is no such run.
+
+    Raises UsageError where the stored run has another method.
+    """
+    record = stored.record()
+    if record is None or record.method == method:
+        return record
+    old = record.method
+    differing = [k for k in sorted(old.keys() | method.keys()) if old.get(k) != method.get(k)]
+    lines = "\n".join(f"    {key}: {old.get(key)} in that run, {method.get(key)} in this job" for key in differing)
+    raise UsageError(
+        f"a run named {job.name} exists under {job.checkpoint.root} with another method:\n{lines}",
+        "give this run another name (name=…), set the keys back to resume the existing run, "
+        "or delete the existing run and start over with --fresh",
+    )
+
+
+# --- while the run trains ---------------------------------------------------------------------------------------------
+
+
+def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, float | None], None] | None) -> Snapshot:
+    """Run Ray Train in a background thread. The calling thread shows progress, applies retention and handles signals.
+
+    Returns the last status of the run.
+    """
+    import ray
+
+    job = run.job
+    beside = ray_train.require_room(job)
+    if not beside:
+        print("the cluster has no room for scoring tasks beside training: training waits for each score", flush=True)
+    status = create_status(run.reached, run.record.starts, run.record.images_lost)
+    workers = _Background(lambda: ray_train.run_workers(run, status, evaluation, beside))
+    seen = Snapshot(starts=run.record.starts)
+    with _signals(lambda: status.request_stop.remote()) as signals, Console(job) as console:
+        workers.start()
+        while not workers.done.wait(POLL_SECONDS):
+            before, seen = seen, ray.get(status.snapshot.remote())
+            console.show(seen)
+            for images, _, value in seen.scores[len(before.scores) :]:
+                if on_score is not None:
+                    on_score(images, value)
+            if seen.starts > before.starts:
+                run.record = run.record.model_copy(update={"starts": seen.starts, "images_lost": seen.images_lost})
+                run.stored.write_record(run.record)
+            if len(seen.uploaded) > len(before.uploaded) or len(seen.scores) > len(before.scores):
+                _apply_retention(run, evaluation)
+            if seen.stopped:
+                break
+        seen = ray.get(status.snapshot.remote())
+        console.show(seen)
+    if signals and seen.images < 1000 * job.train.kimg:
+        raise InterruptedRun(
+            f"stopped at {seen.images / 1000:.1f} kimg; {_newest_checkpoint(run)}",
+            "run the same command again to resume",
+        )
+    if seen.failure is not None:
+        raise seen.failure
+    if workers.error is not None:
+        cause = root_cause(workers.error)
+        if isinstance(cause, SaganError):
+            raise cause
+        raise SaganError(
+            f"training {job.name} failed: {type(cause).__name__}: {cause}",
+            f"{_newest_checkpoint(run)}; correct the cause, then run the same command again to resume",
+        ) from workers.error
+    return seen
+
+
+def _newest_checkpoint(run: TrainingRun) -> str:
+    """Return a clause for messages that names the newest complete checkpoint."""
+    newest = run.stored.checkpoints()[-1:]
+    return f"checkpoint {newest[0].url} is complete" if newest else "the run has no checkpoint yet"
+
+
+def _apply_retention(run: TrainingRun, evaluation: Evaluation) -> None:
+    """Delete the checkpoints that `checkpoint.keep` and `evaluation.protected` do not keep."""
+    job = run.job
+    for checkpoint in superfluous(run.stored.checkpoints(), job.checkpoint.keep, evaluation.protected(job)):
+        file_sets.remove_set(checkpoint.url)
+
+
+@dataclass
+class _Background:
+    """A blocking call in a thread. Python delivers signals to the main thread, which therefore must not block."""
+
+    call: Callable[[], None]
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, daemon=True, name="ray-train").start()
+
+    def _run(self) -> None:
+        try:
+            self.call()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
+@contextlib.contextmanager
+def _signals(on_signal: Callable[[], Any]) -> Iterator[list[int]]:
+    """Handle SIGINT and SIGTERM inside a `with` block.
+
+    Yields a list that receives the number of the first signal. The first signal also calls `on_signal`. A second signal
+    raises KeyboardInterrupt. Outside the main thread no handler is installed and the list stays empty.
+    """
+    received: list[int] = []
+    # A trial of a sweep runs in another thread. The driver of the sweep handles signals there.
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        name = signal.Signals(number).name
+        print(f"received {name}: training stops after this step and writes a checkpoint …", flush=True)
+        on_signal()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --- at the end ------------------------------------------------------------------------------------------------------
+
+
+def _summary(run: TrainingRun, seen: Snapshot, scores: RunScores) -> TrainSummary:
+    return TrainSummary(
+        name=run.job.name,
+        images=seen.images,
+        seconds=round(seen.train_seconds, 2),
+        images_per_s=round(seen.images / seen.train_seconds, 2) if seen.train_seconds else None,
+        mlflow_run_id=run.mlflow_run_id,
+        resumed_from=seen.resumed_from,
+        restarts=max(0, seen.starts - 1),
+        images_lost=seen.images_lost,
+        **dict(scores),
+    )
+
+
+def _write_summary(run: TrainingRun, summary: TrainSummary) -> None:
+    """Write the summary into the run's folder, and a copy into `runs/<name>/` of the current directory."""
+    run.stored.write_summary(summary)
+    local = Path("runs") / run.job.name
+    local.mkdir(parents=True, exist_ok=True)
+    (local / "summary.json").write_text(summary.model_dump_json(indent=1))

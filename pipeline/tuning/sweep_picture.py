@@ -1,0 +1,53 @@
+"""A picture of the scores of a sweep over the plane of two keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.runs.records import Trial
+
+
+def draw_plane(trials: Sequence[Trial], marked: Sequence[Mapping[str, Any]], score_name: str, out: Path) -> None:
+    """Write a PNG of the trials that have a score.
+
+    Each trial is a dot at its values of the first two keys of the space. The colour of the dot is the score, and its
+    size is the length of the trial. With one key, the vertical axis is the score.
+
+    Args:
+        trials: Trials, of which at least one has a score.
+        marked: Points to mark with rings, for example published pairs.
+        score_name: Name of the score.
+        out: File to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    scored = [(trial, trial.score) for trial in trials if trial.score is not None]
+    names = list(scored[0][0].point)[:2]
+    xs = [float(trial.point[names[0]]) for trial, _ in scored]
+    scores = [score for _, score in scored]
+    ys = [float(trial.point[names[1]]) for trial, _ in scored] if len(names) > 1 else scores
+    longest = max(trial.kimg for trial, _ in scored)
+    sizes = [40 + 160 * trial.kimg / longest for trial, _ in scored]
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    points = axes.scatter(xs, ys, c=scores, s=sizes, cmap="viridis_r", edgecolors="black", linewidths=0.5, zorder=3)
+    for x, y, score in zip(xs, ys, scores, strict=True):
+        axes.annotate(f"{score:.3g}", (x, y), textcoords="offset points", xytext=(9, 3), fontsize=8)
+    for point in marked:
+        if len(names) > 1 and all(name in point for name in names):
+            xy = (float(point[names[0]]), float(point[names[1]]))
+            axes.scatter(*xy, s=420, facecolors="none", edgecolors="tab:red", linewidths=1.5, zorder=4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1] if len(names) > 1 else score_name)
+    axes.set_title(f"{score_name} (size: kimg, ring: initial point)")
+    axes.grid(alpha=0.3, which="both")
+    axes.margins(0.15)
+    figure.colorbar(points, label=score_name)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from pipeline.collection.manifest import Collection
+from pipeline.collection.shard_file import label_of, read_shard
+from pipeline.errors import CorruptError
+
+
+def test_samples_are_where_the_index_says(packed: Collection) -> None:
+    found = [sample for shard in packed.shards for sample in read_shard(Path(packed.url, shard.name))]
+    assert [sample.offset for sample in found] == packed.offset.tolist()
+    assert [sample.length for sample in found] == packed.length.tolist()
+    assert [sample.label for sample in found] == packed.labels.tolist()
+
+
+def test_names_bytes_and_labels_are_those_that_webdataset_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    with webdataset.TarWriter(str(path)) as sink:
+        sink.write({"__key__": "a/1", "jpg": b"first", "cls": 7, "txt": "a caption"})
+        sink.write({"__key__": "b.c/2", "png": b"second", "json": {"label": "cat"}})
+        sink.write({"__key__": "3", "webp": b"third"})
+    found = read_shard(path)
+    assert [(sample.name, sample.label) for sample in found] == [("a/1.jpg", 7), ("b.c/2.png", "cat"), ("3.webp", None)]
+    data = path.read_bytes()
+    assert [data[sample.offset :][: sample.length] for sample in found] == [b"first", b"second", b"third"]
+
+
+@pytest.mark.parametrize(
+    ("extension", "data", "label"),
+    [
+        (".cls", b"12", 12),
+        (".cls", b" cat \n", "cat"),
+        (".json", b'{"label": 3}', 3),
+        (".json", b'{"cls": "4"}', 4),
+        (".json", b'{"label": "dog", "cls": 1}', "dog"),
+        (".json", b'{"width": 8}', None),
+        (".json", b"[1]", None),
+        (".json", b'{"label": [1]}', None),
+        (".txt", b"3", None),
+    ],
+)
+def test_a_label_is_a_number_a_word_or_nothing(extension: str, data: bytes, label: int | str | None) -> None:
+    assert label_of(extension, data) == label
+
+
+def test_invalid_json_is_refused() -> None:
+    with pytest.raises(ValueError):
+        label_of(".json", b"{")
+
+
+@pytest.mark.parametrize("data", [b"no tar at all" * 100, b"\x1f\x8b" + b"x" * 1000])
+def test_a_file_that_is_not_a_shard_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "0.tar").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"0\.tar is not a shard"):
+        read_shard(tmp_path / "0.tar")

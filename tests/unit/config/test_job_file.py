@@ -1,0 +1,93 @@
+"""A job file is typed, completed and checked before anything starts; what is wrong is named with line and key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config.job_file import load_job, parse_overrides, to_yaml
+from pipeline.errors import ConfigError
+
+JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.yaml"))
+TRAIN = """\
+kind: train
+name: mine
+data: {train: somewhere}
+train:
+  kimg: 1
+  batch: 16
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    def write(text):
+        path = tmp_path / "job.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_every_shipped_job_is_valid_and_executable(path):
+    assert load_job(path).name == path.stem
+    assert path.stat().st_mode & 0o111
+    assert path.read_text().startswith("#!/usr/bin/env -S python -m pipeline run\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TRAIN.replace("batch", "btach"), "job.yaml:6: train.btach is not a key; did you mean train.batch?"),
+        (TRAIN + "optim: {lr_x: 1}\n", "job.yaml:7: optim.lr_x is not a key; did you mean optim.lr_"),
+        (TRAIN.replace("16", "many"), "job.yaml:6: train.batch is 'many': input should be a valid integer"),
+        (TRAIN + "  workers: 17\n", "train.workers is 17, but train.batch has only 16 images"),
+        (TRAIN + "optim: {lr_d: -1}\n", "job.yaml:7: optim.lr_d is -1"),
+        (TRAIN + "model: {resolution: 33}\n", "job.yaml:7: model.resolution is 33"),
+        (TRAIN.replace("kimg: 1", "log_kimg: 1"), "train.kimg is missing"),
+        (TRAIN.replace("train\n", "trian\n", 1), "job.yaml:1: kind is 'trian'"),
+        (TRAIN + "train: {kimg: 2}\n", "job.yaml:7: train occurs twice"),
+        (TRAIN + "seed: [\n", "job.yaml:8"),
+        (TRAIN + "seed: ${NOT_SET_ANYWHERE}\n", "job.yaml:7: ${NOT_SET_ANYWHERE} is not set"),
+        ("- a list\n", "holds no keys"),
+    ],
+)
+def test_mistakes_are_named_with_file_line_key_and_remedy(job, text, message):
+    with pytest.raises(ConfigError) as error:
+        load_job(job(text))
+    assert message in str(error.value)
+    assert error.value.remedy
+
+
+def test_a_missing_file_suggests_its_neighbour(job):
+    path = job(TRAIN)
+    with pytest.raises(ConfigError, match="did you mean .*job.yaml"):
+        load_job(path.with_name("jab.yaml"))
+
+
+def test_environment_and_overrides(job, monkeypatch):
+    path = job(TRAIN + "seed: ${SEED:-3}\n")
+    assert load_job(path).seed == 3
+    monkeypatch.setenv("SEED", "5")
+    assert load_job(path).seed == 5
+    overrides = parse_overrides(["train.workers=2", "optim.lr_d=2e-4", "model.attention=[8]", "seed=7"])
+    changed = load_job(path, overrides)
+    assert (changed.train.workers, changed.optim.lr_d, changed.model.attention, changed.seed) == (2, 2e-4, (8,), 7)
+
+
+def test_a_resolved_job_shows_every_default_and_resolves_to_itself(job, tmp_path):
+    resolved = load_job(job(TRAIN))
+    text = to_yaml(resolved)
+    assert yaml.safe_load(text)["optim"]["lr_d"] == 4e-4
+    again = tmp_path / "again.yaml"
+    again.write_text(text)
+    assert load_job(again) == resolved
+
+
+def test_a_sweep_is_checked_down_to_the_keys_of_its_space(job, tmp_path):
+    job(TRAIN)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("kind: tune\nname: s\nbase: job.yaml\nspace:\n  optim.lrd: {grid: [1.0e-3, 1.0e-4]}\n")
+    with pytest.raises(ConfigError, match=r"optim\.lrd is not a key of mine\n.*did you mean optim\.lr_d"):
+        load_job(sweep)

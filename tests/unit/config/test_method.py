@@ -1,0 +1,60 @@
+"""The method of a run holds the keys that decide its numbers. A collection completes a job."""
+
+import pytest
+
+from pipeline.config.job_file import load_job, parse_overrides
+from pipeline.config.method import complete_model, digest_of, method_of
+from pipeline.errors import UsageError
+from tests.shipped_jobs import JOBS, shipped
+
+SHIPPED = shipped()
+COLLECTION = "d" * 64
+
+
+def imagenet(**overrides):
+    return complete_model(load_job(JOBS / "imagenet128.yaml", overrides), 128, 1000)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, overrides) in SHIPPED.items() if overrides])
+def test_a_variant_is_another_method_in_three_keys_or_fewer(name):
+    job, overrides = SHIPPED[name]
+    assert len(overrides) <= 3
+    methods = [method_of(load_job(job, parse_overrides(given)), COLLECTION) for given in ([], overrides)]
+    differing = {key for key in methods[0] if methods[0][key] != methods[1][key]}
+    assert differing == {override.partition("=")[0] for override in overrides}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optim.lr_d", 1e-4), ("seed", 1), ("train.batch", 128), ("data.flip", True), ("model.z_dim", 64)],
+)
+def test_a_key_that_decides_the_numbers_makes_another_method(key, value):
+    reference = digest_of(method_of(imagenet(), COLLECTION))
+    assert digest_of(method_of(imagenet(**{key: value}), COLLECTION)) != reference
+
+
+def test_another_collection_makes_another_method():
+    assert digest_of(method_of(imagenet(), COLLECTION)) != digest_of(method_of(imagenet(), "e" * 64))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.workers", 4),
+        ("train.kimg", 1),
+        ("data.train", "s3://elsewhere"),
+        ("data.expected_classes", 10),
+        ("evaluate.samples", 5),
+    ],
+)
+def test_places_lengths_and_resources_make_no_other_method(key, value):
+    reference = digest_of(method_of(imagenet(), COLLECTION))
+    assert digest_of(method_of(imagenet(**{key: value}), COLLECTION)) == reference
+
+
+def test_a_job_that_contradicts_its_collection_is_refused_with_both_values():
+    with pytest.raises(UsageError, match="model.resolution is 128, but the collection has 64"):
+        complete_model(load_job(JOBS / "imagenet128.yaml"), 64, 1000)
+    with pytest.raises(UsageError, match="model.num_classes is 10, but the collection has 0") as caught:
+        complete_model(load_job(JOBS / "imagenet128.yaml", {"model.num_classes": 10}), 128, 0)
+    assert "model.num_classes=0" in caught.value.remedy

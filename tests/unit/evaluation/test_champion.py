@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.collection.manifest import Collection
+from pipeline.config.schema import TrainJob
+from pipeline.evaluation import run_scores
+from pipeline.runs.score import ScoreProtocol
+from pipeline.runs.stored_run import StoredCheckpoint
+from pipeline.storage import file_sets
+from pipeline.tracking import registry
+
+
+@pytest.mark.parametrize("commit", ["cd" * 20, "unknown"])
+def test_a_version_names_everything_that_it_was_made_of(
+    commit: str,
+    job: TrainJob,
+    run_id: str,
+    checkpoint: Callable[..., StoredCheckpoint],
+    digits: Collection,
+    tmp_path: Path,
+) -> None:
+    stored = checkpoint(2000, git_commit=commit)
+    score = run_scores.score_checkpoint(job, stored, run_id)
+    (version,) = registry.versions(job.track.uri or "", job.name)
+    tags = dict(version.tags)
+    protocol = ScoreProtocol(**json.loads(tags.pop("protocol")))
+    assert protocol == score.protocol
+    manifest = file_sets.read_manifest(stored.url)
+    assert manifest is not None
+    assert tags == {
+        "metric": f"fd_classifier/{protocol.id8}",
+        f"fd_classifier/{protocol.id8}": repr(score.value),
+        "better": "lower",
+        "run": job.name,
+        "kimg": "2",
+        "checkpoint": stored.url,
+        "checkpoint_sha256": manifest.digest,
+        "manifest_digest": digits.digest,
+        "method_digest": "ab" * 32,
+        "git_commit": commit,
+    }
+    pulled = registry.pull(job.track.uri or "", f"models:/{job.name}@champion", tmp_path / "pulled")
+    assert f"| git commit | {commit} |" in (pulled / "README.md").read_text()

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.collection.manifest import Collection
+from pipeline.config.schema import EvaluateJob, EvaluateSection, PackSection
+from pipeline.errors import UsageError
+from pipeline.evaluation.evaluate_model import evaluate_model
+from pipeline.evaluation.open_model import open_model
+from pipeline.packing.pack import pack
+from pipeline.runs.score import Score
+from pipeline.runs.stored_run import StoredCheckpoint
+from sagan.sampling import Model
+
+Commit = Callable[..., StoredCheckpoint]
+
+
+def score_of(model: str, reference: str, section: EvaluateSection) -> Score:
+    return evaluate_model(EvaluateJob(name="x", model=model, reference=reference, evaluate=section)).score
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        ({}, ("ema", "standing 64")),
+        ({"weights": "raw"}, ("raw", "standing 64")),
+        ({"standing_images": None}, ("ema", "running")),
+    ],
+)
+def test_a_score_names_weights_and_statistics_and_so_does_the_model_that_it_is_of(
+    overrides: dict[str, Any], kind: tuple[str, str], checkpoint: Commit, digits: Collection, tmp_path: Path
+) -> None:
+    section = EvaluateSection.model_validate(
+        {"extractor": "classifier", "samples": 50, "standing_images": 64} | overrides
+    )
+    url = checkpoint(1000, change=lambda state: state.ema["conv.weight"].mul_(2)).url
+    open_model(url, section=section).save(tmp_path / "folder")
+    scores = [score_of(model, digits.url, section) for model in (url, str(tmp_path / "folder"))]
+    for score in scores:
+        assert (score.protocol.weights, score.protocol.batch_norm) == kind
+    assert scores[0].values == pytest.approx(scores[1].values, rel=1e-6)
+
+
+def test_a_folder_and_a_checkpoint_are_scored_alike(checkpoint: Commit, digits: Collection, tmp_path: Path) -> None:
+    url = checkpoint(1000).url
+    section = EvaluateSection(extractor="classifier", samples=100, standing_images=64)
+    open_model(url, section=section).save(tmp_path / "folder")
+    scores = [score_of(model, digits.url, section) for model in (url, str(tmp_path / "folder"))]
+    assert scores[0].values == pytest.approx(scores[1].values, rel=1e-6)
+    with pytest.raises(UsageError, match="no model"):
+        score_of(str(tmp_path / "nothing"), digits.url, section)
+
+
+def test_images_of_another_size_are_not_compared(model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path / "model")
+    larger = pack(str(tmp_path / "larger"), PackSection(source="digits", resolution=64)).url
+    with pytest.raises(UsageError, match=r"images of 32 px, .* holds images of 64 px"):
+        score_of(str(tmp_path / "model"), larger, EvaluateSection(extractor="classifier", samples=50))
+
+
+class Scaled(torch.nn.Module):
+    """A 2×2 thumbnail times a number as features, its first ten numbers as logits."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1) * self.scale
+        return small, small[:, :10]
+
+
+def save_extractor(folder: Path, scale: float) -> str:
+    """A file of the same name, whatever it holds."""
+    folder.mkdir()
+    torch.jit.script(Scaled(scale)).save(str(folder / "scaled.ts"))
+    return str(folder / "scaled.ts")
+
+
+def test_a_changed_shard_or_extractor_file_changes_the_key(digits: Collection, model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path / "model")
+
+    def key(reference: str, extractor: str) -> str:
+        section = EvaluateSection(extractor=extractor, samples=64)
+        score = score_of(str(tmp_path / "model"), reference, section)
+        assert score.metric == "fd_scaled"
+        return score.key
+
+    same = pack(str(tmp_path / "same"), PackSection(source="digits", resolution=32)).url
+    left_out = tmp_path / "bad.txt"
+    left_out.write_text((Path(digits.url) / "keys.txt").read_text().splitlines()[0])
+    fewer = pack(str(tmp_path / "fewer"), PackSection(source="digits", resolution=32, exclude=str(left_out))).url
+    one, two = save_extractor(tmp_path / "one", 1.0), save_extractor(tmp_path / "two", 2.0)
+    before = key(digits.url, one)
+    assert key(same, one) == before
+    assert len({before, key(fewer, one), key(digits.url, two)}) == 3

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.config.schema import TrainJob
+from pipeline.errors import EnvironmentFault, UsageError
+from pipeline.evaluation import run_scores
+from pipeline.runs.records import RegisteredModel, RunScores
+from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
+from pipeline.storage import file_sets, files
+from pipeline.tracking import registry
+from pipeline.tracking.mlflow_run import client
+from sagan.state import TrainState
+from tests.unit.evaluation.conftest import commit_checkpoint
+
+Commit = Callable[..., StoredCheckpoint]
+
+
+def with_section(job: TrainJob, **changes: object) -> TrainJob:
+    return job.model_copy(update={"evaluate": job.evaluate.model_copy(update=changes)})
+
+
+def unregistered(job: TrainJob) -> TrainJob:
+    return job.model_copy(update={"track": job.track.model_copy(update={"register_model": False})})
+
+
+def break_average(state: TrainState) -> None:
+    next(iter(state.ema.values())).fill_(float("nan"))
+
+
+def history(job: TrainJob, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in client(job.track.uri or "").get_metric_history(run_id, key)]
+
+
+def test_a_checkpoint_is_scored_once_recorded_and_logged(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
+    job = unregistered(job)
+    stored = checkpoint(2000)
+    score = run_scores.score_checkpoint(job, stored, run_id)
+    assert score.metric == "fd_classifier"
+    assert score.value == score.values["fd_classifier"]
+
+    run = StoredRun.of(job)
+    (record,) = run.scores()
+    assert (record.checkpoint, record.images, record.score) == (stored.name, 2000, score)
+    assert history(job, run_id, score.key) == [(2000, score.value)]
+    artifacts = {a.path for a in client(job.track.uri or "").list_artifacts(run_id, "protocols")}
+    assert artifacts == {f"protocols/{score.protocol.id8}.json"}
+    with Image.open(run.grid_url(record.checkpoint)) as picture:
+        assert picture.width > picture.height / 4
+
+    file_sets.remove_set(stored.url)  # so that scoring once more could only fail
+    assert run_scores.score_checkpoint(job, stored, run_id) == score
+    assert len(history(job, run_id, score.key)) == 1
+
+
+def test_another_protocol_is_scored_anew(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
+    job, stored = unregistered(job), checkpoint(2000)
+    first = run_scores.score_checkpoint(job, stored, run_id)
+    second = run_scores.score_checkpoint(with_section(job, samples=100), stored, run_id)
+    assert first.value != second.value
+
+
+def test_another_metric_of_the_same_protocol_ranks_without_a_new_score(
+    job: TrainJob, run_id: str, checkpoint: Commit
+) -> None:
+    job, stored = unregistered(job), checkpoint(2000)
+    first = run_scores.score_checkpoint(job, stored, run_id)
+    file_sets.remove_set(stored.url)
+    second = run_scores.score_checkpoint(with_section(job, score="isc_classifier"), stored, run_id)
+    assert (second.metric, second.value) == ("isc_classifier", first.values["isc_classifier"])
+    assert (first.higher_is_better, second.higher_is_better) == (False, True)
+
+
+def test_the_end_of_a_run(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
+    checkpoint(1000, seed=1)
+    checkpoint(2000, seed=2)
+    checkpoint(3000, seed=3, change=break_average)
+    found = run_scores.finalise(job, run_id)
+
+    scores = {record.images: record.score.value for record in StoredRun.of(job).scores()}
+    assert scores.pop(3000) is None
+    best = min(scores, key=lambda images: scores[images] or 0.0)
+    assert found.score is not None
+    assert found.score.value == scores[best]
+    assert found.checkpoint is not None
+    assert f"{best:012d}" in found.checkpoint
+    versions = len(registry.versions(job.track.uri or "", job.name))
+    assert found.registered == RegisteredModel(model=job.name, version=versions, alias="champion")
+    assert found.class_accuracy is not None
+    assert 0 <= found.class_accuracy <= 1
+    assert found.fd_classifier_real is not None
+    assert found.fd_classifier is not None
+    assert 0 < found.fd_classifier_real < found.fd_classifier
+    assert found.grid is not None
+    assert files.exists(found.grid)
+
+    assert found.final is not None
+    ranked, final = found.score.protocol, found.final.protocol
+    assert final.seed == ranked.seed + 1
+    assert final.extractor_digest != ranked.extractor_digest
+    assert (ranked.repeats, final.repeats) == (1, job.evaluate.repeats)
+    assert found.final.deviation is not None
+    assert found.final.value is not None
+    assert 0 < found.final.deviation < found.final.value
+    registered = {files.name(url) for url in registry.checkpoints(job.track.uri or "", job.name)}
+    assert run_scores.protected(job) == registered | {files.name(found.checkpoint)}
+    assert not any(name.startswith(f"{3000:012d}") for name in registered)
+
+    again = run_scores.finalise(job, run_id)
+    assert again == found
+    assert len(registry.versions(job.track.uri or "", job.name)) == versions
+    assert [step for step, _ in history(job, run_id, found.score.key)] == [1000, 2000]
+
+
+def test_a_better_checkpoint_becomes_champion_as_it_is_scored(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
+    uri, values = job.track.uri or "", []
+    for images in (1000, 2000, 3000):
+        value = run_scores.score_checkpoint(job, checkpoint(images, seed=images), run_id).value
+        assert value is not None
+        values.append(value)
+    better = [i for i in range(3) if values[i] == min(values[: i + 1])]
+    assert [v.tags["kimg"] for v in registry.versions(uri, job.name)] == [str(i + 1) for i in better]
+    champion = registry.champion_of(uri, job.name)
+    assert champion is not None
+    assert champion.tags["kimg"] == str(better[-1] + 1)
+
+
+def test_a_champion_of_another_protocol_is_scored_anew_before_it_is_beaten(
+    job: TrainJob, run_id: str, checkpoint: Commit
+) -> None:
+    uri = job.track.uri or ""
+    run_scores.score_checkpoint(job, checkpoint(1000, seed=1), run_id)
+    track = job.track.model_copy(update={"model": job.name})
+    other = with_section(job, samples=100).model_copy(update={"name": "other", "track": track})
+    commit_checkpoint(other, 2000, seed=2)
+    found = run_scores.finalise(other, run_id)
+
+    assert found.score is not None
+    versions = {v.tags["kimg"]: v for v in registry.versions(uri, job.name)}
+    scores = {kimg: float(version.tags[found.score.key]) for kimg, version in versions.items()}
+    champion = registry.champion_of(uri, job.name)
+    assert champion is not None
+    assert champion.tags["kimg"] == min(scores, key=lambda kimg: scores[kimg])
+
+
+def test_a_run_of_broken_models_ends_without_a_champion(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
+    score = run_scores.score_checkpoint(job, checkpoint(1000, change=break_average), run_id)
+    assert (score.metric, score.value, score.values) == ("fd_classifier", None, {})
+    assert run_scores.finalise(job, run_id) == RunScores()
+    assert registry.versions(job.track.uri or "", job.name) == []
+
+
+@pytest.mark.parametrize(
+    ("score", "higher"), [("auto", False), ("kid_classifier", False), ("isc_classifier", True), ("coverage", True)]
+)
+def test_the_direction_of_a_jobs_score_is_that_of_its_metric(score: str, higher: bool, job: TrainJob) -> None:
+    assert run_scores.higher_is_better(with_section(job, score=score)) is higher
+
+
+def test_what_cannot_be_scored_is_found_before_training(job: TrainJob, tmp_path: Path) -> None:
+    run_scores.check(job)
+    with pytest.raises(UsageError, match="no split"):
+        run_scores.check(with_section(job, split="validation"))
+    with pytest.raises(UsageError, match="fid"):
+        run_scores.check(with_section(job, score="fid"))
+    with pytest.raises(EnvironmentFault, match="missing"):
+        run_scores.check(with_section(job, extractor="inception", extractor_weights=str(tmp_path / "missing.pth")))
+    with pytest.raises(EnvironmentFault, match=r"nowhere\.ts"):
+        run_scores.check(with_section(job, extractor=str(tmp_path / "nowhere.ts")))

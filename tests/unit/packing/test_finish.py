@@ -1,0 +1,83 @@
+"""The end of packing prints warnings about the collection and the command that trains on it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.collection.manifest import Collection
+from pipeline.config.job_file import load_job
+from pipeline.config.schema import PackSection, TrainJob
+from pipeline.packing.finish import next_command
+from pipeline.packing.pack import pack
+from tests.shipped_jobs import JOBS
+from tests.unit.packing.coloured import png
+
+
+class TestWarnings:
+    @staticmethod
+    def warnings(folder: Path, contents: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> str:
+        for name, data in contents.items():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes(data)
+        pack(f"{folder}/set", PackSection(source=f"{folder}/source", resolution=32, max_broken=1))
+        return capsys.readouterr().out
+
+    def test_an_ordinary_source_has_no_warnings(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = self.warnings(
+            tmp_path,
+            {f"{name}/{n}.png": png(9, 9, n + 99 * k) for n in range(3) for k, name in enumerate("ab")},
+            capsys,
+        )
+        assert "warning" not in out
+        assert "note" not in out
+
+    def test_duplicates_within_and_across_splits(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        contents = {
+            "train/a/1.png": png(9, 9),
+            "train/a/2.png": png(20, 9),
+            "val/b/3.png": png(9, 9),
+            "train/b/4.png": png(9, 9, 5),
+        }
+        out = self.warnings(tmp_path, contents, capsys)
+        assert "2 images with the same bytes as an earlier image" in out
+        assert "1 of them are in two splits" in out
+        assert "1 of them have another label than the earlier image" in out
+
+    def test_uneven_classes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = self.warnings(
+            tmp_path, {f"a/{n}.png": png(9, 9, n) for n in range(40)} | {"b/0.png": png(9, 9, 99)}, capsys
+        )
+        assert "'a' has 40 images, 'b' only 1" in out
+
+    def test_classes_without_images(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Never there, of an unsupported format, or broken."""
+        (tmp_path / "source" / "empty").mkdir(parents=True)
+        contents = {"a/0.png": png(9, 9), "b/0.png": png(9, 9, 1), "phone/0.heic": b"x", "broken/0.png": b"x"}
+        out = self.warnings(tmp_path, contents, capsys)
+        assert "folders without images are not classes: empty, phone" in out
+        assert "1 .heic files are left out: unsupported format" in out
+        assert "train: 1 classes have no images: broken" in out
+
+    def test_labels_that_are_all_equal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        contents = {"train/a/0.png": png(9, 9), "train/a/1.png": png(9, 9, 1), "val/b/0.png": png(9, 9, 2)}
+        assert "train: all images have the same label, 'a'" in self.warnings(tmp_path, contents, capsys)
+
+    def test_one_class(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "there is only one class, 'a'" in self.warnings(tmp_path, {"a/0.png": png(9, 9)}, capsys)
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128, 256])
+@pytest.mark.parametrize("classes", [0, 2, 200, 1000])
+def test_the_next_command_names_a_job_that_fits(packed: Collection, resolution: int, classes: int) -> None:
+    names = [str(i) for i in range(classes)]
+    found = next_command(replace(packed, resolution=resolution, class_names=names, url="s3://bucket/my set"))
+    sagan, run, path, override = shlex.split(found)
+    assert (sagan, run, override) == ("sagan", "run", "data.train=s3://bucket/my set")
+    job = load_job(JOBS.parent / path)
+    assert isinstance(job, TrainJob)
+    assert job.model.resolution == resolution
+    assert job.model.num_classes in (None, classes)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageSequence
+
+from pipeline.config.schema import TrainJob
+from pipeline.report.publish_report import publish_report
+from pipeline.runs.stored_run import StoredRun
+from pipeline.tracking.mlflow_run import client
+
+
+def test_a_run_that_ends_leaves_its_page_and_its_grids_in_motion(
+    run: Callable[..., str], job: TrainJob, run_id: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = StoredRun(run("first"))
+    record = stored.record()
+    assert record is not None
+    job = job.model_copy(update={"name": "first", "evaluate": record.evaluate})
+    publish_report(job, run_id)
+    assert stored.report_url in capsys.readouterr().out
+    page, grids = Path(stored.report_url), Path(stored.animation_url)
+    assert "Nearest real images" in page.read_text()
+    with Image.open(grids) as moving:
+        assert (moving.format, len(ImageSequence.all_frames(moving))) == ("GIF", 2)
+    logged = client(job.track.uri or "").list_artifacts(run_id)
+    assert {a.path: a.file_size for a in logged if not a.is_dir} == {
+        path.name: path.stat().st_size for path in (page, grids)
+    }
+
+
+def test_a_page_that_cannot_be_written_costs_the_run_nothing(
+    job: TrainJob, run_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish_report(job, run_id)  # there is no run
+    assert f"sagan report {StoredRun.of(job).url}" in caplog.text

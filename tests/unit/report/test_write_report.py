@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.errors import UsageError
+from pipeline.report import html, write_report
+from pipeline.runs.records import SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.score import Score, ScoreProtocol
+from pipeline.runs.stored_run import StoredRun, StoredSweep
+from pipeline.tuning.sweep_picture import draw_plane
+from sagan.config import ModelConfig, OptimConfig
+from sagan.sampling import Model
+from sagan.state import TrainState
+
+MEGABYTE = 1_000_000
+PROTOCOL = ScoreProtocol(
+    extractor="pixels",
+    extractor_digest="ab" * 32,
+    resize="none",
+    reference_digest="cd" * 32,
+    split="train",
+    samples=120,
+    seed=0,
+    weights="ema",
+    batch_norm="standing 64",
+)
+Run = Callable[..., str]
+
+
+def written(urls: list[str], tmp_path: Path, compared: int = 120) -> str:
+    out = tmp_path / "page" / "report.html"
+    size = write_report.write_report(urls, out, compared)
+    assert size == out.stat().st_size
+    return out.read_text()
+
+
+def explored(text: str) -> list[dict]:
+    return [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', text)]
+
+
+def test_the_page_of_a_run(run: Run, tmp_path: Path) -> None:
+    text = written([run("first")], tmp_path)
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    parts = ["Summary", "Scores", "Samples", "Attention", "Interpolation", "Nearest real images", "Classes"]
+    assert titles == [*parts, "Protocols", "Method"]
+    assert "fd_pixels" in text
+    assert text.count('data-caption="') == 2  # a grid of each scored checkpoint
+    (data,) = explored(text)
+    assert [layer["title"] for layer in data["layers"]] == ["generator, 16×16", "discriminator, 16×16"]
+    assert [image["name"] for image in data["images"]] == list("012345")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", text))
+
+
+def test_scores_of_two_protocols_are_neither_compared_nor_drawn_together(run: Run, tmp_path: Path) -> None:
+    first, second, third = run("first"), run("second", samples=100), run("third")
+    apart = written([first, second], tmp_path)
+    assert write_report.NOT_COMPARED in apart
+    assert apart.count("<svg") == 2
+    together = written([first, third], tmp_path)
+    assert write_report.NOT_COMPARED not in together
+    assert together.count("<svg") == 1
+    assert together.count("<polyline") == 2
+
+
+def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(run: Run, tmp_path: Path) -> None:
+    best = run("sweep-b")
+    sweep = StoredSweep(str(tmp_path / "runs" / "sweep"))
+    assert sweep.trial("sweep-b").url == best
+    sweep.write_record(SweepRecord(name="sweep", mlflow_run_id="0"))
+    with pytest.raises(UsageError, match="not ended"):
+        written([sweep.url], tmp_path)
+    trials = [
+        Trial(name="sweep-a", point={"optim.lr_d": 1e-3}, score=None, kimg=1, outcome="diverged <early>"),
+        Trial(name="sweep-b", point={"optim.lr_d": 4e-4}, score=12.5, kimg=2, outcome="finished"),
+    ]
+    sweep.write_trials(SweepTrials(trials=trials))
+    sweep.write_summary(
+        SweepSummary(
+            name="sweep",
+            trials=2,
+            stopped_early=0,
+            best=trials[1],
+            mlflow_run_id="0",
+            picture=sweep.picture_url,
+            score=Score.of(PROTOCOL, "fd_pixels", False, {"fd_pixels": 12.5}),
+        )
+    )
+    draw_plane(trials, [], "fd_pixels", Path(sweep.picture_url))
+    text = written([sweep.url], tmp_path)
+    assert text.index("sweep-b</th>") < text.index("sweep-a</th>")
+    assert "diverged &lt;early&gt;" in text
+    assert "2 trials. 0 of them were stopped early" in text
+    assert "Attention" in text
+
+
+def test_a_model_alone_shows_the_generator_and_says_so(model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path / "pulled")
+    out = tmp_path / "alone.html"
+    said = CliRunner().invoke(app, ["report", str(tmp_path / "pulled"), "--out", str(out)], catch_exceptions=False)
+    text = out.read_text()
+    assert f"{out}: {len(text.encode()) / MEGABYTE:.1f} MB" in said.output
+    assert "This model has no discriminator" in text
+    (data,) = explored(text)
+    assert [layer["title"] for layer in data["layers"]] == ["generator, 16×16"]
+
+
+def test_what_cannot_be_compared_is_left_out_and_said(run: Run, tmp_path: Path) -> None:
+    stored = StoredRun(run("first"))
+    record = stored.record()
+    assert record is not None
+    gone = record.data.model_copy(update={"train": str(tmp_path / "gone")})
+    stored.write_record(record.model_copy(update={"data": gone}))
+    text = written([stored.url], tmp_path)
+    assert "comparison with real images is left out" in text
+    assert "Classes" not in re.findall(r"<h2>(.*?)</h2>", text)
+    stored.write_record(record.model_copy(update={"method": record.method | {"data.collection": "another"}}))
+    assert "another collection" in written([stored.url], tmp_path)
+
+
+def test_a_run_whose_scores_several_workers_took_needs_none_of_them(run: Run, tmp_path: Path) -> None:
+    stored = StoredRun(run("first"))
+    record = stored.record()
+    assert record is not None
+    section = record.evaluate.model_copy(update={"workers": 2})
+    stored.write_record(record.model_copy(update={"evaluate": section}))
+    assert "comparison with real images is left out" not in written([stored.url], tmp_path)
+
+
+def test_what_is_no_run_is_told_what_is_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither a run nor a sweep nor a model") as caught:
+        written([str(tmp_path)], tmp_path)
+    assert "<checkpoint.root>/<name>" in caught.value.remedy
+    with pytest.raises(UsageError, match="3 runs"):
+        CliRunner().invoke(app, ["report", "a", "b", "c"], catch_exceptions=False)
+
+
+def test_few_images_of_a_class_are_not_ranked(run: Run, tmp_path: Path) -> None:
+    url = run("first")
+    assert "With 48 features, it is noise for fewer than 96 generated or" in written([url], tmp_path, compared=400)
+    assert "no class has 10 of both" in written([url], tmp_path, compared=20)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy())
+
+
+def test_a_picture_is_exact_where_it_may_be_and_fits_where_it_must() -> None:
+    def sizes(image: Image.Image, budget: int) -> tuple[int, Image.Image]:
+        uri = html.data_uri(image, budget)
+        return len(uri), Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+    small, large = noise(32, 32), noise(960, 1200)
+    assert sizes(small, 10_000)[1].convert("RGB").tobytes() == small.tobytes()
+    for image, budget in ((small, 1_000), (noise(256, 256), 3_000), (large, 150_000), (large, 2_000)):
+        assert sizes(image, budget)[0] <= budget
+    assert sizes(large, 800_000)[1].size == large.size
+
+
+def test_the_largest_page_of_two_stays_below_its_bound(run: Run, tmp_path: Path) -> None:
+    """Runs whose grids are noise, and 128 px models of saturated noise with two attention layers."""
+    runs = [run("first"), run("second")]
+    for url in runs:
+        for path in Path(url, "grids").iterdir():
+            noise(960, 960).save(path)
+    of_runs = len(written(runs, tmp_path).encode())
+    config = ModelConfig(resolution=128, num_classes=10, channels_g=4, channels_d=8, attention=(32, 64))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        model = Model.from_state(TrainState(config, OptimConfig(), seed), standing_images=32)
+        model.generator.conv.weight.mul_(1e4)
+        images = model.sample(n=2).float()
+        assert images.std() > 60  # no compression makes little of it
+        model.save(folder)
+    of_models = len(written([str(folder) for folder in folders], tmp_path).encode())
+    assert max(of_runs, of_models) < write_report.PAGE_BYTES
+
+
+def test_what_attention_takes_of_the_file_is_bounded(tmp_path: Path) -> None:
+    config = ModelConfig(resolution=128, num_classes=0, channels_g=8, channels_d=8, attention_form="icml")
+    for name, networks in (("a", config), ("b", replace(config, attention=()))):
+        Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32).save(tmp_path / name)
+    text = written([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
+    assert len(text) < write_report.PAGE_BYTES
+    (data,) = explored(text)
+    assert [(layer["queries"], layer["keys"]) for layer in data["layers"]] == [(32, 16)]
+    assert len(data["images"]) == 4  # of 256 KiB, in the half that one of two models gets
+    assert "no self-attention" in text
+
+
+def test_nothing_of_a_name_becomes_part_of_the_page() -> None:
+    hostile = '</script><b>"&'
+    text = html.whole(hostile, [html.Section(hostile, html.joined([html.data({"name": hostile}), hostile]))])
+    assert "<b>" not in text
+    assert json.loads(re.findall(r"json\">(.*?)</script>", text)[0]) == {"name": hostile}

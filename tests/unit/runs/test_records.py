@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.schema import DataSection, EvaluateSection
+from pipeline.errors import CorruptError
+from pipeline.runs.records import (
+    CheckpointFacts,
+    Record,
+    RegisteredModel,
+    RunRecord,
+    ScoreRecord,
+    SweepRecord,
+    SweepSummary,
+    SweepTrials,
+    TrainSummary,
+    Trial,
+    best_score,
+)
+from pipeline.runs.score import Score, ScoreProtocol
+
+PROTOCOL = ScoreProtocol(
+    extractor="x",
+    extractor_digest="ab" * 32,
+    resize="none",
+    reference_digest="cd" * 32,
+    split="train",
+    samples=100,
+    seed=0,
+    weights="ema",
+    batch_norm="standing 64",
+)
+SCORE = Score.of(PROTOCOL, "fd_x", False, {"fd_x": 12.5, "isc_x": 3.0}, {"fd_x": 0.25, "isc_x": 0.125})
+FACTS = CheckpointFacts(
+    images=2000,
+    train_seconds=1.5,
+    to_score=True,
+    collection_digest="cd" * 32,
+    class_names=["ant", "bee"],
+    method_digest="ef" * 32,
+    git_commit="unknown",
+)
+TRIAL = Trial(name="sweep-a", point={"optim.lr_d": 4e-4}, score=12.5, kimg=2.0, outcome="finished")
+CONCLUSION: dict[str, Any] = {
+    "score": SCORE,
+    "final": SCORE,
+    "class_accuracy": 0.5,
+    "registered": RegisteredModel(model="m", version=3, alias=None),
+    "grid": "grid.png",
+    "checkpoint": "checkpoints/1",
+}
+RECORDS: tuple[Record, ...] = (
+    RunRecord(
+        name="run",
+        method={"optim.lr_d": 4e-4, "model.attention": [32]},
+        mlflow_run_id="0",
+        starts=2,
+        images_lost=64,
+        data=DataSection(train="/images"),
+        evaluate=EvaluateSection(extractor="classifier"),
+    ),
+    SweepRecord(name="sweep", mlflow_run_id="0"),
+    FACTS,
+    ScoreRecord(checkpoint="000000002000-0", images=2000, score=SCORE, seconds=1.0, time_ms=1),
+    TrainSummary(
+        name="run",
+        images=2000,
+        seconds=3.0,
+        images_per_s=None,
+        mlflow_run_id="0",
+        resumed_from=None,
+        restarts=0,
+        images_lost=0,
+        **CONCLUSION,
+    ),
+    SweepTrials(trials=[TRIAL, Trial(name="", point={}, score=None, kimg=0.0, outcome="diverged")]),
+    SweepSummary(
+        name="sweep", trials=2, stopped_early=0, best=TRIAL, mlflow_run_id="0", picture="plane.png", **CONCLUSION
+    ),
+)
+
+
+def changed(tmp_path: Path, **changes: Any) -> str:
+    """Path of a file with the values of `FACTS`, these ones changed; None leaves a value out."""
+    values = {name: value for name, value in (FACTS.to_dict() | changes).items() if value is not None}
+    path = tmp_path / "checkpoint.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> None:
+    url = str(tmp_path / "folder" / "record.json")
+    assert type(record).read(url) is None
+    record.write(url)
+    assert type(record).read(url) == record
+    assert json.loads(Path(url).read_text()) == record.to_dict()
+
+
+@pytest.mark.parametrize("found", [1, 3, None])
+def test_another_format_is_refused_with_both_formats_and_a_remedy(found: int | None, tmp_path: Path) -> None:
+    url = changed(tmp_path, format=found)
+    with pytest.raises(CorruptError) as caught:
+        CheckpointFacts.read(url)
+    for said in (url, f"format {found or 1};", "format 2"):
+        assert said in caught.value.message
+    assert "use the version of sagan that wrote" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"images": "many"}, "images"),
+        ({"class_names": ["ant", 7]}, "class_names.1"),
+        ({"git_commit": None}, "git_commit"),
+    ],
+)
+def test_a_wrong_or_missing_value_is_refused_by_the_name_of_its_field(
+    change: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    url = changed(tmp_path, **change)
+    with pytest.raises(CorruptError) as caught:
+        CheckpointFacts.read(url)
+    assert caught.value.message.startswith(f"{url} is not a CheckpointFacts: {field}: ")
+
+
+def test_a_field_within_a_score_is_named_by_its_path(tmp_path: Path) -> None:
+    record = ScoreRecord(checkpoint="c", images=1, score=SCORE, seconds=1.0, time_ms=1)
+    values = record.to_dict()
+    values["score"]["protocol"]["samples"] = None
+    path = tmp_path / "score.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(CorruptError, match=r"score\.protocol\.samples"):
+        ScoreRecord.read(str(path))
+
+
+def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match="is not a CheckpointFacts: surprise: Extra inputs"):
+        CheckpointFacts.read(changed(tmp_path, surprise=1))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"text"', "null"])
+def test_what_is_not_an_object_of_json_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.json"
+    path.write_text(text)
+    with pytest.raises(CorruptError, match="checkpoint.json"):
+        CheckpointFacts.read(str(path))
+
+
+def test_the_record_of_a_sweep_is_not_read_as_that_of_a_run(tmp_path: Path) -> None:
+    url = str(tmp_path / "run.json")
+    SweepRecord(name="sweep", mlflow_run_id="0").write(url)
+    with pytest.raises(CorruptError, match="not a RunRecord: kind: "):
+        RunRecord.read(url)
+
+
+# --- the best score --------------------------------------------------------------------------------------------------
+
+
+def scored(images: int, values: dict[str, float], samples: int = 100, metric: str = "fd_x") -> ScoreRecord:
+    """A record taken at time `images`."""
+    protocol = PROTOCOL.model_copy(update={"samples": samples})
+    score = Score.of(protocol, metric, metric != "fd_x", values)
+    return ScoreRecord(checkpoint=f"{images:012d}", images=images, score=score, seconds=1.0, time_ms=images)
+
+
+def test_scores_of_several_protocols_are_not_compared() -> None:
+    old = scored(1, {"fd_x": 5.0}, samples=10)
+    new, newest = scored(2, {"fd_x": 50.0}, samples=20), scored(3, {"fd_x": 60.0}, samples=20)
+    assert best_score([old, new, newest]) == new
+    assert best_score([]) is None
+
+
+def test_the_metric_of_the_last_score_ranks_all_of_them() -> None:
+    old, last = scored(1, {"fd_x": 5.0, "isc_x": 2.0}), scored(2, {"fd_x": 3.0, "isc_x": 1.0}, metric="isc_x")
+    best = best_score([old, last])
+    assert best is not None
+    assert (best.checkpoint, best.score.metric, best.score.value) == (old.checkpoint, "isc_x", 2.0)
+
+
+def test_the_later_one_of_two_equal_scores_is_the_best() -> None:
+    first, second = scored(1, {"fd_x": 5.0}), scored(2, {"fd_x": 5.0})
+    assert best_score([second, first]) == second
+
+
+def test_a_record_without_values_is_never_the_best() -> None:
+    broken, sound = scored(2, {}), scored(1, {"fd_x": 5.0})
+    assert best_score([broken]) is None
+    assert best_score([sound, broken]) == sound

@@ -1,0 +1,29 @@
+import pytest
+
+from sagan.config import ModelConfig, OptimConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"resolution": 100}, "model.resolution is 100"),
+        ({"resolution": 64, "attention": (128,)}, "model.attention"),
+        ({"channels_g": 0}, "model.channels_g is 0"),
+        ({"resolution": 32, "multipliers_g": (1, 2)}, "model.multipliers_g"),
+    ],
+)
+def test_impossible_models_are_refused_with_key_and_value(values, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**values)
+
+
+def test_a_collection_completes_and_contradicts():
+    completed = ModelConfig().for_collection(64, 200)
+    assert (completed.resolution, completed.num_classes, completed.attention) == (64, 200, (32,))
+    assert ModelConfig(num_classes=0).for_collection(64, 200).num_classes == 0
+    with pytest.raises(ValueError, match="10, but the collection has 200"):
+        ModelConfig(num_classes=10).for_collection(64, 200)
+
+
+def test_learning_rates_fall_to_zero_between_two_positions():
+    assert [OptimConfig(lr_decay_kimg=(1, 3)).lr_factor(images) for images in (0, 1000, 2000, 3000)] == [1, 1, 0.5, 0]

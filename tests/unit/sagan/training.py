@@ -1,0 +1,33 @@
+"""Small states that train for some steps on generated images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sagan import ModelConfig, Step, TrainState
+from sagan.random import Purpose, draw_labels, draw_latents
+
+CONFIG = ModelConfig(resolution=32, num_classes=3, z_dim=8, channels_g=4, channels_d=4)
+BATCH = 8
+
+
+def real(images: int, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of images and labels at a position."""
+    positions = range(images, images + BATCH)
+    pixels = draw_latents(9, Purpose.DEQUANTISE, positions, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
+    return pixels, draw_labels(9, Purpose.DEQUANTISE, positions, classes)
+
+
+def run(state: TrainState, steps: int, **options: Any) -> list[list[float]]:
+    """The metrics of each step."""
+    step = Step(state, BATCH, **options)
+    return [step([real(state.images + k * BATCH) for k in range(state.optim.n_dis)]).tolist() for _ in range(steps)]
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    """Whether all tensors are equal to the bit."""
+    ours, theirs = dict(a.tensors()), dict(b.tensors())
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
