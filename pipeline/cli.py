@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pipeline.config.job_file import job_schema, load_job, parse_overrides, to_yaml
 from pipeline.errors import SaganError, UsageError
-from pipeline.runs.score import ScoreProtocol
+from pipeline.runs.score_protocol import ScoreProtocol
 
 if TYPE_CHECKING:
     from pipeline.config.schema import EvaluateJob
@@ -175,8 +175,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the latents. The same seed gives the same images.")] = 0,
 ) -> None:
     """Write a labelled grid of samples as a PNG file."""
-    from pipeline.evaluation.open_model import open_model
     from pipeline.pictures import grid
+    from pipeline.tracking.open_model import open_model
 
     generator = open_model(model)
     chosen = [c.strip() for c in classes.split(",")] if classes else None

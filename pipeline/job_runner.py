@@ -13,6 +13,7 @@ from pipeline.errors import SaganError
 
 if TYPE_CHECKING:
     from pipeline.evaluation.self_test import Finding
+    from pipeline.training.training_run import Evaluation
 
 
 def run_job(
@@ -38,10 +39,9 @@ def run_job(
         _connect_workers(job)
         return evaluate_model(job).model_dump(mode="json")
     if isinstance(job, TuneJob):
-        from pipeline.evaluation import run_scores
         from pipeline.tuning.sweep import tune
 
-        return tune(job, run_scores, fresh=fresh).to_dict()
+        return tune(job, _evaluation(), fresh=fresh).to_dict()
     return _train(job, fresh)
 
 
@@ -78,14 +78,13 @@ def _connect_workers(job: EvaluateJob) -> None:
 
 
 def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:
-    from pipeline.evaluation import run_scores
     from pipeline.report.publish_report import publish_report
     from pipeline.runs.stored_run import StoredRun
     from pipeline.training.driver import train
 
     if fresh:
         StoredRun.of(job).delete()
-    return train(job, run_scores, on_end=publish_report).to_dict()
+    return train(job, _evaluation(), on_end=publish_report).to_dict()
 
 
 def _pack(job: PackJob) -> dict[str, Any]:
@@ -116,3 +115,12 @@ def _collection_facts(job: TrainJob) -> CollectionFacts | None:
     return CollectionFacts(
         collection.resolution, collection.num_classes, collection.size(job.data.split), len(sizes), fetches
     )
+
+
+def _evaluation() -> Evaluation:
+    """Return the functions of evaluation that training calls."""
+    from pipeline.evaluation.final_score import finalise
+    from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
+    from pipeline.training.training_run import Evaluation
+
+    return Evaluation(check_scores, score_checkpoint, higher_is_better, finalise)

@@ -243,13 +243,6 @@ class OptimConfig:
         if self.ema_start_kimg < 0:
             raise ValueError(f"optim.ema_start_kimg is {self.ema_start_kimg}; it must be 0 or more")
 
-    def lr_factor(self, images: int) -> float:
-        """Return the factor of both learning rates, in [0, 1], for the step that starts at position `images`."""
-        if self.lr_decay_kimg is None:
-            return 1.0
-        start, end = self.lr_decay_kimg
-        return min(1.0, max(0.0, (end - images / 1000) / (end - start)))
-
     def to_dict(self) -> dict[str, Any]:
         """Return the values by field name."""
         return asdict(self)

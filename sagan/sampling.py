@@ -16,7 +16,7 @@ from sagan.batch_norm import Groups
 from sagan.config import ModelConfig
 from sagan.generator import Generator
 from sagan.random import Purpose, draw_labels, draw_latents
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 from sagan.world import World
 
 FORMAT = 4

@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sagan import batch_norm, moving_average, spectral_norm
 from sagan.batch_norm import Groups
+from sagan.learning_rate import learning_rate_factor
 from sagan.losses import discriminator_hinge, generator_hinge
 from sagan.random import Purpose, draw_labels, draw_latents
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 from sagan.world import World, on_device
 
 METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake")
@@ -160,7 +161,7 @@ class Step:
     def _descend(self, optimizer: torch.optim.Adam, lr: float) -> None:
         """Run one optimiser step at the learning rate of the state's position, and clear the gradients."""
         for group in optimizer.param_groups:
-            group["lr"] = lr * self.state.optim.lr_factor(self.state.images)
+            group["lr"] = lr * learning_rate_factor(self.state.optim, self.state.images)
         optimizer.step()
         optimizer.zero_grad()
 

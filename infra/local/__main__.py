@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from infra.local.home import BUCKET, FOLDER, TRACKING_DB, end_on_sigterm, local_s3
 from infra.local.servers import MlflowServer, Ray
+from infra.local.state_folder import BUCKET, FOLDER, TRACKING_DB, end_on_sigterm, local_s3
 from pipeline.errors import SaganError
 
 
@@ -30,7 +30,7 @@ def main(
     \b
     Examples for a second terminal, after you paste the lines into it:
       ray job submit jobs/quickstart.yaml   runs the job of the quickstart
-      ray job stop JOB                      stops a job after it writes a checkpoint
+      ray job stop JOB                      writes a checkpoint first
       sagan pack images/ s3://sagan/mine    packs your images into the bucket
     """
     out = Console()

@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from infra.local.home import BUCKET, TRACKING_DB, end_on_sigterm, local_s3
-from infra.local.server import BIN, CHECKOUT
+from infra.local.server_process import BIN, CHECKOUT
 from infra.local.servers import Ray
+from infra.local.state_folder import BUCKET, TRACKING_DB, end_on_sigterm, local_s3
 from pipeline.errors import InterruptedRun, SaganError
 
 JOB = "jobs/quickstart.yaml"

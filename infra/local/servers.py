@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.local.server import BIN, CHECKOUT, Server, answers, free_port
+from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
 from pipeline.errors import UsageError
 
 

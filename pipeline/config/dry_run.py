@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config.method import complete_model
+from pipeline.config.run_method import complete_model
 from pipeline.config.schema import TrainJob
 from pipeline.errors import UsageError
 from sagan.config import ModelConfig

@@ -11,15 +11,15 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config.schema import TrainJob
-from pipeline.evaluation.open_model import open_model
 from pipeline.evaluation.scorer import Scorer
 from pipeline.runs.records import RegisteredModel, ScoreRecord
-from pipeline.runs.score import Score
+from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.tracking.model_card import model_card
+from pipeline.tracking.open_model import open_model
 from sagan.sampling import Model
 
 log = logging.getLogger(__name__)

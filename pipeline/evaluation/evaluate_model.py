@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateJob
 from pipeline.errors import UsageError
-from pipeline.evaluation.open_model import open_model
 from pipeline.evaluation.scorer import open_scorer
-from pipeline.runs.score import Score
+from pipeline.runs.score_protocol import Score
+from pipeline.tracking.open_model import open_model
 
 
 class ModelScore(BaseModel):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.collection.derived import Tensors, derived
+from pipeline.collection.derived_tensors import Tensors, derived
 from pipeline.collection.manifest import Collection
 from pipeline.compute.actors import ActorPool
 from pipeline.config.schema import DataSection, EvaluateSection
@@ -24,7 +24,7 @@ from pipeline.evaluation.features import Features, Generated, ImageSet, Real, ch
 from pipeline.evaluation.metrics import Images, Metric
 from pipeline.evaluation.moments import Moments
 from pipeline.progress import progress
-from pipeline.runs.score import Score, ScoreProtocol
+from pipeline.runs.score_protocol import Score, ScoreProtocol
 from sagan.sampling import Model
 
 CLASSES_MATCH = 0.5

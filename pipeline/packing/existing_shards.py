@@ -16,8 +16,15 @@ from pipeline.collection.shard_file import read_shard
 from pipeline.compute.tasks import map_parallel
 from pipeline.config.schema import PackSection
 from pipeline.errors import UsageError
-from pipeline.packing.file_tree import suffix
-from pipeline.packing.finish import PackedShard, ShardPlan, finish_collection, gather, printable_key, select_images
+from pipeline.packing.archives_and_folders import suffix
+from pipeline.packing.finish_collection import (
+    PackedShard,
+    ShardPlan,
+    finish_collection,
+    gather,
+    printable_key,
+    select_images,
+)
 from pipeline.packing.image_source import Source
 from pipeline.packing.recognise import open_source
 from pipeline.progress import Report, progress

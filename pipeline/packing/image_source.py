@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import UsageError
-from pipeline.packing.file_tree import Place
+from pipeline.packing.archives_and_folders import Place
 from pipeline.storage import files
 
 

@@ -27,7 +27,7 @@ from pipeline.compute.threads import map_ahead
 from pipeline.config.schema import PackSection
 from pipeline.errors import CorruptError, UsageError
 from pipeline.packing.existing_shards import index_shards
-from pipeline.packing.finish import (
+from pipeline.packing.finish_collection import (
     SECTION,
     PackedShard,
     ShardPlan,

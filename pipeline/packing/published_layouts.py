@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext
 from pipeline.collection.shard_file import label_of
 from pipeline.errors import UsageError
 from pipeline.packing import tables
-from pipeline.packing.file_tree import IMAGES, Place, Tree, hidden, split_in, suffix
+from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, hidden, split_in, suffix
 from pipeline.packing.image_source import Row, Source, source_of
 from pipeline.storage import files
 

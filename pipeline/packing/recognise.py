@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.errors import UsageError
 from pipeline.packing import published_layouts, tables
-from pipeline.packing.file_tree import IMAGES, SPLITS, Tree, hidden, suffix
+from pipeline.packing.archives_and_folders import IMAGES, SPLITS, Tree, hidden, suffix
 from pipeline.packing.image_source import Row, Source, source_of
 from pipeline.storage import files
 

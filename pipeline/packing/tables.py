@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.packing.file_tree import IMAGES, Place, Tree, suffix
+from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, suffix
 from pipeline.packing.image_source import Row, Source, source_of
 from pipeline.storage import files
 

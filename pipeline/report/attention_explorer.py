@@ -1,4 +1,4 @@
-"""The attention explorer: data for explorer.js, and static pictures of the attention of every layer."""
+"""The attention explorer: data for page.js, and static pictures of the attention of every layer."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from PIL import Image
 from pipeline.collection.manifest import Collection
 from pipeline.errors import SaganError, UsageError
 from pipeline.evaluation import metrics
-from pipeline.report import attention_explorer, attention_maps, html, sample_analysis
+from pipeline.report import attention_explorer, attention_maps, html, plots, sample_analysis
 from pipeline.report.html import Html, Section, element, joined
-from pipeline.report.subjects import RunOfPage, Subject, Subjects
-from pipeline.runs.score import Score
+from pipeline.report.page_subjects import RunOfPage, Subject, Subjects
+from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
 from pipeline.tuning.sweep import best_first
@@ -151,17 +151,17 @@ def _scores(subjects: Sequence[Subject]) -> Section:
                 directions[score.key] = score.higher_is_better
                 line = lines.setdefault(score.key, {}).setdefault(subject.name, [])
                 line.append((record.images / 1000, score.value))
-    plots = []
+    shown = []
     for key, of_runs in lines.items():
-        plots.append(html.curve(of_runs, "kimg", key))
+        shown.append(plots.curve(of_runs, "kimg", key))
         better, direction = (max, "higher") if directions[key] else (min, "lower")
         best = {name: better(line, key=lambda point: point[1]) for name, line in of_runs.items()}
         text = "; ".join(f"{name}: best {value:.4g} at {kimg:g} kimg" for name, (kimg, value) in best.items())
-        plots.append(element("p", text, f"; {direction} is better."))
+        shown.append(element("p", text, f"; {direction} is better."))
     scored = {name for of_runs in lines.values() for name in of_runs}
     if len(scored) > 1 and not any(len(of_runs) > 1 for of_runs in lines.values()):
-        plots.insert(0, element("p", NOT_COMPARED, class_="warning"))
-    return Section("Scores", joined(plots))
+        shown.insert(0, element("p", NOT_COMPARED, class_="warning"))
+    return Section("Scores", joined(shown))
 
 
 NOT_COMPARED = "These runs were scored under different protocols. Their scores cannot be compared."

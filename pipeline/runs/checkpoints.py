@@ -14,7 +14,7 @@ from pipeline.errors import CorruptError
 from pipeline.runs.records import CheckpointFacts
 from pipeline.runs.stored_run import CHECKPOINT_FACTS, METRICS, StoredCheckpoint, StoredRun
 from pipeline.storage import file_sets
-from sagan.state import TENSORS, TrainState
+from sagan.train_state import TENSORS, TrainState
 
 
 def write_checkpoint(local: Path, state: TrainState, metrics: Path, facts: CheckpointFacts) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError
-from pipeline.runs.score import Score, better_first, comparable
+from pipeline.runs.score_protocol import Score, better_first, comparable
 from pipeline.storage import files
 
 FORMAT = 2

@@ -103,6 +103,11 @@ class StoredRun:
         names = sorted(files.list_names(files.join(self.url, "checkpoints")))
         return [checkpoint for name in names if (checkpoint := self.checkpoint(name)).is_complete()]
 
+    def checkpoints_to_score(self) -> list[StoredCheckpoint]:
+        """Return the complete checkpoints that should have a score: those written to be scored, and the newest."""
+        complete = self.checkpoints()
+        return [checkpoint for checkpoint in complete if checkpoint is complete[-1] or checkpoint.facts().to_score]
+
     # --- scores ---
 
     def score(self, checkpoint: StoredCheckpoint) -> ScoreRecord | None:

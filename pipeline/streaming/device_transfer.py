@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
+from pipeline.streaming.augmentation import mirror_at_random
 from pipeline.streaming.stream import Batch
-from sagan.random import draw_flips
 from sagan.world import on_device
 
 
@@ -19,14 +19,12 @@ def to_device(batch: Batch, device: torch.device | str, flip_seed: int | None) -
     Args:
         batch: The batch to copy.
         device: The device of the returned tensors.
-        flip_seed: Seed of the mirroring. Each image is mirrored with probability one half. The draw depends on the seed
-            and on the position of the image in the run. None: no image is mirrored.
+        flip_seed: Seed of `mirror_at_random`. None: no image is mirrored.
     """
     device = torch.device(device)
     images = _copy_to_cuda(batch.images, device) if device.type == "cuda" else batch.images.to(device)
     if flip_seed is not None:
-        mirrored = on_device(draw_flips(flip_seed, batch.positions), device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        images = mirror_at_random(images, batch.positions, flip_seed)
     return images.to(torch.float32) * (2 / 255) - 1, on_device(batch.labels, device)
 
 

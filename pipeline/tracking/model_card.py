@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.runs.score import Score
+from pipeline.runs.score_protocol import Score
 from sagan.sampling import Model
 
 _CARD = """# {name}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.schema import TrainJob
-from pipeline.runs.stored_run import StoredCheckpoint
 
 
 def is_due(before: int, after: int, kimg: float) -> bool:
@@ -45,16 +43,3 @@ def actions_after_step(job: TrainJob, before: int, after: int, stop_requested: b
         stop=stop,
         interrupted=stop and not finished,
     )
-
-
-def superfluous(
-    checkpoints: Sequence[StoredCheckpoint], keep: int, protected: Collection[str]
-) -> list[StoredCheckpoint]:
-    """Return the checkpoints to delete. The newest `keep` checkpoints and the checkpoints in `protected` are kept.
-
-    Args:
-        checkpoints: Complete checkpoints, the oldest first.
-        keep: Number of the newest checkpoints to keep, at least 1.
-        protected: Names of checkpoints to keep.
-    """
-    return [checkpoint for checkpoint in checkpoints[:-keep] if checkpoint.name not in protected]

@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.collection.manifest import MANIFEST, Collection
-from pipeline.compute.causes import root_cause
 from pipeline.compute.cluster import join_named_cluster
-from pipeline.config.method import complete_model, digest_of, method_of
+from pipeline.compute.root_cause import root_cause
+from pipeline.config.run_method import complete_model, digest_of, method_of
 from pipeline.config.schema import TrainJob
 from pipeline.errors import InterruptedRun, SaganError, UsageError
 from pipeline.packing.pack import pack
 from pipeline.runs.records import RunRecord, RunScores, TrainSummary
 from pipeline.runs.stored_run import StoredRun
-from pipeline.storage import file_sets, files
+from pipeline.storage import files
 from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
 from pipeline.training import ray_train
-from pipeline.training.assignment import Evaluation, TrainingRun
 from pipeline.training.console import Console
-from pipeline.training.decisions import superfluous
+from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.status import Snapshot, create_status
+from pipeline.training.training_run import Evaluation, TrainingRun
 
 POLL_SECONDS = 0.5
 SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the source version of the run
@@ -179,7 +179,7 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
     job = run.job
     beside = ray_train.require_room(job)
     if not beside:
-        print("the cluster has no room for scoring tasks beside training: training waits for each score", flush=True)
+        print("the cluster has no room to score beside training: training waits for each score", flush=True)
     status = create_status(run.reached, run.record.starts, run.record.images_lost)
     workers = _Background(lambda: ray_train.run_workers(run, status, evaluation, beside))
     seen = Snapshot(starts=run.record.starts)
@@ -195,7 +195,7 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
                 run.record = run.record.model_copy(update={"starts": seen.starts, "images_lost": seen.images_lost})
                 run.stored.write_record(run.record)
             if len(seen.uploaded) > len(before.uploaded) or len(seen.scores) > len(before.scores):
-                _apply_retention(run, evaluation)
+                delete_superfluous_checkpoints(job)
             if seen.stopped:
                 break
         seen = ray.get(status.snapshot.remote())
@@ -222,13 +222,6 @@ def _newest_checkpoint(run: TrainingRun) -> str:
     """Return a clause for messages that names the newest complete checkpoint."""
     newest = run.stored.checkpoints()[-1:]
     return f"checkpoint {newest[0].url} is complete" if newest else "the run has no checkpoint yet"
-
-
-def _apply_retention(run: TrainingRun, evaluation: Evaluation) -> None:
-    """Delete the checkpoints that `checkpoint.keep` and `evaluation.protected` do not keep."""
-    job = run.job
-    for checkpoint in superfluous(run.stored.checkpoints(), job.checkpoint.keep, evaluation.protected(job)):
-        file_sets.remove_set(checkpoint.url)
 
 
 @dataclass

@@ -31,15 +31,15 @@ from pipeline.streaming.device_transfer import to_device
 from pipeline.streaming.stream import Stream
 from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.training import consistency
-from pipeline.training.assignment import Assignment
+from pipeline.training import rank_consistency
 from pipeline.training.decisions import Actions, actions_after_step
 from pipeline.training.status import TimeShares
+from pipeline.training.training_run import Assignment
 from sagan import spectral_norm
 from sagan.attention import SelfAttention
-from sagan.state import TrainState
 from sagan.step import METRICS as STEP_METRICS
 from sagan.step import Step
+from sagan.train_state import TrainState
 from sagan.world import World
 
 
@@ -135,7 +135,7 @@ class Worker:
             state = TrainState.load(local, self.device)
             self.metrics_file.write_bytes(restored.metrics())
             self.train_seconds = restored.facts().train_seconds
-        consistency.check_ranks(state, self.world)
+        rank_consistency.check_ranks(state, self.world)
         if self.is_rank0:
             name = None if checkpoint is None else checkpoint.name
             ray.get(self.status.group_started.remote(state.images, name, self.train_seconds))
@@ -174,7 +174,7 @@ class Worker:
         if not all(map(math.isfinite, values.values())):
             raise SaganError(
                 f"training diverged at {self.state.images / 1000:.1f} kimg: {values}",
-                consistency.LOWER_RATES,
+                rank_consistency.LOWER_RATES,
             )
         for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
             gammas = [m.gamma.item() for m in part.modules() if isinstance(m, SelfAttention)]
@@ -202,8 +202,8 @@ class Worker:
         began = time.perf_counter()
         score = self.assignment.score_in_line
         score_now = actions.score and score is not None and not actions.interrupted
-        consistency.check_ranks(self.state, self.world)
-        consistency.require_finite(self.state)
+        rank_consistency.check_ranks(self.state, self.world)
+        rank_consistency.require_finite(self.state)
         wait = actions.stop or score_now
         upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
         name, written = None, None

@@ -23,8 +23,8 @@ from pipeline.runs.records import RunScores, SweepRecord, SweepSummary, SweepTri
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
-from pipeline.training.assignment import Evaluation
 from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, train
+from pipeline.training.training_run import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.sweep_picture import draw_plane
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.score import Score
+from pipeline.runs.score_protocol import Score
 
 JOBS = Path(__file__).parents[2] / "jobs"
 

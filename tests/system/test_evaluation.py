@@ -25,7 +25,7 @@ from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.packing.pack import pack
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 from tests.system.driving import ray_workers
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]

@@ -16,9 +16,9 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-import infra.local.server
-from infra.local import leash
-from infra.local.server import BIN, CHECKOUT
+import infra.local.server_process
+from infra.local import end_with_parent
+from infra.local.server_process import BIN, CHECKOUT
 from infra.local.servers import S3, Credentials, MlflowServer, Ray
 from pipeline import doctor
 from pipeline.errors import EnvironmentFault
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.system
 # A process that owns a server, says which processes that makes, and waits.
 OWNER = """
 import sys, signal
-from infra.local.home import end_on_sigterm
+from infra.local.state_folder import end_on_sigterm
 from infra.local.servers import S3
 end_on_sigterm()
 try:
@@ -107,18 +107,18 @@ def test_a_taken_port_is_said_and_nothing_is_left(tmp_path):
 
 
 def test_a_port_lost_to_somebody_else_in_the_meantime_is_replaced(tmp_path, monkeypatch):
-    free = infra.local.server.free_port()
+    free = infra.local.server_process.free_port()
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         ports = iter([other.getsockname()[1], free])
-        monkeypatch.setattr(infra.local.server, "free_port", lambda: next(ports))
+        monkeypatch.setattr(infra.local.server_process, "free_port", lambda: next(ports))
         with S3(tmp_path) as server:
             assert server.port == free
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
     broken = MlflowServer(tmp_path, env={"MLFLOW_LOGGING_LEVEL": "no such level"})
-    with pytest.raises(EnvironmentFault, match=r"(?s)the MLflow server did not start:.*NO SUCH LEVEL"), broken:
+    with pytest.raises(EnvironmentFault, match=r"(?s)the MLflow server did not start.*NO SUCH LEVEL"), broken:
         pass
     assert broken.pids == []
 
@@ -145,7 +145,7 @@ def test_grandchildren_in_sessions_of_their_own_end_too(tmp_path):
     stubborn = 'trap "" TERM; echo $$; while :; do sleep 1; done'
     command = ["sh", "-c", f"setsid sh -c '{stubborn}' & wait"]
     held = subprocess.Popen(
-        [sys.executable, leash.__file__, str(os.getpid()), str(tmp_path), "0.2", *command],
+        [sys.executable, end_with_parent.__file__, str(os.getpid()), str(tmp_path), "0.2", *command],
         stdout=subprocess.PIPE,
         text=True,
     )

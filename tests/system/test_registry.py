@@ -24,19 +24,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from infra.local.server import BIN, CHECKOUT, Server, answers, free_port
+from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
 from infra.local.servers import MlflowServer
 from pipeline.cli import app
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.pictures import grid
-from pipeline.runs.score import Score, ScoreProtocol
+from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import MlflowRun, client
 from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 
 pytestmark = pytest.mark.system
 
@@ -187,7 +187,7 @@ def test_the_training_state_behind_a_version_is_pulled_and_is_the_one_that_was_r
     )
 
     other = registry.register(server.uri, name, folder, run_id, facts | {"checkpoint_sha256": "ab" * 32})
-    with pytest.raises(CorruptError, match="is not the checkpoint that"):
+    with pytest.raises(CorruptError, match="is not the checkpoint from which"):
         registry.pull_checkpoint(server.uri, f"models:/{name}/{other}", tmp_path / "other")
     file_sets.remove_set(url)
     with pytest.raises(CorruptError, match=f"version {version} does not exist: {url}"):

@@ -11,7 +11,7 @@ import ray
 from mlflow import MlflowClient
 from ray.util.placement_group import placement_group, placement_group_table
 
-from infra.local.server import BIN
+from infra.local.server_process import BIN
 from pipeline.compute.resources import release_placement_groups
 from pipeline.report.write_report import write_report
 from pipeline.storage import files

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from infra.local.server import BIN
+from infra.local.server_process import BIN
 from pipeline.runs.stored_run import StoredCheckpoint
 from pipeline.storage import files
 from tests.document_blocks import ROOT, block
@@ -187,7 +187,7 @@ def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(pla
     if name == "beside":
         assert not waited
     else:
-        assert "no room for scoring tasks beside training: training waits for each score" in run.output
+        assert "no room to score beside training: training waits for each score" in run.output
         assert all(score < later for score, later in zip(scored, committed[1:], strict=False))
         assert run.output.count("training waited") == len(every)
         assert len(waited) == len(every) - 1, "in the first metrics after each; after the last there are none"

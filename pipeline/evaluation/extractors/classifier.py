@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.collection.derived import derived
+from pipeline.collection.derived_tensors import derived
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection
 from pipeline.errors import UsageError

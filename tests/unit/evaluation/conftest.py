@@ -22,7 +22,7 @@ from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
 from pipeline.tracking.mlflow_run import MlflowRun
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 
 NETWORKS = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=8, channels_d=8)
 

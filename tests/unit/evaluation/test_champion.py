@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
-from pipeline.evaluation import run_scores
-from pipeline.runs.score import ScoreProtocol
+from pipeline.evaluation.score_checkpoints import score_checkpoint
+from pipeline.runs.score_protocol import ScoreProtocol
 from pipeline.runs.stored_run import StoredCheckpoint
 from pipeline.storage import file_sets
 from pipeline.tracking import registry
@@ -25,7 +25,7 @@ def test_a_version_names_everything_that_it_was_made_of(
     tmp_path: Path,
 ) -> None:
     stored = checkpoint(2000, git_commit=commit)
-    score = run_scores.score_checkpoint(job, stored, run_id)
+    score = score_checkpoint(job, stored, run_id)
     (version,) = registry.versions(job.track.uri or "", job.name)
     tags = dict(version.tags)
     protocol = ScoreProtocol(**json.loads(tags.pop("protocol")))

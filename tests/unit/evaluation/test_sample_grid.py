@@ -10,7 +10,7 @@ from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import open_scorer
 from sagan.config import OptimConfig
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 
 TILE = 64 + 4
 

@@ -12,7 +12,7 @@ from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import UsageError
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.scorer import Scorer, open_scorer
-from pipeline.runs.score import Score
+from pipeline.runs.score_protocol import Score
 from sagan.sampling import Model
 
 # --- scores ----------------------------------------------------------------------------------------------------------

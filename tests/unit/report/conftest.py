@@ -9,7 +9,7 @@ import torch
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
-from pipeline.evaluation import run_scores
+from pipeline.evaluation.score_checkpoints import score_checkpoint
 from pipeline.runs.records import RunRecord
 from pipeline.runs.stored_run import StoredRun
 from tests.unit.evaluation.conftest import checkpoint, commit_checkpoint, data, digits, job, model, run_id, tracking
@@ -43,7 +43,7 @@ def run(job: TrainJob, run_id: str, digits: Collection, extractor: str) -> Calla
         for images in (1000, 2000):
             point = {"step": images, "time_ms": 0, "metrics": {"loss_d": 1.5, "gamma_g": 0.25}}
             committed = commit_checkpoint(mine, images, seed=images, points=[point])
-            run_scores.score_checkpoint(mine, committed, run_id)
+            score_checkpoint(mine, committed, run_id)
         record = RunRecord(
             name=name,
             method={"data.collection": digits.digest, "optim.lr_d": 4e-4},

@@ -11,7 +11,7 @@ from sagan.attention import SelfAttention
 from sagan.config import AttentionForm, ModelConfig, OptimConfig
 from sagan.random import Purpose, draw_latents
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pipeline.report import sample_analysis
 from sagan.config import ModelConfig, OptimConfig
 from sagan.random import Purpose, draw_latents
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 
 
 @pytest.fixture(scope="module")

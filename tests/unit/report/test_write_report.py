@@ -17,12 +17,12 @@ from pipeline.cli import app
 from pipeline.errors import UsageError
 from pipeline.report import html, write_report
 from pipeline.runs.records import SweepRecord, SweepSummary, SweepTrials, Trial
-from pipeline.runs.score import Score, ScoreProtocol
+from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.tuning.sweep_picture import draw_plane
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 
 MEGABYTE = 1_000_000
 PROTOCOL = ScoreProtocol(

@@ -21,7 +21,7 @@ from pipeline.runs.records import (
     Trial,
     best_score,
 )
-from pipeline.runs.score import Score, ScoreProtocol
+from pipeline.runs.score_protocol import Score, ScoreProtocol
 
 PROTOCOL = ScoreProtocol(
     extractor="x",

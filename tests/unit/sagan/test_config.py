@@ -1,6 +1,6 @@
 import pytest
 
-from sagan.config import ModelConfig, OptimConfig
+from sagan.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,3 @@ def test_a_collection_completes_and_contradicts():
     assert ModelConfig(num_classes=0).for_collection(64, 200).num_classes == 0
     with pytest.raises(ValueError, match="10, but the collection has 200"):
         ModelConfig(num_classes=10).for_collection(64, 200)
-
-
-def test_learning_rates_fall_to_zero_between_two_positions():
-    assert [OptimConfig(lr_decay_kimg=(1, 3)).lr_factor(images) for images in (0, 1000, 2000, 3000)] == [1, 1, 0.5, 0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from infra.local.server import free_port
+from infra.local.server_process import free_port
 from pipeline.errors import EnvironmentFault
 from pipeline.tracking.mlflow_run import MlflowRun, client
 

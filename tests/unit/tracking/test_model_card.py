@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.runs.score import Score, ScoreProtocol
+from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
-from sagan.state import TrainState
+from sagan.train_state import TrainState
 
 NAMES = [f"name {i}" for i in range(12)]
 

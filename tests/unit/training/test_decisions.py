@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import TrainJob
-from pipeline.runs.stored_run import StoredCheckpoint
-from pipeline.training.decisions import actions_after_step, is_due, superfluous
+from pipeline.training.decisions import actions_after_step, is_due
 
 
 def job(**train):
@@ -50,9 +49,3 @@ def test_the_last_step_is_scored_and_is_not_an_interruption():
     last = actions_after_step(job(), 992, 1024, stop_requested=False)
     assert (last.log, last.checkpoint, last.score, last.stop, last.interrupted) == (True, True, True, True, False)
     assert not actions_after_step(job(), 992, 1024, stop_requested=True).interrupted
-
-
-def test_retention_keeps_the_newest_and_the_protected():
-    checkpoints = [StoredCheckpoint(f"runs/a/checkpoints/{i:03}") for i in range(6)]
-    assert superfluous(checkpoints, 2, {"001"}) == [checkpoints[0], checkpoints[2], checkpoints[3]]
-    assert superfluous(checkpoints[:2], 2, set()) == []

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sagan import OptimConfig, TrainState
-from sagan.state import FORMAT
+from sagan.train_state import FORMAT
 from tests.unit.sagan.training import BATCH, CONFIG, run, same
 
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import NoReturn
 
-from infra.local.server import CHECKOUT
+from infra.local.server_process import CHECKOUT
 from infra.local.servers import S3, Credentials
 
 FOLDER = CHECKOUT / ".local"

@@ -1,9 +1,10 @@
-"""Runs a server that cannot outlive its owner: `python leash.py OWNER_PID SCRATCH PATIENCE_S COMMAND …`.
+"""Runs a server that cannot outlive its owner: `python end_with_parent.py OWNER_PID SCRATCH PATIENCE_S COMMAND …`.
 
-The leash is the process of this file. It uses the standard library only. The owner ends the leash with SIGTERM. If the
-owner is killed, the leash notices this within half a second and also removes the scratch folder. In both cases, the
-leash sends SIGTERM to the server and waits for at most PATIENCE_S seconds. Then it sends SIGKILL to the server and to
-all its descendants, in all sessions and process groups. Ray starts its processes in separate process groups.
+The guardian is the process of this file. It uses the standard library only. The owner ends the guardian with SIGTERM.
+If the owner is killed, the guardian notices this within half a second and also removes the scratch folder. In both
+cases, the guardian sends SIGTERM to the server and waits for at most PATIENCE_S seconds. Then it sends SIGKILL to the
+server and to all its descendants, in all sessions and process groups. Ray starts its processes in separate process
+groups.
 """
 
 from __future__ import annotations

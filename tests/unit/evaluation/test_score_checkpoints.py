@@ -8,13 +8,15 @@ from PIL import Image
 
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, UsageError
-from pipeline.evaluation import run_scores
+from pipeline.evaluation.final_score import finalise
+from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
 from pipeline.runs.records import RegisteredModel, RunScores
 from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import client
-from sagan.state import TrainState
+from pipeline.training.retention import protected
+from sagan.train_state import TrainState
 from tests.unit.evaluation.conftest import commit_checkpoint
 
 Commit = Callable[..., StoredCheckpoint]
@@ -39,7 +41,7 @@ def history(job: TrainJob, run_id: str, key: str) -> list[tuple[int, float]]:
 def test_a_checkpoint_is_scored_once_recorded_and_logged(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
     job = unregistered(job)
     stored = checkpoint(2000)
-    score = run_scores.score_checkpoint(job, stored, run_id)
+    score = score_checkpoint(job, stored, run_id)
     assert score.metric == "fd_classifier"
     assert score.value == score.values["fd_classifier"]
 
@@ -53,14 +55,14 @@ def test_a_checkpoint_is_scored_once_recorded_and_logged(job: TrainJob, run_id: 
         assert picture.width > picture.height / 4
 
     file_sets.remove_set(stored.url)  # so that scoring once more could only fail
-    assert run_scores.score_checkpoint(job, stored, run_id) == score
+    assert score_checkpoint(job, stored, run_id) == score
     assert len(history(job, run_id, score.key)) == 1
 
 
 def test_another_protocol_is_scored_anew(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
     job, stored = unregistered(job), checkpoint(2000)
-    first = run_scores.score_checkpoint(job, stored, run_id)
-    second = run_scores.score_checkpoint(with_section(job, samples=100), stored, run_id)
+    first = score_checkpoint(job, stored, run_id)
+    second = score_checkpoint(with_section(job, samples=100), stored, run_id)
     assert first.value != second.value
 
 
@@ -68,9 +70,9 @@ def test_another_metric_of_the_same_protocol_ranks_without_a_new_score(
     job: TrainJob, run_id: str, checkpoint: Commit
 ) -> None:
     job, stored = unregistered(job), checkpoint(2000)
-    first = run_scores.score_checkpoint(job, stored, run_id)
+    first = score_checkpoint(job, stored, run_id)
     file_sets.remove_set(stored.url)
-    second = run_scores.score_checkpoint(with_section(job, score="isc_classifier"), stored, run_id)
+    second = score_checkpoint(with_section(job, score="isc_classifier"), stored, run_id)
     assert (second.metric, second.value) == ("isc_classifier", first.values["isc_classifier"])
     assert (first.higher_is_better, second.higher_is_better) == (False, True)
 
@@ -79,7 +81,7 @@ def test_the_end_of_a_run(job: TrainJob, run_id: str, checkpoint: Commit) -> Non
     checkpoint(1000, seed=1)
     checkpoint(2000, seed=2)
     checkpoint(3000, seed=3, change=break_average)
-    found = run_scores.finalise(job, run_id)
+    found = finalise(job, run_id)
 
     scores = {record.images: record.score.value for record in StoredRun.of(job).scores()}
     assert scores.pop(3000) is None
@@ -107,10 +109,10 @@ def test_the_end_of_a_run(job: TrainJob, run_id: str, checkpoint: Commit) -> Non
     assert found.final.value is not None
     assert 0 < found.final.deviation < found.final.value
     registered = {files.name(url) for url in registry.checkpoints(job.track.uri or "", job.name)}
-    assert run_scores.protected(job) == registered | {files.name(found.checkpoint)}
+    assert protected(job) == registered | {files.name(found.checkpoint)}
     assert not any(name.startswith(f"{3000:012d}") for name in registered)
 
-    again = run_scores.finalise(job, run_id)
+    again = finalise(job, run_id)
     assert again == found
     assert len(registry.versions(job.track.uri or "", job.name)) == versions
     assert [step for step, _ in history(job, run_id, found.score.key)] == [1000, 2000]
@@ -119,7 +121,7 @@ def test_the_end_of_a_run(job: TrainJob, run_id: str, checkpoint: Commit) -> Non
 def test_a_better_checkpoint_becomes_champion_as_it_is_scored(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
     uri, values = job.track.uri or "", []
     for images in (1000, 2000, 3000):
-        value = run_scores.score_checkpoint(job, checkpoint(images, seed=images), run_id).value
+        value = score_checkpoint(job, checkpoint(images, seed=images), run_id).value
         assert value is not None
         values.append(value)
     better = [i for i in range(3) if values[i] == min(values[: i + 1])]
@@ -133,11 +135,11 @@ def test_a_champion_of_another_protocol_is_scored_anew_before_it_is_beaten(
     job: TrainJob, run_id: str, checkpoint: Commit
 ) -> None:
     uri = job.track.uri or ""
-    run_scores.score_checkpoint(job, checkpoint(1000, seed=1), run_id)
+    score_checkpoint(job, checkpoint(1000, seed=1), run_id)
     track = job.track.model_copy(update={"model": job.name})
     other = with_section(job, samples=100).model_copy(update={"name": "other", "track": track})
     commit_checkpoint(other, 2000, seed=2)
-    found = run_scores.finalise(other, run_id)
+    found = finalise(other, run_id)
 
     assert found.score is not None
     versions = {v.tags["kimg"]: v for v in registry.versions(uri, job.name)}
@@ -148,9 +150,9 @@ def test_a_champion_of_another_protocol_is_scored_anew_before_it_is_beaten(
 
 
 def test_a_run_of_broken_models_ends_without_a_champion(job: TrainJob, run_id: str, checkpoint: Commit) -> None:
-    score = run_scores.score_checkpoint(job, checkpoint(1000, change=break_average), run_id)
+    score = score_checkpoint(job, checkpoint(1000, change=break_average), run_id)
     assert (score.metric, score.value, score.values) == ("fd_classifier", None, {})
-    assert run_scores.finalise(job, run_id) == RunScores()
+    assert finalise(job, run_id) == RunScores()
     assert registry.versions(job.track.uri or "", job.name) == []
 
 
@@ -158,16 +160,16 @@ def test_a_run_of_broken_models_ends_without_a_champion(job: TrainJob, run_id: s
     ("score", "higher"), [("auto", False), ("kid_classifier", False), ("isc_classifier", True), ("coverage", True)]
 )
 def test_the_direction_of_a_jobs_score_is_that_of_its_metric(score: str, higher: bool, job: TrainJob) -> None:
-    assert run_scores.higher_is_better(with_section(job, score=score)) is higher
+    assert higher_is_better(with_section(job, score=score)) is higher
 
 
 def test_what_cannot_be_scored_is_found_before_training(job: TrainJob, tmp_path: Path) -> None:
-    run_scores.check(job)
+    check_scores(job)
     with pytest.raises(UsageError, match="no split"):
-        run_scores.check(with_section(job, split="validation"))
+        check_scores(with_section(job, split="validation"))
     with pytest.raises(UsageError, match="fid"):
-        run_scores.check(with_section(job, score="fid"))
+        check_scores(with_section(job, score="fid"))
     with pytest.raises(EnvironmentFault, match="missing"):
-        run_scores.check(with_section(job, extractor="inception", extractor_weights=str(tmp_path / "missing.pth")))
+        check_scores(with_section(job, extractor="inception", extractor_weights=str(tmp_path / "missing.pth")))
     with pytest.raises(EnvironmentFault, match=r"nowhere\.ts"):
-        run_scores.check(with_section(job, extractor=str(tmp_path / "nowhere.ts")))
+        check_scores(with_section(job, extractor=str(tmp_path / "nowhere.ts")))

@@ -11,7 +11,7 @@ import pytest
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import load_job
 from pipeline.config.schema import PackSection, TrainJob
-from pipeline.packing.finish import next_command
+from pipeline.packing.finish_collection import next_command
 from pipeline.packing.pack import pack
 from tests.shipped_jobs import JOBS
 from tests.unit.packing.coloured import png

@@ -1,4 +1,4 @@
-"""A program that serves on a loopback port while a `with` block runs. `leash.py` ends the program."""
+"""A program that serves on a loopback port while a `with` block runs. `end_with_parent.py` ends the program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from infra.local import leash
+from infra.local import end_with_parent
 from pipeline.errors import EnvironmentFault
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ PATH = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 class Server(ABC):
-    """One program under a leash. Subclasses define its command and when it is ready."""
+    """One program that ends with its parent. Subclasses define its command and when it is ready."""
 
     name: str
     starting_s = 120.0  # time limit for the start; a start usually takes seconds, and longer on a busy machine
@@ -40,7 +40,7 @@ class Server(ABC):
         self._fixed = port
         self._env = env or {}
         self.port = 0
-        self._leash: subprocess.Popen[bytes] | None = None
+        self._guardian: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
     def command(self) -> list[str]:
@@ -72,10 +72,10 @@ class Server(ABC):
     def __exit__(
         self, _type: type[BaseException] | None, _value: BaseException | None, _at: TracebackType | None
     ) -> None:
-        if self._leash:
-            self._leash.terminate()
-            self._leash.wait()
-            self._leash = None
+        if self._guardian:
+            self._guardian.terminate()
+            self._guardian.wait()
+            self._guardian = None
         self._folder.cleanup()
 
     @property
@@ -85,8 +85,8 @@ class Server(ABC):
 
     @property
     def pids(self) -> list[int]:
-        """Ids of the leash and of all processes under it."""
-        return [self._leash.pid, *leash.descendants(self._leash.pid)] if self._leash else []
+        """Ids of the guardian process and of all processes below it."""
+        return [self._guardian.pid, *end_with_parent.descendants(self._guardian.pid)] if self._guardian else []
 
     def _start(self) -> None:
         if self._fixed and taken(self._fixed):
@@ -107,11 +107,11 @@ class Server(ABC):
         )
 
     def _launch(self) -> None:
-        """Start the leash, which starts the program."""
-        leash_arguments = (str(os.getpid()), str(self.scratch), str(self.leaving_s))
+        """Start the guardian process, which starts the program."""
+        guardian_arguments = (str(os.getpid()), str(self.scratch), str(self.leaving_s))
         with self.log.open("wb") as log:
-            self._leash = subprocess.Popen(
-                [sys.executable, "-I", leash.__file__, *leash_arguments, *self.command()],
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-I", end_with_parent.__file__, *guardian_arguments, *self.command()],
                 cwd=CHECKOUT,
                 env=os.environ | {"PATH": PATH} | self.environment() | self._env,
                 stdin=subprocess.DEVNULL,
@@ -125,10 +125,10 @@ class Server(ABC):
 
         Raises EnvironmentFault where the program does not answer within `starting_s` seconds.
         """
-        assert self._leash
+        assert self._guardian
         deadline = time.monotonic() + self.starting_s
         while time.monotonic() < deadline:
-            if self._leash.poll() is not None:
+            if self._guardian.poll() is not None:
                 return False
             if self.ready():
                 return True

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.packing.file_tree import Tree, hidden, split_in
+from pipeline.packing.archives_and_folders import Tree, hidden, split_in
 from tests.unit.packing.coloured import picture, tar, write
 
 

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from pipeline.config.method import digest_of
+from pipeline.config.run_method import digest_of
 from pipeline.config.schema import TrainJob
 from pipeline.runs.records import RunRecord, RunScores, TrainSummary
-from pipeline.runs.score import Score
+from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
 
 
-class Evaluation(Protocol):
-    """The functions of `pipeline.evaluation.run_scores` that training calls. Training does not import evaluation."""
+@dataclass(frozen=True)
+class Evaluation:
+    """The functions of `pipeline.evaluation` that training calls. Training does not import evaluation."""
 
-    def check(self, job: TrainJob) -> None:
-        """Check before training that scores can be computed. Raises SaganError where they cannot."""
-
-    def score_checkpoint(self, job: TrainJob, checkpoint: StoredCheckpoint, run_id: str) -> Score:
-        """Score one checkpoint, record and log the score, and register the model if it is the run's best."""
-
-    def higher_is_better(self, job: TrainJob) -> bool:
-        """Return whether a higher value of the score that ranks the job's checkpoints is better."""
-
-    def protected(self, job: TrainJob) -> set[str]:
-        """Return the names of the checkpoints that retention must keep."""
-
-    def finalise(self, job: TrainJob, run_id: str) -> RunScores:
-        """Score the checkpoints that are due, move the champion and compute the final score."""
+    check: Callable[[TrainJob], None]
+    """Checks before training that scores can be computed. Raises SaganError where they cannot."""
+    score_checkpoint: Callable[[TrainJob, StoredCheckpoint, str], Score]
+    """Scores one checkpoint for the MLflow run of an id, records and logs the score, and registers the run's best."""
+    higher_is_better: Callable[[TrainJob], bool]
+    """Whether a higher value of the score that ranks the job's checkpoints is better."""
+    finalise: Callable[[TrainJob, str], RunScores]
+    """Scores the checkpoints that are due, moves the champion and computes the final score."""
 
 
 @dataclass

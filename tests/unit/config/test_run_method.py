@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.job_file import load_job, parse_overrides
-from pipeline.config.method import complete_model, digest_of, method_of
+from pipeline.config.run_method import complete_model, digest_of, method_of
 from pipeline.errors import UsageError
 from tests.shipped_jobs import JOBS, shipped
 

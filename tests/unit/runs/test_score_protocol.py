@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.runs.score import Score, ScoreProtocol, better_first, comparable
+from pipeline.runs.score_protocol import Score, ScoreProtocol, better_first, comparable
 
 PROTOCOL = ScoreProtocol(
     extractor="inception",

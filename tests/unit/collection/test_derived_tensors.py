@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.collection.derived import derived
+from pipeline.collection.derived_tensors import derived
 from pipeline.collection.manifest import Collection
 from pipeline.errors import CorruptError
 

@@ -12,7 +12,7 @@ from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import default_uri
 from sagan.sampling import Model
-from sagan.state import FACTS, TrainState
+from sagan.train_state import FACTS, TrainState
 
 _REMEDY = "give models:/NAME@ALIAS, a checkpoint's URL, or a folder that `sagan pull` wrote"
 

@@ -1,0 +1,56 @@
+"""Retention: which checkpoints of a run are kept, and which are deleted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+
+from pipeline.config.schema import TrainJob
+from pipeline.errors import EnvironmentFault
+from pipeline.runs.records import best_score
+from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
+from pipeline.storage import file_sets, files
+from pipeline.tracking import registry
+from pipeline.tracking.mlflow_run import tracking_uri
+
+log = logging.getLogger(__name__)
+
+
+def delete_superfluous_checkpoints(job: TrainJob) -> None:
+    """Delete the checkpoints of the job's run that need not be kept. Raises EnvironmentFault, CorruptError."""
+    for checkpoint in superfluous(StoredRun.of(job).checkpoints(), job.checkpoint.keep, protected(job)):
+        file_sets.remove_set(checkpoint.url)
+
+
+def superfluous(
+    checkpoints: Sequence[StoredCheckpoint], keep: int, protected: Collection[str]
+) -> list[StoredCheckpoint]:
+    """Return the checkpoints to delete. The newest `keep` checkpoints and the checkpoints in `protected` are kept.
+
+    Args:
+        checkpoints: Complete checkpoints, the oldest first.
+        keep: Number of the newest checkpoints to keep, at least 1.
+        protected: Names of checkpoints to keep.
+    """
+    return [checkpoint for checkpoint in checkpoints[:-keep] if checkpoint.name not in protected]
+
+
+def protected(job: TrainJob) -> set[str]:
+    """Return the names of the checkpoints that must be kept whatever their age.
+
+    These are the best checkpoint, the checkpoints that wait for a score, and the checkpoints that registered versions
+    name. While the registry cannot be reached, all checkpoints must be kept.
+    """
+    run = StoredRun.of(job)
+    scores = run.scores()
+    best = best_score(scores)
+    names = {checkpoint.name for checkpoint in run.checkpoints_to_score()} - {record.checkpoint for record in scores}
+    names |= {best.checkpoint} if best else set()
+    if job.track.register_model:
+        try:
+            urls = registry.checkpoints(tracking_uri(job), job.registry_name)
+        except EnvironmentFault as fault:
+            log.warning("the registry cannot be reached, so no checkpoint is deleted now: %s", fault.message)
+            return {checkpoint.name for checkpoint in run.checkpoints()}
+        names |= {files.name(url) for url in urls if url == run.checkpoint(files.name(url)).url}
+    return names
