@@ -81,10 +81,10 @@ def test_the_champion_is_pulled_and_samples_without_this_repository(place, left_
     """The README's script, in an isolated interpreter that sees neither this code nor any installed copy of it."""
     folder, _, env = place
     environment = {**os.environ, **env}
-    pull = [sys.executable, "-m", "pipeline", "pull", "models:/alone@champion", "champion"]
+    pull = [sys.executable, "-m", "pipeline", "pull", "models:/alone@champion", "runs/quickstart/champion"]
     subprocess.run(pull, cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, check=True)
     for name in ("generator.safetensors", "config.json", "code/sagan/__init__.py", "README.md", "samples.png"):
-        assert (folder / "champion" / name).exists(), name
+        assert (folder / "runs" / "quickstart" / "champion" / name).exists(), name
     script = [sys.executable, "-I", "-c", block("README.md", "pulled")]
     done = subprocess.run(script, cwd=folder, capture_output=True, text=True, check=True)
     assert "torch.Size([16, 3, 32, 32])" in done.stdout
@@ -263,7 +263,7 @@ def test_the_readmes_notebook_lines_run(place):
     script = [sys.executable, "-c", block("README.md", "run")]
     done = subprocess.run(script, cwd=folder, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert b"fd_classifier" in done.stdout
+    assert b"'alias': 'champion'" in done.stdout
 
 
 @pytest.mark.slow
