@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image
-
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
+from pipeline.report.animation import animate
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
@@ -20,7 +18,6 @@ from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 log = logging.getLogger(__name__)
 
 COMPARED = 2000  # largest number of generated images; a job with fewer `evaluate.samples` compares that many
-FRAMES, FRAME_WIDTH, FRAME_MS, LAST_MS = 16, 480, 500, 2000  # frames; width in px; duration of a frame in ms
 DELIVERY_S = 30.0  # seconds to wait for MLflow
 
 
@@ -56,28 +53,3 @@ def _publish(job: TrainJob, run_id: str) -> None:
             if path.exists():
                 tracker.log_file(path)
         tracker.close(DELIVERY_S)
-
-
-def animate(run: StoredRun, out: Path) -> int:
-    """Write a GIF of the sample grids of a run and return the number of frames. MLflow shows GIF files.
-
-    The GIF has at most 16 frames: grids at even distances, including the last one. All frames have the palette of the
-    last grid. Where the run has no grid, nothing is written.
-    """
-    urls = [url for record in run.scores() if files.exists(url := run.grid_url(record.checkpoint))]
-    chosen = sorted({round(i * (len(urls) - 1) / (FRAMES - 1)) for i in range(FRAMES)}) if urls else []
-    grids = [_small(urls[i]) for i in chosen]
-    if grids:
-        colours = grids[-1].quantize(256)
-        frames = [grid.quantize(palette=colours, dither=Image.Dither.NONE) for grid in grids]
-        durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
-        frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    return len(grids)
-
-
-def _small(grid: str) -> Image.Image:
-    """Return the grid at the URL `grid`, reduced to FRAME_WIDTH."""
-    with Image.open(io.BytesIO(files.read_bytes(grid))) as image:
-        small = image.convert("RGB")
-    small.thumbnail((FRAME_WIDTH, 4 * FRAME_WIDTH), Image.Resampling.LANCZOS)
-    return small

@@ -14,7 +14,7 @@ from pipeline.errors import SaganError, UsageError
 from pipeline.evaluation import metrics
 from pipeline.report import attention_explorer, attention_maps, html, plots, sample_analysis
 from pipeline.report.html import Html, Section, element, joined
-from pipeline.report.page_subjects import RunOfPage, Subject, Subjects
+from pipeline.report.runs_and_models import RunOfPage, Subject, Subjects
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files

@@ -1,4 +1,4 @@
-"""Functions that write the checkpoints of a run and fetch the newest good one.
+"""The checkpoints of a run in storage: write, upload, list, read, and fetch the newest good one.
 
 A checkpoint is complete when it has a manifest. The manifests decide which checkpoint is the newest. Ray's own list of
 checkpoints is one report behind.
@@ -8,13 +8,57 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CorruptError
 from pipeline.runs.records import CheckpointFacts
-from pipeline.runs.stored_run import CHECKPOINT_FACTS, METRICS, StoredCheckpoint, StoredRun
-from pipeline.storage import file_sets
+from pipeline.storage import file_sets, files
 from sagan.train_state import TENSORS, TrainState
+
+CHECKPOINT_FACTS = "checkpoint.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint at a URL.
+
+    Its name is `<images, 12 digits>-<first 8 digits of the state's digest>`, so names sort by position.
+    """
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        return files.name(self.url)
+
+    @property
+    def images(self) -> int:
+        """Position of the run, taken from the name."""
+        return int(self.name.split("-")[0])
+
+    def is_complete(self) -> bool:
+        """Return whether the checkpoint has a manifest. Raises CorruptError, EnvironmentFault."""
+        return file_sets.read_manifest(self.url) is not None
+
+    def facts(self) -> CheckpointFacts:
+        """Return the contents of `checkpoint.json`. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
+        url = files.join(self.url, CHECKPOINT_FACTS)
+        return CheckpointFacts.parse(files.read_bytes(url), url)
+
+    def metrics(self) -> bytes:
+        """Return `metrics.jsonl`: one JSON line for every point that was logged up to this position.
+
+        Raises FileNotFoundError, EnvironmentFault.
+        """
+        return files.read_bytes(files.join(self.url, METRICS))
+
+
+def complete_checkpoints(url: str) -> list[StoredCheckpoint]:
+    """Return the complete checkpoints below `url`, the oldest first. Raises CorruptError, EnvironmentFault."""
+    found = [StoredCheckpoint(files.join(url, name)) for name in sorted(files.list_names(url))]
+    return [checkpoint for checkpoint in found if checkpoint.is_complete()]
 
 
 def write_checkpoint(local: Path, state: TrainState, metrics: Path, facts: CheckpointFacts) -> str:
@@ -43,12 +87,12 @@ def upload_checkpoint(local: Path, checkpoint: StoredCheckpoint) -> None:
         file_sets.upload_set(local, checkpoint.url)
 
 
-def fetch_newest_checkpoint(run: StoredRun, local: Path, warn: Callable[[str], None]) -> StoredCheckpoint | None:
-    """Download the newest good checkpoint of a run into `local` and return it; None where there is none.
+def fetch_newest_checkpoint(url: str, local: Path, warn: Callable[[str], None]) -> StoredCheckpoint | None:
+    """Download the newest good checkpoint below `url` into `local` and return it; None where there is none.
 
     A damaged checkpoint is skipped, and `warn` is called with a message. Raises EnvironmentFault.
     """
-    for checkpoint in reversed(run.checkpoints()):
+    for checkpoint in reversed(complete_checkpoints(url)):
         try:
             file_sets.fetch_set(checkpoint.url, local)
         except CorruptError as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.schema import TrainJob
+from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints
 from pipeline.runs.records import (
-    CheckpointFacts,
     RunRecord,
     ScoreRecord,
     SweepRecord,
@@ -14,45 +14,7 @@ from pipeline.runs.records import (
     SweepTrials,
     TrainSummary,
 )
-from pipeline.storage import file_sets, files
-
-CHECKPOINT_FACTS = "checkpoint.json"
-METRICS = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class StoredCheckpoint:
-    """A checkpoint at a URL.
-
-    Its name is `<images, 12 digits>-<first 8 digits of the state's digest>`, so names sort by position.
-    """
-
-    url: str
-
-    @property
-    def name(self) -> str:
-        return files.name(self.url)
-
-    @property
-    def images(self) -> int:
-        """Position of the run, taken from the name."""
-        return int(self.name.split("-")[0])
-
-    def is_complete(self) -> bool:
-        """Return whether the checkpoint has a manifest. Raises CorruptError, EnvironmentFault."""
-        return file_sets.read_manifest(self.url) is not None
-
-    def facts(self) -> CheckpointFacts:
-        """Return the contents of `checkpoint.json`. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
-        url = files.join(self.url, CHECKPOINT_FACTS)
-        return CheckpointFacts.parse(files.read_bytes(url), url)
-
-    def metrics(self) -> bytes:
-        """Return `metrics.jsonl`: one JSON line for every point that was logged up to this position.
-
-        Raises FileNotFoundError, EnvironmentFault.
-        """
-        return files.read_bytes(files.join(self.url, METRICS))
+from pipeline.storage import files
 
 
 @dataclass(frozen=True)
@@ -94,14 +56,18 @@ class StoredRun:
 
     # --- checkpoints ---
 
+    @property
+    def checkpoints_url(self) -> str:
+        """URL of the folder that holds the checkpoints."""
+        return files.join(self.url, "checkpoints")
+
     def checkpoint(self, name: str) -> StoredCheckpoint:
         """Return the checkpoint of this name. The checkpoint need not exist."""
-        return StoredCheckpoint(files.join(self.url, "checkpoints", name))
+        return StoredCheckpoint(files.join(self.checkpoints_url, name))
 
     def checkpoints(self) -> list[StoredCheckpoint]:
         """Return the complete checkpoints, the oldest first. Raises CorruptError, EnvironmentFault."""
-        names = sorted(files.list_names(files.join(self.url, "checkpoints")))
-        return [checkpoint for name in names if (checkpoint := self.checkpoint(name)).is_complete()]
+        return complete_checkpoints(self.checkpoints_url)
 
     def checkpoints_to_score(self) -> list[StoredCheckpoint]:
         """Return the complete checkpoints that should have a score: those written to be scored, and the newest."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config.schema import EvaluateSection
 from pipeline.errors import UsageError
-from pipeline.runs.stored_run import CHECKPOINT_FACTS, StoredCheckpoint
+from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import default_uri

@@ -9,8 +9,9 @@ from pipeline.compute.cluster import connect, ray_storage
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.resources import has_resources, require_resources
 from pipeline.config.schema import TrainJob
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
-from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
+from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.training.training_run import Assignment, Evaluation, TrainingRun
 from pipeline.training.worker import train_worker

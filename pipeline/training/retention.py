@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import best_score
-from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
+from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import tracking_uri

@@ -8,9 +8,10 @@ from typing import Any
 
 from pipeline.config.run_method import digest_of
 from pipeline.config.schema import TrainJob
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import RunRecord, RunScores, TrainSummary
 from pipeline.runs.score_protocol import Score
-from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
+from pipeline.runs.stored_run import StoredRun
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,22 @@ from pipeline.collection.manifest import Collection
 from pipeline.compute.devices import configure_device
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError
-from pipeline.runs.checkpoints import fetch_newest_checkpoint, upload_checkpoint, write_checkpoint
+from pipeline.runs.checkpoints import (
+    METRICS,
+    StoredCheckpoint,
+    fetch_newest_checkpoint,
+    upload_checkpoint,
+    write_checkpoint,
+)
 from pipeline.runs.records import CheckpointFacts
-from pipeline.runs.stored_run import METRICS, StoredCheckpoint, StoredRun
+from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets
 from pipeline.streaming.device_transfer import to_device
 from pipeline.streaming.stream import Stream
 from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.training import rank_consistency
-from pipeline.training.decisions import Actions, actions_after_step
+from pipeline.training.actions_after_step import Actions, actions_after_step
 from pipeline.training.status import TimeShares
 from pipeline.training.training_run import Assignment
 from sagan import spectral_norm
@@ -124,7 +130,7 @@ class Worker:
         """
         local = Path(self.scratch.name) / "restored"
         local.mkdir()
-        newest = fetch_newest_checkpoint(self.stored, local, self._note) if self.is_rank0 else None
+        newest = fetch_newest_checkpoint(self.stored.checkpoints_url, local, self._note) if self.is_rank0 else None
         checkpoint: StoredCheckpoint | None = self._from_rank0(newest)
         if checkpoint is None:
             state = TrainState(self.job.model, self.job.optim, self.job.seed, self.device)

@@ -258,7 +258,7 @@ def _refusal(place: Place, cache: Path, patience_s: float, named: str, cause: st
 
 
 Row = tuple[str, Fault, Outcome, Outcome | None]
-HEADINGS = ("fault", "promise while it passes", "delivered", "next batch after", "where it lasts", "error after")
+HEADINGS = ("fault", "promise, if temporary", "delivered", "next batch after", "error, if permanent", "error after")
 
 
 def main() -> int:

@@ -129,12 +129,13 @@ def test_no_server_outlives_its_owner(tmp_path, signum):
         [sys.executable, "-c", OWNER, str(tmp_path)], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
     )
     assert owner.stdout
-    scratch, *rest = owner.stdout.readline().split()
-    pids = [int(pid) for pid in rest]
-    assert len(pids) == 2
-    assert all(runs(pid) for pid in pids)
-    owner.send_signal(signum)
-    assert owner.stdout.read() == ("" if signum == signal.SIGKILL else "left in order\n")
+    with owner.stdout as printed:
+        scratch, *rest = printed.readline().split()
+        pids = [int(pid) for pid in rest]
+        assert len(pids) == 2
+        assert all(runs(pid) for pid in pids)
+        owner.send_signal(signum)
+        assert printed.read() == ("" if signum == signal.SIGKILL else "left in order\n")
     owner.wait()
     assert until(lambda: not any(runs(pid) for pid in pids))
     assert not Path(scratch).exists()
@@ -150,7 +151,8 @@ def test_grandchildren_in_sessions_of_their_own_end_too(tmp_path):
         text=True,
     )
     assert held.stdout
-    grandchild = int(held.stdout.readline())
+    with held.stdout as printed:
+        grandchild = int(printed.readline())
     held.terminate()
     held.wait()
     assert not runs(grandchild)

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from infra.local.server_process import BIN
-from pipeline.runs.stored_run import StoredCheckpoint
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.storage import files
 from tests.document_blocks import ROOT, block
 from tests.system.driving import Driver, score_key, training_workers

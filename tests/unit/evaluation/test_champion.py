@@ -9,8 +9,8 @@ import pytest
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.evaluation.score_checkpoints import score_checkpoint
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import ScoreProtocol
-from pipeline.runs.stored_run import StoredCheckpoint
 from pipeline.storage import file_sets
 from pipeline.tracking import registry
 

@@ -12,8 +12,8 @@ from pipeline.config.schema import EvaluateJob, EvaluateSection, PackSection
 from pipeline.errors import UsageError
 from pipeline.evaluation.evaluate_model import evaluate_model
 from pipeline.packing.pack import pack
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
-from pipeline.runs.stored_run import StoredCheckpoint
 from pipeline.tracking.open_model import open_model
 from sagan.sampling import Model
 

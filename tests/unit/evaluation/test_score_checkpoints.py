@@ -10,8 +10,9 @@ from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.evaluation.final_score import finalise
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import RegisteredModel, RunScores
-from pipeline.runs.stored_run import StoredCheckpoint, StoredRun
+from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import client

@@ -1,6 +1,6 @@
 """Retention deletes the checkpoints that nobody needs."""
 
-from pipeline.runs.stored_run import StoredCheckpoint
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.training.retention import superfluous
 
 

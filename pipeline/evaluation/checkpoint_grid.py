@@ -16,7 +16,7 @@ from sagan.sampling import Model
 COLUMNS = 8
 
 
-def sample_grid(
+def checkpoint_grid(
     model: Model, section: EvaluateSection, collection: Collection, data: DataSection, title: str
 ) -> Image.Image:
     """Draw at most `evaluate.grid` samples beside as many real images of `evaluate.split`.

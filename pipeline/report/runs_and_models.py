@@ -9,9 +9,10 @@ import torch
 
 from pipeline.config.schema import EvaluateSection
 from pipeline.errors import UsageError
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import RunRecord, ScoreRecord, TrainSummary, best_score
 from pipeline.runs.score_protocol import ScoreProtocol
-from pipeline.runs.stored_run import StoredCheckpoint, StoredRun, StoredSweep, open_folder
+from pipeline.runs.stored_run import StoredRun, StoredSweep, open_folder
 from pipeline.storage import files
 from pipeline.tracking.open_model import is_checkpoint, load_checkpoint, model_of_state, open_model
 from sagan.discriminator import Discriminator
