@@ -14,10 +14,10 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.errors import SaganError
 from pipeline.evaluation import champion, metrics
-from pipeline.evaluation.checkpoint_grid import checkpoint_grid
 from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.classifier import Classifier, require_classes
 from pipeline.evaluation.extractors.extractor import Extractor
+from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import ScoreRecord, best_score
@@ -119,4 +119,4 @@ def draw_grid(job: TrainJob, record: ScoreRecord, model: Model, collection: Coll
     score = record.score
     value = "no score" if score.value is None else f"{score.metric} {score.value:.4g}"
     title = f"{job.name} · {record.images / 1000:g} kimg · {value}"
-    return checkpoint_grid(model, job.evaluate, collection, job.data, title)
+    return sample_grid(model, job.evaluate, collection, job.data, title)

@@ -16,7 +16,7 @@ from sagan.sampling import Model
 COLUMNS = 8
 
 
-def checkpoint_grid(
+def sample_grid(
     model: Model, section: EvaluateSection, collection: Collection, data: DataSection, title: str
 ) -> Image.Image:
     """Draw at most `evaluate.grid` samples beside as many real images of `evaluate.split`.
