@@ -45,3 +45,17 @@ def method_of(job: TrainJob, collection_digest: str) -> dict[str, Any]:
 def digest_of(method: dict[str, Any]) -> str:
     """Return the SHA-256 of a method in hex."""
     return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
+
+
+def method_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Return a line for each key in which the method of a stored run differs from that of a job."""
+
+    def shown(method: dict[str, Any], key: str) -> str:
+        return repr(method[key]) if key in method else "absent"
+
+    keys = sorted(theirs.keys() | ours.keys())
+    return [
+        f"{key}: {shown(theirs, key)} in that run, {shown(ours, key)} in this job"
+        for key in keys
+        if shown(theirs, key) != shown(ours, key)
+    ]

@@ -165,7 +165,7 @@ METRICS = (
     Metric("density", True, "features", lambda i: i.density_coverage[0], by_extractor=False),
     Metric("coverage", True, "features", lambda i: i.density_coverage[1], by_extractor=False),
 )
-FRECHET_DISTANCE = METRICS[0]
+FRECHET_DISTANCE = next(metric for metric in METRICS if metric.name == "fd")
 """The metric that `evaluate.score: auto` selects."""
 
 

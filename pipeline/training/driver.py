@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.collection.manifest import MANIFEST, Collection
 from pipeline.compute.cluster import join_named_cluster
 from pipeline.compute.root_cause import root_cause
-from pipeline.config.run_method import complete_model, digest_of, method_of
+from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
 from pipeline.config.schema import TrainJob
 from pipeline.errors import InterruptedRun, SaganError, UsageError
 from pipeline.packing.pack import pack
@@ -157,8 +157,7 @@ def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> Run
     if record is None or record.method == method:
         return record
     old = record.method
-    differing = [k for k in sorted(old.keys() | method.keys()) if old.get(k) != method.get(k)]
-    lines = "\n".join(f"    {key}: {old.get(key)} in that run, {method.get(key)} in this job" for key in differing)
+    lines = "\n".join(f"    {line}" for line in method_differences(old, method))
     raise UsageError(
         f"a run named {job.name} exists under {job.checkpoint.root} with another method:\n{lines}",
         "give this run another name (name=…), set the keys back to resume the existing run, "

@@ -67,9 +67,8 @@ class Driver:
 
     def end(self) -> int:
         """Read to the end; the exit code."""
-        assert self.process.stdout is not None
-        self.output += self.process.stdout.read()
-        return self.process.wait()
+        self.output += self.process.communicate()[0]
+        return self.process.returncode
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

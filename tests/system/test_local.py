@@ -254,8 +254,7 @@ def test_ray_runs_executable_jobs_from_the_checkout_stops_them_and_leaves(s3, tm
         assert waiting.stdout
         assert any("waiting" in line for line in waiting.stdout)
         (stopped,) = head.stop_jobs()
-        assert "left in order" in waiting.stdout.read()
-        waiting.wait()
+        assert "left in order" in waiting.communicate()[0]
         assert head.jobs()[stopped] == "STOPPED"
         said = (head.scratch / f"ray/session_latest/logs/jobs/supervisor-{stopped}.log").read_text()
         assert "terminated gracefully" in said  # and not killed after RAY_JOB_STOP_WAIT_TIME_S

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.job_file import load_job, parse_overrides
-from pipeline.config.run_method import complete_model, digest_of, method_of
+from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
 from pipeline.errors import UsageError
 from tests.shipped_jobs import JOBS, shipped
 
@@ -58,3 +58,13 @@ def test_a_job_that_contradicts_its_collection_is_refused_with_both_values():
     with pytest.raises(UsageError, match="model.num_classes is 10, but the collection has 0") as caught:
         complete_model(load_job(JOBS / "imagenet128.yaml", {"model.num_classes": 10}), 128, 0)
     assert "model.num_classes=0" in caught.value.remedy
+
+
+def test_a_key_that_only_one_method_has_is_a_difference():
+    """An older run has no value for a new key, and that is not the value None."""
+    assert method_differences({"a": 1}, {"a": 1, "b": None}) == ["b: absent in that run, None in this job"]
+    assert method_differences({"a": 1, "c": 2}, {"a": 2}) == [
+        "a: 1 in that run, 2 in this job",
+        "c: 2 in that run, absent in this job",
+    ]
+    assert method_differences({"a": [1]}, {"a": [1]}) == []

@@ -80,3 +80,15 @@ def test_a_job_of_any_kind_with_variables_satisfies_it(text):
 )
 def test_a_mistake_is_found_at_its_key(text, place):
     assert mistake(text) == place
+
+
+def test_every_key_has_a_description():
+    """Sections are described by their own text, and `kind` by its only value."""
+
+    def undescribed(schema, path=""):
+        for name, value in schema.get("properties", {}).items():
+            described = "description" in value or "$ref" in value or "const" in value or "allOf" in value
+            yield from [] if described else [f"{path}.{name}"]
+
+    missing = [key for name, part in job_schema()["$defs"].items() for key in undescribed(part, name)]
+    assert missing == []

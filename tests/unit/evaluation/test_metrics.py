@@ -168,6 +168,8 @@ def test_what_names_no_metric_is_not_found(name: str) -> None:
     assert metric_named(name) is None
 
 
-def test_distances_are_better_when_lower_and_all_else_when_higher() -> None:
-    lower = {metric.name for metric in METRICS if not metric.higher_is_better}
-    assert lower == {"fd", "kid"}
+@pytest.mark.parametrize(("name", "higher"), [("fd", False), ("kid", False), ("isc", True), ("recall", True)])
+def test_the_direction_of_a_metric_is_that_of_its_paper(name: str, higher: bool) -> None:
+    metric = metric_named(name)
+    assert metric is not None
+    assert metric.higher_is_better is higher

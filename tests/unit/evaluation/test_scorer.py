@@ -11,6 +11,7 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import UsageError
 from pipeline.evaluation.extractors.extractor import Extractor
+from pipeline.evaluation.metrics import METRICS, Metric
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.score_protocol import Score
 from sagan.sampling import Model
@@ -83,7 +84,11 @@ def test_repeats_are_scores_of_ranges_of_samples_that_follow_each_other(
     assert abs(first.value - both.value) == pytest.approx(both.deviation / 2**0.5)
 
 
-FEATURE_METRICS = {"kid_classifier", "precision", "recall", "density", "coverage"}
+def names(metrics: list[Metric], extractor: str) -> set[str]:
+    return {f"{metric.name}_{extractor}" if metric.by_extractor else metric.name for metric in metrics}
+
+
+FEATURE_METRICS = [metric for metric in METRICS if metric.needs == "features"]
 
 
 @pytest.mark.parametrize(("name", "higher"), [("recall", True), ("kid_classifier", False), ("coverage", True)])
@@ -95,7 +100,12 @@ def test_the_metric_that_ranks_is_chosen_and_has_the_direction_of_the_table(
     assert score.metric == name
     assert score.higher_is_better is higher
     assert score.value == score.values[name]
-    assert set(score.values) == {"fd_classifier", "isc_classifier", "class_accuracy", *FEATURE_METRICS}
+    assert set(score.values) == {
+        "fd_classifier",
+        "isc_classifier",
+        "class_accuracy",
+        *names(FEATURE_METRICS, "classifier"),
+    }
 
 
 def test_a_metric_that_is_not_computed_is_refused(model: Model, digits: Collection, data: DataSection) -> None:
@@ -141,7 +151,7 @@ def test_metrics_of_logits_are_left_out_where_there_are_none(
 
     torch.jit.script(Mute()).save(f"{tmp_path}/mute.ts")
     section = SECTION.model_copy(update={"extractor": f"{tmp_path}/mute.ts", "feature_metrics": True})
-    expected = {"fd_mute", "kid_mute", "precision", "recall", "density", "coverage"}
+    expected = {"fd_mute", *names(FEATURE_METRICS, "mute")}
     assert set(values_of(model, digits, data, section)) == expected
     for missing in ("isc_mute", "class_accuracy"):
         with pytest.raises(UsageError, match="is not computed with extractor"):
