@@ -1,4 +1,4 @@
-"""Any change of a manifest or an index gives an error of this program or a right collection, and changes no other file."""
+"""Any change of a manifest or an index gives a SaganError or a right collection, and changes no other file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.streaming.stream import Stream
 from sagan.world import World
 from tests.foreign import contents_below, write_index
 
-thorough = settings(max_examples=200, deadline=None)
+thorough = settings(max_examples=100, deadline=None)
 CANARY = "mine"
 
 
@@ -50,15 +51,11 @@ def place() -> Iterator[Path]:
 
 def hostile_values(root: Path) -> st.SearchStrategy[Any]:
     """Values that lead elsewhere, are too large, or have another type."""
-    paths = st.sampled_from(
-        ["", ".", "..", "../home/id.tar", f"{root}/home/id.tar", "../../home/id", "a/b.tar", "x.lock"]
-    )
+    names = ["", ".", "..", "../home/id.tar", f"{root}/home/id.tar", "../../home/id", "a/b.tar", "x.lock"]
     digits = st.text("0123456789abcdef", min_size=63, max_size=65)
     numbers = st.integers(-(2**70), 2**70) | st.sampled_from([-1, 0, 1, 2**31 - 1, 2**31, 2**63 - 1])
-    scalars = st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=20) | paths | digits
-    return st.recursive(
-        scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
-    )
+    scalars = st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=20) | st.sampled_from(names) | digits
+    return st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(), part, max_size=3))
 
 
 def places_in(value: Any) -> list[tuple[Any, Any]]:
@@ -69,36 +66,31 @@ def places_in(value: Any) -> list[tuple[Any, Any]]:
 
 def mutate(value: Any, data: st.DataObject, root: Path) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
-        container, key = data.draw(st.sampled_from(places_in(value)))
-        kind = data.draw(st.sampled_from(["replace", "delete", "swap", "repeat"]))
-        if kind == "replace":
-            container[key] = data.draw(hostile_values(root))
-        elif kind == "swap":
-            other, other_key = data.draw(st.sampled_from(places_in(value)))
-            container[key], other[other_key] = other[other_key], container[key]
-            json_text = repr(value)  # a container must not contain itself
-            if "..." in json_text:
-                container[key] = None
-                other[other_key] = None
-        elif kind == "repeat" and isinstance(container, list):
-            container.append(container[key])
-        else:
-            del container[key]
-        if not places_in(value):
+        if not (places := places_in(value)):
             return
+        container, key = data.draw(st.sampled_from(places))
+        match data.draw(st.sampled_from(["replace", "copy", "repeat", "rename", "delete"])):
+            case "replace":
+                container[key] = data.draw(hostile_values(root))
+            case "copy":
+                other, other_key = data.draw(st.sampled_from(places))
+                container[key] = deepcopy(other[other_key])
+            case "repeat" if isinstance(container, list):
+                container.append(deepcopy(container[key]))
+            case "rename" if isinstance(container, dict):
+                container[str(data.draw(hostile_values(root)))] = container.pop(key)
+            case _:
+                del container[key]
 
 
 def check(collection: Path, root: Path) -> None:
     """Open, verify and stream: each raises a SaganError or succeeds, and only the cache changes."""
     before = contents_below(root / "home") | contents_below(collection)
     for use in (use_index, use_verify, use_stream):
-        try:
+        with suppress(SaganError):
             use(collection, root)
-        except SaganError as error:
-            assert error.message
     assert contents_below(root / "home") | contents_below(collection) == before
-    beside = {path.name for path in root.iterdir()}
-    assert beside == {"images", "original", "home", collection.name} | beside & {"cache"}
+    assert {path.name for path in root.iterdir()} - {"cache"} == {"images", "original", "home", collection.name}
 
 
 def use_index(folder: Path, root: Path) -> None:
@@ -199,14 +191,12 @@ def test_any_manifest_of_a_set_of_files(place: Path, data: st.DataObject) -> Non
         path.write_text(json.dumps(manifest))
         (Path(temp) / "id.tar").write_text(CANARY)
         before = contents_below(Path(temp))
-        for read in (lambda: file_sets.verify_set(f"{temp}/set"), lambda: file_sets.fetch_set(f"{temp}/set", target)):
-            target = Path(temp) / "a" / "b"
-            try:
-                assert read().digest
-            except (SaganError, FileNotFoundError) as error:
-                assert str(error)
-            shutil.rmtree(Path(temp) / "a", ignore_errors=True)
-            assert contents_below(Path(temp)) == before
+        with suppress(SaganError):
+            assert file_sets.verify_set(f"{temp}/set").digest
+        with suppress(SaganError):
+            assert file_sets.fetch_set(f"{temp}/set", Path(temp) / "a" / "b").digest
+        shutil.rmtree(Path(temp) / "a", ignore_errors=True)
+        assert contents_below(Path(temp)) == before
 
 
 def damage(path: Path, data: st.DataObject) -> None:

@@ -110,20 +110,21 @@ def test_a_foreign_entry_of_a_shard_is_named(copied: Path, field: str, values: d
     assert caught.value.message.isprintable()
 
 
+FOREIGN_FIELDS: dict[str, list[Any]] = {
+    "resolution": [{"resolution": value} for value in (10**6, 0, -32, 32.0, True, "32", None)],
+    "encoding": [{"encoding": value} for value in ("eps", "../x", "", 1, None)],
+    "class_names": [{"class_names": value} for value in (["a", "a", "a"], ["x"] * 200_000, "abc", {"a": 1})],
+    "class_names.0": [{"class_names": [value]} for value in ("", "\x1b[2J", "a\nb", "x" * 2000, 3, None)],
+    "shards": [{"shards": value} for value in ([], {}, None, "x", [[]])],
+    "index": [{"index": value} for value in (None, [], "x")],
+    "index.sha256": [{"index": {"size": 9, "sha256": value}} for value in ("x", None)],
+    "index.size": [{"index": {"size": value, "sha256": "0" * 64}} for value in (-1, 1.5, 2**80)],
+    "keys.size": [{"keys": {"size": value, "sha256": "0" * 64}} for value in (-1, True)],
+}
+
+
 @pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        *(("resolution", {"resolution": value}) for value in (10**6, 0, -32, 32.0, True, "32", None)),
-        *(("encoding", {"encoding": value}) for value in ("eps", "../x", "", 1, None)),
-        *(("class_names", {"class_names": value}) for value in (["a", "a", "a"], ["x"] * 200_000, "abc", {"a": 1})),
-        *(("class_names.0", {"class_names": [value]}) for value in ("", "\x1b[2J", "a\nb", "x" * 2000, 3, None)),
-        *(("shards", {"shards": value}) for value in ([], {}, None, "x")),
-        ("shards.0", {"shards": [[]]}),
-        *(("index", {"index": value}) for value in (None, [], "x")),
-        *(("index.sha256", {"index": {"size": 9, "sha256": value}}) for value in ("x", None)),
-        *(("index.size", {"index": {"size": value, "sha256": "0" * 64}}) for value in (-1, 1.5, 2**80)),
-        *(("keys.size", {"keys": {"size": value, "sha256": "0" * 64}}) for value in (-1, True)),
-    ],
+    ("field", "values"), [(field, values) for field, several in FOREIGN_FIELDS.items() for values in several]
 )
 def test_a_foreign_field_is_named(copied: Path, field: str, values: dict[str, Any]) -> None:
     change_manifest(copied, lambda manifest: manifest.update(values))
