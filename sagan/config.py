@@ -8,6 +8,10 @@ from typing import Any, ClassVar, Literal
 from sagan.spectral_norm import Spectral
 
 RESOLUTIONS = (32, 64, 128, 256)
+MOST_CLASSES = 100_000
+"""Largest number of classes. ImageNet-21K has 21 841."""
+# BigGAN's widest block has 2048 channels. Far more are a mistake, or a foreign configuration that takes all memory.
+_MOST_CHANNELS = 2**13
 
 # Default sizes of the feature maps that get self-attention, by resolution.
 _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
@@ -15,6 +19,14 @@ _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
 AttentionForm = Literal["released", "icml", "first"]
 
 _SEQUENCES = ("attention", "multipliers_g", "multipliers_d")
+# Field, least and greatest value
+_RANGES = (
+    ("z_dim", 1, _MOST_CHANNELS),
+    ("channels_g", 1, _MOST_CHANNELS),
+    ("channels_d", 1, _MOST_CHANNELS),
+    ("num_classes", 0, MOST_CLASSES),  # 0: no labels
+    ("batch_norm_group", 0, 2**31),
+)
 
 # Multiples of `channels_g`, by resolution: the generator's input at 4x4, then the output of each upsampling block.
 _WIDTHS_G = {
@@ -96,36 +108,41 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution not in RESOLUTIONS:
             raise ValueError(f"model.resolution is {self.resolution}; it must be one of {RESOLUTIONS}")
-        for name, least in (("z_dim", 1), ("channels_g", 1), ("channels_d", 1), ("batch_norm_group", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"model.{name} is {value}; it must be from {least} to {most}")
         for name in ("spectral_norm_eps", "batch_norm_eps", "init_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be above 0")
         for name in ("slope_g", "slope_d"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if self.num_classes is not None and self.num_classes < 0:
-            raise ValueError(f"model.num_classes is {self.num_classes}; it must be 0 (no labels) or more")
         for name in _SEQUENCES:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
         if self.resolution is not None:
             sizes = {4 * 2**i for i in range(1, len(_WIDTHS_G[self.resolution]))}
             sizes &= {self.resolution // 2**i for i in range(1, 10)} - {4, 2, 1}
-            self._check_multipliers(self.resolution)
+            self._check_widths(self.resolution)
             if unknown := set(self.attention or ()) - sizes:
                 raise ValueError(
                     f"model.attention has {sorted(unknown)}; at {self.resolution} px the feature maps have the sizes "
                     f"{sorted(sizes)}"
                 )
 
-    def _check_multipliers(self, resolution: int) -> None:
+    def _check_widths(self, resolution: int) -> None:
         for name, table in (("multipliers_g", _WIDTHS_G[resolution]), ("multipliers_d", _WIDTHS_D[resolution])):
             multipliers = getattr(self, name)
             if multipliers is not None and (len(multipliers) != len(table) or min(multipliers) < 1):
                 raise ValueError(
                     f"model.{name} is {list(multipliers)}; at {resolution} px it must be {len(table)} numbers ≥ 1"
+                )
+        for name, widest in (("channels_g", max(self.widths_g)), ("channels_d", max(w for w, _ in self.widths_d))):
+            if widest > _MOST_CHANNELS:
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}, so the widest block has {widest} channels; "
+                    f"at most {_MOST_CHANNELS} are supported"
                 )
 
     def for_collection(self, resolution: int, num_classes: int) -> ModelConfig:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -173,19 +174,46 @@ class Model:
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Model:
         """Return the model that `save` wrote to `folder`.
 
-        Raises FileNotFoundError where the folder holds no model, and ValueError where the format is unknown.
+        Somebody else may have written the folder. Memory is allocated only after the tensors have the shapes that the
+        configuration describes. Raises FileNotFoundError where the folder holds no model, and ValueError where the
+        format is unknown or a file is damaged.
         """
         folder = Path(folder)
         if not (folder / FACTS).exists() or not (folder / TENSORS).exists():
             raise FileNotFoundError(f"{folder} holds no model: it must contain {TENSORS} and {FACTS}")
-        facts = json.loads((folder / FACTS).read_text())
-        if facts["format"] != FORMAT:
-            raise ValueError(f"{folder / FACTS} has format {facts['format']}; this version reads format {FORMAT}")
-        config = ModelConfig.from_dict(facts["model"])
+        try:
+            facts = json.loads((folder / FACTS).read_text())
+            if facts["format"] != FORMAT:
+                raise ValueError(f"it has format {facts['format']}; this version reads format {FORMAT}")
+            config, class_names = ModelConfig.from_dict(facts["model"]), facts["class_names"]
+            weights, batch_norm = facts["weights"], facts["batch_norm"]
+            _check_names(class_names, config.known_num_classes)
+            with torch.device("meta"):
+                shapes = {name: tensor.shape for name, tensor in Generator(config, folded=True).state_dict().items()}
+        except KeyError as error:
+            raise ValueError(f"{folder / FACTS} has no entry {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{folder / FACTS}: {error}") from error
+        try:
+            tensors = load_file(folder / TENSORS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / TENSORS} is damaged: {error}") from error
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+            raise ValueError(f"{folder / TENSORS} does not hold the generator that {FACTS} describes")
         generator = Generator(config, folded=True)
-        generator.load_state_dict(load_file(folder / TENSORS))
+        generator.load_state_dict(tensors)
         generator.to(device)
-        return cls(config, generator, facts["class_names"], weights=facts["weights"], batch_norm=facts["batch_norm"])
+        return cls(config, generator, class_names, weights=weights, batch_norm=batch_norm)
+
+
+def _check_names(class_names: object, num_classes: int) -> None:
+    """Raise ValueError unless `class_names` is a list of `num_classes` different texts, or empty."""
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError("class_names must be a list of texts")
+    if len(set(class_names)) < len(class_names):
+        raise ValueError("class_names must not have a name twice")
+    if class_names and len(class_names) != num_classes:
+        raise ValueError(f"class_names has {len(class_names)} names for {num_classes} classes")
 
 
 def statistics_name(standing_images: int | None) -> str:

@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.collection.manifest import Collection
-from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.errors import CorruptError, EnvironmentFault, SaganError
 from pipeline.storage import file_sets, files
 
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
+_REMEDY = "delete this folder; it is computed again"
 
 
 def derived(
@@ -37,6 +39,8 @@ def derived(
 
     Returns:
         The tensors, the facts, and the SHA-256 of the tensors' file.
+
+    Raises CorruptError where the stored set is damaged or is not one file of tensors, and EnvironmentFault.
     """
     url = files.join(collection.url, "evaluation", f"{name}-{collection.digest[:8]}")
     with tempfile.TemporaryDirectory(prefix="sagan-derived-") as temp:
@@ -58,6 +62,11 @@ def derived(
                 manifest = file_sets.read_manifest(url)
                 if manifest is None:
                     raise
+        if len(manifest.files) != 1:
+            raise CorruptError(f"{url} has {len(manifest.files)} files instead of one file of tensors", _REMEDY)
         file_sets.fetch_set(url, folder / "stored")
         ((file, entry),) = manifest.files.items()
-        return load_file(folder / "stored" / file), manifest.facts, entry.sha256
+        try:
+            return load_file(folder / "stored" / file), manifest.facts, entry.sha256
+        except SafetensorError as error:
+            raise CorruptError(f"{url}/{file} does not hold tensors: {error}", _REMEDY) from error

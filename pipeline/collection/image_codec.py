@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """Extension of an image in a shard, by encoding."""
+_STORED = [encoding.upper() for encoding in EXTENSIONS]  # Pillow's names; its other decoders never see a stored image
 
 
 def crop_and_encode(data: bytes, resolution: int, encoding: str, quality: int = 95, chroma: str = "4:4:4") -> bytes:
@@ -41,20 +42,57 @@ def crop_and_encode(data: bytes, resolution: int, encoding: str, quality: int = 
     return out.getvalue()
 
 
+def size_of_stored(data: bytes) -> tuple[int, int]:
+    """Return width and height of a stored image. Only its header is read.
+
+    Raises ValueError where `data` is not an image in an encoding of EXTENSIONS.
+    """
+    if _is_jpeg(data):
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        return width, height
+    with _open_stored(data) as image:
+        return image.size
+
+
 def decode_into(data: bytes, pixels: np.ndarray) -> None:
     """Decode a stored image into `pixels`, a contiguous uint8 array [H, W, 3].
 
-    Raises ValueError where `data` is damaged or the image has another size. `pixels` is undefined then.
+    Somebody else may have stored the image. Memory for its pixels is allocated only after its header has the right
+    size. Raises ValueError where `data` is damaged, has another encoding than those of EXTENSIONS, or another size.
+    `pixels` is undefined then.
     """
-    if data[:3] == b"\xff\xd8\xff":
-        shape = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape
-    else:
-        decoded = np.asarray(_decode(data))
-        shape = decoded.shape
-        if shape == pixels.shape:
-            pixels[:] = decoded
-    if shape != pixels.shape:  # simplejpeg fills only a part of the buffer with a smaller image
-        raise ValueError(f"the image is {shape[1]} x {shape[0]} pixels, not {pixels.shape[1]} x {pixels.shape[0]}")
+    height, width, _ = pixels.shape
+    if _is_jpeg(data):
+        _check_size(size_of_stored(data), (width, height))
+        simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
+        return
+    with _open_stored(data) as image:
+        _check_size(image.size, (width, height))
+        try:
+            upright = _to_rgb(image)
+        except Exception as error:  # for damaged files decoders raise OSError, SyntaxError, struct.error and others
+            raise ValueError(f"cannot be decoded: {error}") from error
+    _check_size(upright.size, (width, height))
+    pixels[:] = np.asarray(upright)
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff"
+
+
+def _open_stored(data: bytes) -> Image.Image:
+    """Open a stored image without decoding it. Raises ValueError."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_STORED)
+    except UnidentifiedImageError:
+        raise ValueError(f"not an image in one of the encodings {', '.join(EXTENSIONS)}") from None
+    except Exception as error:  # as in `decode_into`
+        raise ValueError(f"cannot be opened: {error}") from error
+
+
+def _check_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    if size != expected:
+        raise ValueError(f"the image is {size[0]} x {size[1]} pixels, not {expected[0]} x {expected[1]}")
 
 
 def _decode(data: bytes) -> Image.Image:

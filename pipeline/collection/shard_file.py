@@ -11,8 +11,10 @@ from webdataset.tariterators import base_plus_ext
 
 from pipeline.collection.image_codec import EXTENSIONS
 from pipeline.errors import CorruptError
+from pipeline.storage.stored_json import printable
 
 _IMAGES = {*EXTENSIONS.values(), "jpeg"}
+_MOST_LABEL_BYTES = 2**20  # a .json member may hold captions and other facts beside the label
 
 
 class Sample(NamedTuple):
@@ -32,19 +34,27 @@ class Sample(NamedTuple):
 
 
 def read_shard(path: Path) -> list[Sample]:
-    """Return the samples of a WebDataset tar in their order. Raises CorruptError where the file is no such tar."""
+    """Return the samples of a WebDataset tar in their order.
+
+    Somebody else may have written the tar. Members that are not plain files, such as links, are ignored. Raises
+    CorruptError where the file is no WebDataset tar or where a label has more than 1 MiB.
+    """
     images: dict[str, Sample] = {}
     labels: dict[str, int | str | None] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if not member.isreg() or member.issparse():  # a sparse member unpacks to more bytes than the tar has
+                    continue
                 key, extension = base_plus_ext(member.name)
                 if extension and extension.lower() in _IMAGES:
                     images[key] = Sample(member.name.removeprefix("./"), member.offset_data, member.size, None)
                 elif extension in ("cls", "json") and (file := tar.extractfile(member)):
+                    if member.size > _MOST_LABEL_BYTES:
+                        raise ValueError(f"the label {member.name!r} has {member.size:,} bytes")
                     labels[key] = label_of(f".{extension}", file.read())
-    except (tarfile.ReadError, ValueError) as error:
-        raise CorruptError(f"{path.name} is not a shard: {error}") from error
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        raise CorruptError(f"{path.name} is not a shard: {printable(str(error))}") from error
     return [sample._replace(label=labels.get(key)) for key, sample in images.items()]
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.collection.image_codec import decode_into
-from pipeline.collection.manifest import KEYS, Collection
+from pipeline.collection.manifest import Collection
 from pipeline.collection.shard_file import read_shard
 from pipeline.compute.tasks import map_parallel
 from pipeline.errors import CorruptError
 from pipeline.progress import Report, progress
 from pipeline.storage import files
 from pipeline.storage.file_sets import FileEntry
+from pipeline.storage.stored_json import printable
 
 
 def verify_collection(url: str, report: Report | None = None, *, on_cluster: bool = False) -> Collection:
@@ -40,12 +41,14 @@ def verify_collection(url: str, report: Report | None = None, *, on_cluster: boo
             bad += reasons
             ids += bad_ids
             advance(shard.count)
-    if ids:
+    if ids or collection.keys is not None:
         try:
-            names = files.read_bytes(files.join(url, KEYS)).decode().split("\n")
-            print("\n".join(names[i] for i in ids))
-        except FileNotFoundError:
-            bad.append(f"{KEYS} is missing, so the names of the bad images are unknown")
+            names = collection.names_at_source()
+        except CorruptError as error:
+            bad.append(error.message)
+        else:
+            for i in ids:
+                print(names[i])
     if bad:
         raise CorruptError(
             "\n  ".join([f"{url} is damaged:", *bad]),
@@ -61,27 +64,26 @@ def _bad_in_shard(number: int, collection: Collection) -> tuple[list[str], list[
     with tempfile.TemporaryDirectory(prefix="sagan-verify-") as folder:
         path = Path(folder) / shard.name
         try:
-            files.download(collection.shard_url(shard), path)
+            files.download(collection.shard_url(shard), path, most=shard.size)
             by_offset = {sample.offset: sample for sample in read_shard(path)}
         except FileNotFoundError:
             return [f"{shard.name}: missing"], []
         except CorruptError as error:
-            return [f"{shard.name}: {error}"], []
+            return [f"{shard.name}: {printable(error.message)}"], []
         bad, bad_ids = [], []
         if FileEntry.of(path).sha256 != shard.sha256:
             bad.append(f"{shard.name}: its SHA-256 differs from the manifest")
-        data = path.read_bytes()
         pixels = np.empty((collection.resolution, collection.resolution, 3), dtype=np.uint8)
         for i in ids.tolist():
             offset, length, label = int(collection.offset[i]), int(collection.length[i]), int(collection.labels[i])
             sample = by_offset.get(offset)
-            name = f"{shard.name}: {sample.name if sample else f'sample at byte {offset}'}"
+            name = f"{shard.name}: {printable(sample.name) if sample else f'sample at byte {offset}'}"
             if sample is None or sample.length != length or not _same_label(sample.label, label, collection):
                 bad.append(f"{name}: its position or label differs from the index")
             try:
-                decode_into(data[offset : offset + length], pixels)
+                decode_into(files.read_bytes(str(path), offset, offset + length), pixels)
             except ValueError as reason:
-                bad.append(f"{name}: {reason}")
+                bad.append(f"{name}: {printable(str(reason))}")
                 bad_ids.append(i)
         return bad, bad_ids
 
@@ -92,5 +94,5 @@ def _same_label(in_shard: int | str | None, label: int, collection: Collection) 
     A shard holds a class index, a class name, or no label, which means 0.
     """
     if isinstance(in_shard, str):
-        return in_shard == collection.class_names[label]
+        return bool(collection.class_names) and printable(in_shard) == collection.class_names[label]
     return (in_shard or 0) == label

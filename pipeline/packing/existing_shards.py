@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pipeline.collection.image_codec import EXTENSIONS
-from pipeline.collection.manifest import Collection
+from pipeline.collection.image_codec import EXTENSIONS, size_of_stored
+from pipeline.collection.manifest import MOST_IMAGE_BYTES, Collection
 from pipeline.collection.shard_file import read_shard
 from pipeline.compute.tasks import map_parallel
 from pipeline.config.schema import PackSection
@@ -22,13 +20,14 @@ from pipeline.packing.finish_collection import (
     ShardPlan,
     finish_collection,
     gather,
-    printable_key,
     select_images,
+    storable_class_names,
 )
 from pipeline.packing.image_source import Source
 from pipeline.packing.recognise import open_source
 from pipeline.progress import Report, progress
 from pipeline.storage import files
+from pipeline.storage.stored_json import printable
 from sagan.config import RESOLUTIONS
 
 _REMEDY = "pack the images instead of indexing them: sagan pack SOURCE DESTINATION"
@@ -60,8 +59,11 @@ def index_shards(
     source = open_source(url)
     if source.kind != "WebDataset":
         raise UsageError(f"{url} holds no WebDataset shards but {source.kind}", _REMEDY)
-    with Image.open(io.BytesIO(source.read(0))) as first:
-        resolution = first.width
+    class_names = storable_class_names(source)
+    try:
+        resolution, _ = size_of_stored(source.read(0))
+    except ValueError as reason:
+        raise UsageError(f"{printable(source.keys[0])}: {printable(str(reason))}", _REMEDY) from reason
     if resolution not in RESOLUTIONS:
         raise UsageError(f"the images are {resolution} pixels wide; the width must be one of {RESOLUTIONS}", _REMEDY)
     parts = _parts(source, excluded)
@@ -76,7 +78,7 @@ def index_shards(
         "source": source.kind,
         "resolution": resolution,
         "encoding": encodings[suffix(source.keys[0]).removeprefix(".")],
-        "class_names": source.class_names,
+        "class_names": class_names,
     }
     return finish_collection(url, record, facts, done, source.notes)
 
@@ -114,15 +116,17 @@ def _index_shard(part: ShardPlan, source: Source, url: str, resolution: int) -> 
             key = source.keys[i]
             sample = sample_of[key]
             try:
-                with Image.open(io.BytesIO(data[sample.offset : sample.offset + sample.length])) as image:
-                    size = image.size
-            except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-                broken.append(f"{printable_key(key)}: cannot be opened: {error}")
+                size = size_of_stored(data[sample.offset : sample.offset + sample.length])
+            except ValueError as reason:
+                broken.append(f"{printable(key)}: {printable(str(reason))}")
+                continue
+            if sample.length > MOST_IMAGE_BYTES:
+                broken.append(f"{printable(key)}: {sample.length:,} bytes; at most {MOST_IMAGE_BYTES:,} are read")
                 continue
             if size != (resolution, resolution):
-                broken.append(f"{printable_key(key)}: {size[0]} x {size[1]} pixels, not {resolution} x {resolution}")
+                broken.append(f"{printable(key)}: {size[0]} x {size[1]} pixels, not {resolution} x {resolution}")
                 continue
             samples.append(sample)
             labels.append(source.labels[i])
-            keys.append(printable_key(key))
+            keys.append(printable(key))
         return PackedShard.of(path, part, samples, np.array(labels, dtype=np.int64), keys, broken)

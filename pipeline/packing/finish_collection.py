@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from pydantic import TypeAdapter, ValidationError
 
-from pipeline.collection.manifest import FORMAT, INDEX, KEYS, MANIFEST, Collection, Shard
+from pipeline.collection.manifest import FORMAT, INDEX, KEYS, MANIFEST, ClassNames, Collection, Shard, manifest_bytes
 from pipeline.collection.preview import preview
 from pipeline.collection.shard_file import Sample
 from pipeline.errors import UsageError
 from pipeline.packing.image_source import Source
 from pipeline.storage import files
 from pipeline.storage.file_sets import FileEntry
+from pipeline.storage.stored_json import PlainName, printable
 
 # The packing section of a collection. It contains paths, on which the digest of the manifest must not depend.
 SECTION = "pack.json"
@@ -61,7 +62,7 @@ class PackedShard:
 
     Attributes:
         shard: Entry of the shard in the manifest.
-        keys: Names of the images, as `printable_key` returns them.
+        keys: Names of the images, as `printable` returns them.
         places: int64 [n, 3], the offset, length and label of each sample.
         digests: uint64 [n], the first eight bytes of the SHA-256 of each image's bytes.
         broken: One line for each image that was left out, with the reason.
@@ -100,16 +101,27 @@ class PackedShard:
         )
 
 
-def printable_key(key: str) -> str:
-    """Return the name of an image on one line, as messages and `--exclude` have it. Unprintable letters are escaped."""
-    if key.isprintable():
-        return key
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in key)
+def storable_class_names(source: Source) -> list[str]:
+    """Return the class names of a source as a manifest has them: unprintable letters are escaped.
+
+    Raises UsageError where a manifest cannot have the names of its classes or splits.
+    """
+    names = [printable(name) for name in source.class_names]
+    try:
+        TypeAdapter(ClassNames).validate_python(names)
+        TypeAdapter(list[PlainName]).validate_python(list(source.splits))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise UsageError(
+            f"the source has a class or a split {problem['input']!r:.200}: {reason}", "rename it"
+        ) from error
+    return names
 
 
 def select_images(source: Source, excluded: set[str]) -> np.ndarray:
     """Return bool [n]: whether each image is to be packed. Raises UsageError for a name that no image has."""
-    lines = [printable_key(key) for key in source.keys]
+    lines = [printable(key) for key in source.keys]
     if unknown := sorted(excluded.difference(lines)):
         raise UsageError(
             f"{_count(len(unknown), 'image')} to leave out cannot be found in the source: {', '.join(unknown[:5])}",
@@ -176,7 +188,8 @@ def finish_collection(
     keys = [key for shard in shards for key in shard.keys]
     index = safetensors.numpy.save(columns)
     files.write_bytes(files.join(destination, INDEX), index)
-    files.write_bytes(files.join(destination, KEYS), "".join(f"{key}\n" for key in keys).encode())
+    names = "".join(f"{key}\n" for key in keys).encode()
+    files.write_bytes(files.join(destination, KEYS), names)
     files.write_json(files.join(destination, SECTION), section)
     sizes: Counter[str] = Counter()
     for shard in shards:
@@ -187,8 +200,9 @@ def finish_collection(
         "splits": dict(sizes),
         "shards": [asdict(shard.shard) for shard in shards],
         "index": {"size": len(index), "sha256": hashlib.sha256(index).hexdigest()},
+        "keys": {"size": len(names), "sha256": hashlib.sha256(names).hexdigest()},
     }
-    data = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    data = manifest_bytes(manifest)
     collection = Collection.of(destination, data)
     picture = io.BytesIO()
     preview(collection).save(picture, "PNG")
@@ -197,7 +211,7 @@ def finish_collection(
     for line in broken:
         print(f"left out: {line}")
     for note in notes:
-        print(f"note: {printable_key(note)}")
+        print(f"note: {printable(note)}")
     _summarise(collection)
     digests = np.concatenate([shard.digests for shard in shards])
     for warning in [*_oddities(collection), *_duplicates(collection, digests, keys)]:
@@ -210,7 +224,7 @@ def finish_collection(
 def _summarise(collection: Collection) -> None:
     """Print the classes, splits and size of a collection."""
     names = collection.class_names
-    shown = ", ".join(map(printable_key, names[:5])) + (", …" if len(names) > 5 else "")
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     print(f"{len(names)} classes: {shown}" if names else "no classes: a model of this collection trains without labels")
     for split in collection.splits:
         shards = collection.shard_sizes(split)
@@ -233,7 +247,7 @@ def next_command(collection: Collection) -> str:
 
 def _oddities(collection: Collection) -> list[str]:
     """Return a warning for everything unusual about the classes."""
-    names, odd = [printable_key(name) for name in collection.class_names], []
+    names, odd = collection.class_names, []
     if len(names) == 1:
         odd.append(f"there is only one class, {names[0]!r}: a model of this collection trains without labels")
     for split, ids in collection.splits.items() if len(names) > 1 else ():

@@ -33,14 +33,15 @@ from pipeline.packing.finish_collection import (
     ShardPlan,
     finish_collection,
     gather,
-    printable_key,
     select_images,
+    storable_class_names,
 )
 from pipeline.packing.image_source import Source
 from pipeline.packing.recognise import open_source
 from pipeline.progress import Report, progress
 from pipeline.storage import files
 from pipeline.storage.file_sets import FileEntry
+from pipeline.storage.stored_json import printable
 from sagan.random import Purpose, permutation
 
 # Folder with one receipt per complete shard. It is deleted after the manifest is written.
@@ -75,6 +76,7 @@ def pack(
     if section.index_only:
         return index_shards(destination, section, excluded, record, report, on_cluster)
     source = open_source(section.source)
+    class_names = storable_class_names(source)
     plans = list(_shard_plans(source, section, excluded))
     use_tasks = on_cluster and not source.local_only and not files.is_local(destination)
     total = sum(len(part.ids) for part in plans)
@@ -88,7 +90,7 @@ def pack(
         "encoding": encoding,
         "quality": section.quality if encoding == "jpeg" else None,
         "chroma": section.chroma if encoding == "jpeg" else None,
-        "class_names": source.class_names,
+        "class_names": class_names,
     }
     collection = finish_collection(destination, record, facts, done, source.notes)
     files.delete(files.join(destination, _RECEIPTS))
@@ -106,12 +108,12 @@ def pack_shard(part: ShardPlan, source: Source, section: PackSection, destinatio
                 files.upload(path, files.join(destination, part.name))
                 receipt = asdict(FileEntry.of(path)) | {"inputs": _inputs(part, source, section), "broken": broken}
                 files.write_json(_receipt_url(destination, part), receipt)
-        lines = [f"{printable_key(source.keys[i])}: {broken[str(i)]}" for i in part.ids if str(i) in broken]
+        lines = [f"{printable(source.keys[i])}: {broken[str(i)]}" for i in part.ids if str(i) in broken]
         kept = [int(i) for i in part.ids if str(i) not in broken]
         if not kept:
             nothing = np.empty((0, 3), dtype=np.int64)
             return PackedShard(Shard(part.name, 0, "", 0, part.split), [], nothing, np.empty(0, dtype=np.uint64), lines)
-        keys = [printable_key(source.keys[i]) for i in kept]
+        keys = [printable(source.keys[i]) for i in kept]
         return PackedShard.of(path, part, read_shard(path), source.labels[kept], keys, lines)
 
 

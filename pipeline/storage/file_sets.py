@@ -1,7 +1,8 @@
 """Immutable sets of files. The manifest of a set has the size and the SHA-256 of each file, and is written last.
 
 A set exists once its manifest exists. A crash before that leaves unused files, but never a damaged set. Readers verify
-each file by its SHA-256.
+each file by its SHA-256. Somebody else may have written a set: its manifest is validated before a value of it is used,
+and no more bytes of a file are fetched than the manifest says.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StrictInt
 
 from pipeline.errors import CorruptError, SaganError
-from pipeline.storage import files
+from pipeline.storage import files, stored_json
+from pipeline.storage.stored_json import RelativePath, Sha256, Size
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -24,14 +28,32 @@ FORMAT = 1
 class FileEntry:
     """Entry of a file in a manifest: its size in bytes and its SHA-256 in hex."""
 
-    size: int
-    sha256: str
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    size: Size
+    sha256: Sha256
 
     @classmethod
     def of(cls, path: Path) -> FileEntry:
         """Compute the entry of a local file."""
         with path.open("rb") as file:
             return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _without_folders(entries: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    for name in entries:
+        if folder := next((str(above) for above in PurePosixPath(name).parents if str(above) in entries), None):
+            raise ValueError(f"{folder} is both a file and a folder")
+    return entries
+
+
+class _Stored(BaseModel):
+    """The JSON object of a manifest. Keys that are not fields are facts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: StrictInt
+    files: Annotated[dict[RelativePath, FileEntry], AfterValidator(_without_folders)]
 
 
 @dataclass(frozen=True)
@@ -54,19 +76,15 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> Manifest:
-        """Parse the manifest that was read from `url`. Raises CorruptError where it is no manifest of this format."""
-        try:
-            value = json.loads(data)
-            if (format_ := value.pop("format")) != FORMAT:
-                raise CorruptError(f"{url} has format {format_}; this version reads {FORMAT}", "use a matching version")
-            entries = {name: FileEntry(int(e["size"]), str(e["sha256"])) for name, e in value.pop("files").items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptError(f"{url} is not a manifest: {error!r}") from error
-        for name in entries:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                raise CorruptError(f"{url} lists a file outside its folder: {name!r}")
-        return cls(entries, value)
+        """Parse and validate the manifest that was read from `url`.
+
+        Raises CorruptError, which names the field, where it is no manifest of this format.
+        """
+        values = stored_json.parse(data, url, "a manifest")
+        if (format_ := values.get("format", FORMAT)) != FORMAT:
+            raise CorruptError(f"{url} has format {format_!r}; this version reads {FORMAT}", "use a matching version")
+        stored = stored_json.validate(_Stored, values, url, "a manifest")
+        return cls(stored.files, dict(stored.model_extra or {}))
 
     @property
     def digest(self) -> str:
@@ -96,7 +114,7 @@ def read_manifest(url: str) -> Manifest | None:
     """Return the manifest of the set at `url`; None where there is no set. Raises CorruptError, EnvironmentFault."""
     manifest_url = files.join(url, MANIFEST)
     try:
-        return Manifest.from_bytes(files.read_bytes(manifest_url), manifest_url)
+        return Manifest.from_bytes(stored_json.read(manifest_url), manifest_url)
     except FileNotFoundError:
         return None
 
@@ -145,9 +163,12 @@ def _fetch_file(url: str, local: Path, expected: FileEntry) -> None:
     """Download a file and compare it with its entry. Raises CorruptError, EnvironmentFault."""
     local.parent.mkdir(parents=True, exist_ok=True)
     try:
-        files.download(url, local)
+        files.download(url, local, most=expected.size)
     except FileNotFoundError:
         raise CorruptError(f"{url} is missing, though its manifest names it") from None
+    except CorruptError:
+        local.unlink(missing_ok=True)
+        raise
     if (actual := FileEntry.of(local)) != expected:
         local.unlink()
         raise CorruptError(

@@ -2,7 +2,8 @@
 
 No call uses a cached listing, and every call ends in bounded time. A call raises FileNotFoundError where the object
 does not exist, and EnvironmentFault where the storage cannot be reached or is full. It raises LastingFault, which is an
-EnvironmentFault, where the storage refuses access. s3fs is not fork-safe, so each process creates its own client.
+EnvironmentFault, where the storage refuses access. A limit on the size of an object is enforced while its bytes arrive,
+since a server need not tell the truth about sizes. s3fs is not fork-safe, so each process creates its own client.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import errno
 import json
 import os
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +27,7 @@ from fsspec.callbacks import Callback
 from fsspec.core import strip_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import EnvironmentFault, LastingFault
+from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, SaganError
 
 # A client is cached by these variables. A changed value, such as a corrected key, creates another client.
 _IDENTITY = (
@@ -38,6 +41,7 @@ _IDENTITY = (
 _CONNECT_S, _SILENCE_S = 5, 20  # seconds: limits for opening a connection, and for a server that sends nothing
 _SLOWEST = 50_000  # bytes per second: a slower download fails
 _ATTEMPTS = 4
+_PIECE = 2**20  # bytes of a local copy
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -69,6 +73,23 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
         with Path(path).open("rb") as file:  # takes a third of the time of fsspec for small images
             file.seek(start or 0)
             return file.read(-1 if stop is None else stop - (start or 0))
+
+
+def read_at_most(url: str, most: int) -> bytes:
+    """Return the whole object, which somebody else may have written.
+
+    Raises FileNotFoundError, CorruptError where it has more than `most` bytes, and EnvironmentFault.
+    """
+    if is_local(url):
+        with _storage(url) as (_, path), _open_regular(path) as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise _too_large(url, most)
+        return data
+    with tempfile.TemporaryDirectory(prefix="sagan-read-") as folder:  # only a download can be stopped midway
+        local = Path(folder) / "object"
+        download(url, local, most=most)
+        return local.read_bytes()
 
 
 def read_json(url: str) -> Any:
@@ -160,7 +181,12 @@ def upload(local: Path, url: str) -> None:
 
 
 def download(
-    url: str, local: Path, attempts: int = _ATTEMPTS, advance: Callable[[int], None] = lambda bytes_: None
+    url: str,
+    local: Path,
+    attempts: int = _ATTEMPTS,
+    advance: Callable[[int], None] = lambda bytes_: None,
+    *,
+    most: int | None = None,
 ) -> None:
     """Copy an object to a local file.
 
@@ -169,13 +195,21 @@ def download(
         local: Path of the file. Its folder must exist.
         attempts: How often a request is tried. A caller that retries itself gives 1.
         advance: Called with the number of bytes of each piece that arrives.
+        most: Largest size that the object may have. The copy stops at the piece that exceeds it.
 
-    Raises FileNotFoundError where there is no object, and EnvironmentFault where the storage fails or where the local
-    disk is full.
+    Raises FileNotFoundError where there is no object, CorruptError where it has more than `most` bytes, and
+    EnvironmentFault where the storage fails or where the local disk is full. `local` is incomplete then.
     """
     with _storage(url, attempts) as (fs, path):
+        arriving = _Arriving(url, advance, most)
         try:
-            fs.get_file(path, str(local), callback=_Pace(url, advance))
+            if isinstance(fs, LocalFileSystem):
+                with _open_regular(path) as source, local.open("wb") as target:
+                    while piece := source.read(_PIECE):
+                        target.write(piece)
+                        arriving.relative_update(len(piece))
+            else:
+                fs.get_file(path, str(local), callback=arriving)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -220,7 +254,7 @@ def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
         ) from error
     try:
         yield fs, path
-    except EnvironmentFault:
+    except SaganError:
         raise
     except Exception as error:
         if _code(error) == "403":  # the response to HEAD has no body with the reason, but the response to a listing has
@@ -241,7 +275,9 @@ def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attem
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(sock_connect=_CONNECT_S, sock_read=_SILENCE_S)  # no limit for a whole large file
-        return fsspec.filesystem(protocol, skip_instance_cache=True, client_kwargs={"timeout": timeout})
+        headers = {"Accept-Encoding": "identity"}  # a compressed object would hide its size
+        client = {"timeout": timeout, "headers": headers}
+        return fsspec.filesystem(protocol, skip_instance_cache=True, client_kwargs=client)
     if protocol != "s3":
         return fsspec.filesystem(protocol, skip_instance_cache=True)
     # Servers other than AWS answer a range request with the checksum of the whole object. botocore would reject it.
@@ -257,15 +293,24 @@ def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attem
     return fs
 
 
-class _Pace(Callback):
-    """A callback that ends a download that is too slow. The read time-out ends only a download that is silent."""
+class _Arriving(Callback):
+    """A callback that ends a download that is too slow or too large.
 
-    def __init__(self, url: str, advance: Callable[[int], None]) -> None:
+    The read time-out ends only a download that is silent.
+    """
+
+    def __init__(self, url: str, advance: Callable[[int], None], most: int | None) -> None:
         super().__init__()
-        self._url, self._advance, self._began = url, advance, time.monotonic()
+        self._url, self._advance, self._most, self._began = url, advance, most, time.monotonic()
+
+    def set_size(self, size: int | None) -> None:
+        super().set_size(size)
+        if size is not None:
+            self._check_size(size)
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
+        self._check_size(self.value)
         self._advance(inc)
         seconds = time.monotonic() - self._began
         if seconds > _SILENCE_S and self.value < _SLOWEST * seconds:
@@ -273,6 +318,23 @@ class _Pace(Callback):
                 f"{self._url}: the download is too slow ({self.value / 1e3:.0f} kB in {seconds:.0f} s) and was stopped",
                 "check the network and the load of the storage",
             )
+
+    def _check_size(self, size: int) -> None:
+        if self._most is not None and size > self._most:
+            raise _too_large(self._url, self._most)
+
+
+def _too_large(url: str, most: int) -> CorruptError:
+    return CorruptError(f"{url} is larger than it may be: it has more than {most:,} bytes and was not read further")
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Open a local file for reading. Raises OSError where it is a pipe or a device, which may have no end."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block until it has a writer
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

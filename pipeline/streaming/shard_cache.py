@@ -2,7 +2,12 @@
 
 A shard's file is named by its SHA-256. A process downloads a shard under a temporary name, verifies its hash and then
 renames it. It holds a lock meanwhile, so the processes of a node download each shard once. The kernel releases the
-locks of a process that dies.
+locks of a process that dies. The modification time of a shard's lock file says when the shard was used.
+
+Only the user may write to the folder; a folder that other users can write to is refused. The cache touches only files
+whose names it gives: another file in the folder is neither counted nor deleted. A process hashes a shard once, and
+again when the file has changed. It notices a change by times and size. The user's own programs can defeat this only by
+setting the clock back, since no program can set the time of a file's last change of status.
 
 A process that needs room deletes the shards that were used longest ago. Processes that have a deleted shard open can
 still read it. A deleted file takes room on the disk until every process has closed it. Therefore no thread keeps a file
@@ -19,7 +24,10 @@ import hashlib
 import math
 import os
 import random
+import re
+import shlex
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +42,8 @@ _TRIES = 3  # attempts after errors that repeating should not cure: wrong bytes,
 _LONGEST_PAUSE_S = 5.0  # between two attempts
 _KEPT = 128  # largest number of open files that no thread is reading
 _UNNOTED_S, _NOTE_EVERY_S = 1.0, 10.0  # seconds of waiting before the first note, and between notes
+# Files of the cache: a shard, named by its SHA-256, and a download in progress, whose name has its final size too
+_ENTRY = re.compile(r"[0-9a-f]{64}(\.[0-9]{1,16}\.part)?")
 
 
 class CachedShard:
@@ -59,27 +69,21 @@ class CachedShard:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
 
-    def touch(self, identity: tuple[int, ...]) -> None:
-        """Set the access time to now. Eviction goes by the access time.
-
-        Args:
-            identity: The file's `identity`, whose modification time the file keeps.
-        """
-        with suppress(PermissionError):  # the file belongs to another user
-            os.utime(self._fd, ns=(time.time_ns(), identity[-1]))
-
     @property
     def identity(self) -> tuple[int, ...]:
-        """Device, inode, size and modification time in ns. They change when the file is written to or replaced."""
-        stat = os.fstat(self._fd)
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+        """Device, inode, size, and times of modification and of change of status in ns.
+
+        They change when the file is written to or replaced. A program can set the modification time, but not the other.
+        """
+        status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class ShardCache:
     """Verified shards in a folder. Several processes and threads may use the same folder.
 
     Args:
-        folder: Folder of the cache on this node.
+        folder: Folder of the cache on this node. It is created where it does not exist, for this user alone.
         gigabytes: Largest total size of the shards.
         patience_s: For how many seconds a download that fails is repeated, with growing pauses.
         note: Called with a message while the cache waits for a shard.
@@ -105,7 +109,7 @@ class ShardCache:
         Raises:
             CorruptError: The bytes differ from the manifest after every attempt, or the object is missing.
             EnvironmentFault: The storage cannot be reached for `patience_s` seconds or refuses access, the disk has no
-                room, the folder cannot be used, or the cache is closed.
+                room, the folder cannot be used or other users can write to it, or the cache is closed.
         """
         # A batch opens several shards. Each system call lets other threads take the interpreter, so reuse open files.
         if (kept := self._kept(shard)) is not None:
@@ -121,7 +125,7 @@ class ShardCache:
                 "set data.cache to a folder that this user may write to, on a disk that works",
             ) from error
         self._failing_since.pop(shard.sha256, None)
-        cached.touch(self._verified[shard.sha256])
+        self._touch(shard)
         return cached
 
     def close_idle(self) -> None:
@@ -142,6 +146,11 @@ class ShardCache:
         cached = self._on_disk(shard)
         return cached if cached is not None and self._is_known(cached) else None
 
+    def _touch(self, shard: Shard) -> None:
+        """Record that a shard is used now. Eviction goes by this time."""
+        with suppress(FileNotFoundError):  # somebody has emptied the folder
+            os.utime(self._lock_file(shard.sha256), ns=(time.time_ns(),) * 2, follow_symlinks=False)
+
     def _is_known(self, cached: CachedShard) -> bool:
         """Return whether the file was verified and has not been written to since."""
         return cached.identity == self._verified.get(cached.sha256)
@@ -153,7 +162,7 @@ class ShardCache:
             return None
 
     def _opened(self, path: str | Path, shard: Shard) -> CachedShard:
-        return CachedShard(os.open(path, os.O_RDONLY), shard.sha256, self._keep)
+        return CachedShard(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), shard.sha256, self._keep)
 
     def _keep(self, cached: CachedShard) -> None:
         with self._lock:
@@ -222,7 +231,7 @@ class ShardCache:
         try:
             self._reserve(part, url, shard)
             try:
-                files.download(url, part, attempts=1)
+                files.download(url, part, attempts=1, most=shard.size)
             except FileNotFoundError:
                 raise CorruptError(
                     f"{url} is missing, though its manifest names it", "pack the collection again"
@@ -236,6 +245,7 @@ class ShardCache:
                 )
             with self._exclusive("room"):  # without it, a listing of the folder may contain neither name
                 part.replace(self._folder / shard.sha256)
+            self._verified[shard.sha256] = cached.identity  # renaming is a change of status
             return cached
         finally:
             part.unlink(missing_ok=True)
@@ -271,8 +281,9 @@ class ShardCache:
             while missing > 0:
                 if (path := next(oldest, None)) is None:
                     raise self._no_room(url, shard)
-                missing -= _evict(path)
-            part.touch()
+                missing -= self._evict(path)
+            part.touch(mode=0o600)
+            self._touch(shard)
 
     def _room(self) -> int:
         """Return how many bytes another shard may take, within the bound and on the disk.
@@ -291,13 +302,38 @@ class ShardCache:
         """Return the entries, least recently used first."""
         ages = []
         for path in self._entries():
-            with suppress(FileNotFoundError):  # another process has ended this download
-                ages.append((path.stat().st_atime_ns, path))
+            try:
+                used_ns = self._lock_file(_sha256(path)).lstat().st_mtime_ns
+            except FileNotFoundError:  # somebody has deleted it
+                used_ns = 0
+            ages.append((used_ns, path))
         return [path for _, path in sorted(ages)]
 
     def _entries(self) -> list[Path]:
-        """Return the files of shards and of downloads."""
-        return [path for path in self._folder.iterdir() if path.suffix != ".lock"]
+        """Return the files of shards and of downloads. Other files of the folder are not the cache's."""
+        with os.scandir(self._folder) as found:
+            return [
+                Path(entry.path)
+                for entry in found
+                if _ENTRY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+            ]
+
+    def _evict(self, path: Path) -> int:
+        """Delete a shard, or the file of a killed download. Return the number of freed bytes.
+
+        A download in progress is not deleted, and the function returns 0.
+        """
+        size = _size(path)
+        if path.suffix != ".part":
+            path.unlink(missing_ok=True)
+            return size
+        with self._opened_lock(_sha256(path)) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0
+            path.unlink(missing_ok=True)
+            return size
 
     def _no_room(self, url: str, shard: Shard) -> EnvironmentFault:
         free = shutil.disk_usage(self._folder).free
@@ -314,10 +350,38 @@ class ShardCache:
 
         Lock files are never deleted. After a deletion two processes could hold locks of the same name.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        self._require_private_folder()
+        with self._opened_lock(name) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+    def _lock_file(self, name: str) -> Path:
+        return self._folder / f"{name}.lock"
+
+    @contextmanager
+    def _opened_lock(self, name: str) -> Iterator[int]:
+        """Open a lock file. A link is not followed, and nothing is written to the file."""
+        fd = os.open(self._lock_file(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _require_private_folder(self) -> None:
+        """Create the folder where it does not exist. Raises LastingFault where other users can write to it."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self._folder.stat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise LastingFault(
+                f"other users can write to the cache {self._folder}, so they could replace the images in it "
+                f"(owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o})",
+                f"run `chmod go-w {shlex.quote(str(self._folder))}`, or set data.cache to a folder of your own",
+            )
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 in the name of an entry."""
+    return path.name.partition(".")[0]
 
 
 def _size(path: Path) -> int:
@@ -328,21 +392,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:  # another process found it damaged and deleted it
         return 0
-
-
-def _evict(path: Path) -> int:
-    """Delete a shard, or the file of a killed download. Return the number of freed bytes.
-
-    A download in progress is not deleted, and the function returns 0.
-    """
-    size = _size(path)
-    if path.suffix != ".part":
-        path.unlink(missing_ok=True)
-        return size
-    with path.with_name(f"{path.name.partition('.')[0]}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return 0
-        path.unlink(missing_ok=True)
-        return size

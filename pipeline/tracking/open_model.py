@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pipeline.config.schema import EvaluateSection
-from pipeline.errors import UsageError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
@@ -33,7 +35,11 @@ def open_model(
     """
     if where.startswith("models:/"):
         with tempfile.TemporaryDirectory(prefix="sagan-model-") as temp:
-            return Model.load(registry.pull(tracking_uri or default_uri(), where, Path(temp) / "model"), device)
+            folder = registry.pull(tracking_uri or default_uri(), where, Path(temp) / "model")
+            try:
+                return Model.load(folder, device)
+            except (FileNotFoundError, ValueError) as error:
+                raise CorruptError(f"{where} cannot be opened: {error}", "register the model again") from error
     if files.exists(files.join(where, FACTS)):
         return model_of_checkpoint(StoredCheckpoint(where), section or EvaluateSection(), device)
     if files.is_local(where):
@@ -73,7 +79,10 @@ def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[
     """
     with tempfile.TemporaryDirectory(prefix="sagan-checkpoint-") as temp:
         file_sets.fetch_set(checkpoint.url, Path(temp))
-        state = TrainState.load(temp, device)
+        try:
+            state = TrainState.load(temp, device)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise CorruptError(f"{checkpoint.url} is not a checkpoint of this version: {error}") from error
         facts = StoredCheckpoint(temp).facts()
     return state, facts.class_names if state.model.known_num_classes else []
 

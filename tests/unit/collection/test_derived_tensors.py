@@ -10,6 +10,7 @@ import torch
 from pipeline.collection.derived_tensors import derived
 from pipeline.collection.manifest import Collection
 from pipeline.errors import CorruptError
+from pipeline.storage import file_sets
 
 
 @pytest.fixture
@@ -60,3 +61,15 @@ def test_a_read_only_collection_is_used_without_storing(collection: Collection) 
     tensors, facts, _ = derived(replace(collection, url="/sys"), "x", make(3.0))
     assert facts == {"value": 3.0}
     assert torch.equal(tensors["x"], torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize("contents", [{}, {"a": b"x", "b": b"x"}, {"a": b"x"}])
+def test_a_stored_set_that_is_not_one_file_of_tensors_is_refused(
+    collection: Collection, tmp_path: Path, contents: dict[str, bytes]
+) -> None:
+    (tmp_path / "made").mkdir()
+    for name, data in contents.items():
+        (tmp_path / "made" / name).write_bytes(data)
+    file_sets.upload_set(tmp_path / "made", f"{collection.url}/evaluation/foreign-{collection.digest[:8]}")
+    with pytest.raises(CorruptError, match="tensors"):
+        derived(collection, "foreign", unexpected)

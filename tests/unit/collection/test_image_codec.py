@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import resource
+import struct
+import tracemalloc
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.collection.image_codec import EXTENSIONS, crop_and_encode, decode_into
+from pipeline.collection.image_codec import EXTENSIONS, crop_and_encode, decode_into, size_of_stored
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -177,3 +181,61 @@ def test_decoding_a_truncated_file_is_refused(kind: str) -> None:
     data = file_of(photo(48, 48), kind)
     with pytest.raises(ValueError):
         decode_into(data[: len(data) * 2 // 3], np.empty((48, 48, 3), dtype=np.uint8))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def huge_png(side: int) -> bytes:
+    """A file of some kilobytes that unpacks to side² 16-bit pixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0))
+    pixels = zlib.compressobj(9)
+    packed = b"".join(pixels.compress(bytes(1 + 6 * side)) for _ in range(side)) + pixels.flush()
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
+
+
+def huge_jpeg() -> bytes:
+    data = bytearray(file_of(photo(48, 48), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = struct.pack(">HH", 65_000, 65_000)
+    return bytes(data)
+
+
+def huge_webp() -> bytes:
+    data = bytearray(file_of(photo(48, 48), "WEBP", lossless=True, exif=b"Exif\0\0" + bytes(8)))
+    place = data.index(b"VP8X") + 12
+    data[place : place + 6] = (16_000).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("data", [huge_png(4000), huge_jpeg(), huge_webp()], ids=["png", "jpeg", "webp"])
+def test_an_image_of_another_size_is_refused_before_its_pixels_take_memory(data: bytes) -> None:
+    pixels = np.empty((48, 48, 3), dtype=np.uint8)
+    tracemalloc.start()
+    before = resident()
+    with pytest.raises(ValueError, match="pixels, not 48 x 48|cannot be opened|not an image"):
+        decode_into(data, pixels)
+    grown, (_, peak) = resident() - before, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert max(grown, peak) < 2**25
+
+
+def resident() -> int:
+    """Bytes of memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "PPM", "EPS", "ICO", "JPEG2000"])
+def test_a_stored_image_of_another_format_is_not_decoded(kind: str) -> None:
+    """Pillow would run another program for EPS."""
+    data = file_of(photo(48, 48), kind)
+    with pytest.raises(ValueError, match="not an image in one of the encodings jpeg, png, webp"):
+        decode_into(data, np.empty((48, 48, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="not an image in one of the encodings"):
+        size_of_stored(data)
+
+
+@pytest.mark.parametrize("encoding", EXTENSIONS)
+def test_the_size_is_read_from_the_header(encoding: str) -> None:
+    assert size_of_stored(file_of(photo(70, 100), encoding.upper())) == (100, 70)

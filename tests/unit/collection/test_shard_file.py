@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -55,5 +57,41 @@ def test_invalid_json_is_refused() -> None:
 @pytest.mark.parametrize("data", [b"no tar at all" * 100, b"\x1f\x8b" + b"x" * 1000])
 def test_a_file_that_is_not_a_shard_is_named(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "0.tar").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"0\.tar is not a shard"):
+        read_shard(tmp_path / "0.tar")
+
+
+def test_links_are_no_members_of_a_sample(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        image = tarfile.TarInfo("1.jpg")
+        image.size = 5
+        tar.addfile(image, io.BytesIO(b"first"))
+        for kind, name in ((tarfile.SYMTYPE, "1.cls"), (tarfile.LNKTYPE, "1.json"), (tarfile.SYMTYPE, "2.jpg")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "/etc/passwd"
+            tar.addfile(link)
+    assert [(sample.name, sample.label) for sample in read_shard(tmp_path / "0.tar")] == [("1.jpg", None)]
+
+
+def test_a_label_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    """A sparse member says that it has 2 GB of zeros; a plain one has 2 MB."""
+    sparse = tarfile.TarInfo("1.cls")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,0"}
+    sparse.pax_headers |= {"GNU.sparse.name": "1.cls", "GNU.sparse.size": str(2 * 10**9)}
+    with tarfile.open(tmp_path / "sparse.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse)
+    assert read_shard(tmp_path / "sparse.tar") == []
+    plain = tarfile.TarInfo("1.cls")
+    plain.size = 2 * 10**6
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+        tar.addfile(plain, io.BytesIO(bytes(plain.size)))
+    with pytest.raises(CorruptError, match=r"1\.cls"):
+        read_shard(tmp_path / "plain.tar")
+
+
+def test_headers_that_exhaust_the_reader_are_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 0
+    (tmp_path / "0.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) * 20_000)
     with pytest.raises(CorruptError, match=r"0\.tar is not a shard"):
         read_shard(tmp_path / "0.tar")

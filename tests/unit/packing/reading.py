@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,14 @@ def read_back(collection: Collection, split: str) -> list[dict[str, Any]]:
 
 
 def bytes_of(folder: str | Path) -> dict[str, bytes]:
-    """The files of a collection by name, without those that depend on the path of the source."""
+    """The files of a collection by name, without what depends on the path of the source: names and their digest."""
     named = {"pack.json", "keys.txt", "preview.png"}
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in named}
+    contents = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in named}
+    if "manifest.json" in contents:
+        manifest = json.loads(contents["manifest.json"])
+        del manifest["keys"]
+        contents["manifest.json"] = json.dumps(manifest).encode()
+    return contents
 
 
 def stored(collection: Collection, i: int) -> bytes:

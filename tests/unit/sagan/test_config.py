@@ -9,6 +9,11 @@ from sagan.config import ModelConfig
         ({"resolution": 100}, "model.resolution is 100"),
         ({"resolution": 64, "attention": (128,)}, "model.attention"),
         ({"channels_g": 0}, "model.channels_g is 0"),
+        ({"channels_g": 10**6}, "model.channels_g is 1000000"),
+        ({"resolution": 64, "channels_d": 2000}, "model.channels_d is 2000, so the widest block has 32000 channels"),
+        ({"z_dim": 10**9}, "model.z_dim is 1000000000"),
+        ({"num_classes": 10**8}, "model.num_classes is 100000000"),
+        ({"num_classes": -1}, "model.num_classes is -1"),
         ({"resolution": 32, "multipliers_g": (1, 2)}, "model.multipliers_g"),
     ],
 )

@@ -1,5 +1,6 @@
 """A finished model is saved, loaded and sampled repeatably, by its own copy of the code."""
 
+import json
 import subprocess
 import sys
 
@@ -78,3 +79,39 @@ def test_the_shipped_code_is_enough(state, tmp_path):
     )
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(2, 3, 32, 32) []"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts: facts["model"].update(channels_g=10**6), "model.channels_g is 1000000"),
+        (lambda facts: facts["model"].update(channels_g=16), "does not hold the generator that config.json describes"),
+        (lambda facts: facts["model"].update(channels_g="4"), "config.json: "),
+        (lambda facts: facts["model"].update(channels_g=4.5), "config.json: "),
+        (lambda facts: facts["model"].update(num_classes=None), "config.json: model.num_classes is not set"),
+        (lambda facts: facts["model"].update(more=1), "config.json: .*more"),
+        (lambda facts: facts.update(class_names=["cat", "cat", "cat"]), "must not have a name twice"),
+        (lambda facts: facts.update(class_names=["cat"]), "1 names for 3 classes"),
+        (lambda facts: facts.update(class_names="cat"), "must be a list of texts"),
+        (lambda facts: facts.update(class_names=[1, 2, 3]), "must be a list of texts"),
+        (lambda facts: facts.update(format=3), "format 3"),
+        (lambda facts: facts.pop("weights"), "no entry 'weights'"),
+        (lambda facts: facts.pop("model"), "no entry 'model'"),
+    ],
+)
+def test_a_foreign_configuration_is_refused(state, tmp_path, change, message):
+    Model.from_state(state, standing_images=64, class_names=["cat", "dog", "owl"]).save(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    change(facts)
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=message):
+        sagan.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generator.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"x", b"[" * 100_000])
+def test_a_damaged_model_is_refused(state, tmp_path, name, data):
+    Model.from_state(state, standing_images=64).save(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=name):
+        sagan.load(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import CorruptError, SaganError
 from pipeline.storage import file_sets, files
+from tests.foreign import change_manifest, contents_below
 
 
 @pytest.fixture
@@ -94,3 +95,58 @@ def test_a_manifest_of_a_later_format_is_refused(url: str) -> None:
     files.write_json(f"{url}/manifest.json", {"format": 2, "files": {}})
     with pytest.raises(CorruptError, match="format 2"):
         file_sets.read_manifest(url)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "a//b", "./a", "a/.", ".bashrc", ".ssh/keys", "a\\b", "a\n", "\x1b[2J", "x" * 300]
+)
+def test_a_name_that_is_not_plain_is_refused(url: str, tmp_path: Path, name: str) -> None:
+    files.write_json(f"{url}/manifest.json", {"format": 1, "files": {name: {"size": 1, "sha256": "0" * 64}}})
+    before = contents_below(tmp_path)
+    for read in (lambda: file_sets.fetch_set(url, tmp_path / "copy"), lambda: file_sets.verify_set(url)):
+        with pytest.raises(CorruptError, match=r"manifest\.json is not a manifest: files"):
+            read()
+    assert contents_below(tmp_path) == before
+
+
+def test_a_file_that_is_also_a_folder_is_refused(url: str) -> None:
+    entry = {"size": 0, "sha256": "0" * 64}
+    files.write_json(f"{url}/manifest.json", {"format": 1, "files": {"a": entry, "a/b/c": entry}})
+    with pytest.raises(CorruptError, match="a is both a file and a folder"):
+        file_sets.verify_set(url)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("size", value) for value in (-1, 1.0, True, "1", None, 2**70)),
+        *(("sha256", value) for value in ("", "0" * 63, "A" * 64, "../x", 0)),
+    ],
+)
+def test_a_foreign_entry_is_named(folder: Path, url: str, field: str, value: object) -> None:
+    file_sets.upload_set(folder, url)
+    change_manifest(Path(url), lambda manifest: manifest["files"]["state.bin"].update({field: value}))
+    with pytest.raises(CorruptError, match=rf"files\.state\.bin\.{field}: "):
+        file_sets.verify_set(url)
+
+
+def test_facts_are_bounded(folder: Path, url: str) -> None:
+    deep: object = 1
+    for _ in range(100):
+        deep = [deep]
+    file_sets.upload_set(folder, url, deep=deep)
+    with pytest.raises(CorruptError, match="nested deeper"):
+        file_sets.read_manifest(url)
+    with Path(url, "manifest.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CorruptError, match="has more than"):
+        file_sets.read_manifest(url)
+
+
+def test_a_file_larger_than_its_entry_is_not_read_to_its_end(folder: Path, url: str, tmp_path: Path) -> None:
+    file_sets.upload_set(folder, url)
+    with Path(url, "state.bin").open("r+b") as file:
+        file.truncate(2**40)  # takes no room on the disk; a whole copy would
+    with pytest.raises(CorruptError, match=r"state\.bin .*has more than 2,560 bytes"):
+        file_sets.fetch_set(url, tmp_path / "copy")
+    assert not (tmp_path / "copy/state.bin").exists()

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +191,82 @@ def test_an_open_file_that_changes_is_verified_again(origin: Origin, folder: Pat
     os.utime(folder / shard(1).sha256, ns=(0, 1))  # the clock of a file system may stand still between two writes
     assert mine.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
     assert origin.fetches == ["/1.tar"] * 2
+
+
+def test_a_byte_that_changes_is_noticed_though_the_time_is_put_back(origin: Origin, folder: Path) -> None:
+    mine = cache(folder)
+    mine.open(origin.of(1), shard(1)).close()
+    path = folder / shard(1).sha256
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert mine.open(origin.of(1), shard(1)).read(0, SIZE) == contents(1)
+
+
+def test_a_file_is_hashed_once_though_other_processes_use_it(origin: Origin, folder: Path) -> None:
+    """Using a file must not look like a change of it: hashing costs as much as reading the whole shard."""
+    mine = cache(folder)
+    first = mine.open(origin.of(1), shard(1))
+    identity = first.identity
+    read(folder, origin.of(1), 1)
+    assert mine.open(origin.of(1), shard(1)).identity == identity
+
+
+def test_the_folder_and_its_files_are_for_the_user_alone(origin: Origin, folder: Path) -> None:
+    read(folder, origin.of(1), 1)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    locks = [path for path in folder.iterdir() if path.suffix == ".lock"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in locks} == {0o600}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777, 0o702])
+def test_a_folder_that_others_can_write_to_is_refused(origin: Origin, folder: Path, mode: int) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(EnvironmentFault, match=f"other users can write to the cache {folder}") as caught:
+        cache(folder).open(origin.of(1), shard(1))
+    assert f"chmod go-w {folder}" in caught.value.remedy
+    assert list(folder.iterdir()) == []
+    folder.chmod(mode & ~0o022)
+    assert read(folder, origin.of(1), 1) == contents(1)
+
+
+@pytest.mark.parametrize("name", [shard(1).sha256, "room"])
+def test_a_lock_file_that_is_a_link_is_not_followed(origin: Origin, folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "document").write_text("mine")
+    folder.mkdir(mode=0o700)
+    (folder / f"{name}.lock").symlink_to(tmp_path / "document")
+    with pytest.raises(EnvironmentFault, match="cannot be used"):
+        cache(folder).open(origin.of(1), shard(1))
+    assert (tmp_path / "document").read_text() == "mine"
+
+
+def test_an_object_larger_than_its_entry_is_not_fetched_to_its_end(origin: Origin, folder: Path) -> None:
+    """The manifest says 0.1 MB; the server goes on until the client hangs up."""
+    sent: list[int] = []
+
+    def endless(handler: BaseHTTPRequestHandler, attempt: int, data: bytes) -> None:
+        handler.send_response(200)
+        handler.end_headers()  # no Content-Length
+        sent.append(0)
+        with contextlib.suppress(OSError):
+            while sent[-1] < 2**32:
+                handler.wfile.write(data)
+                sent[-1] += len(data)
+
+    origin.answer = endless
+    with pytest.raises(CorruptError, match=rf"{origin.of(1)} .*more than {SIZE:,} bytes.*tried 3 times"):
+        read(folder, origin.of(1), 1)
+    assert max(sent) < 2**26
+    assert cached(folder) == set()
+
+
+def test_an_object_whose_server_announces_too_much_is_not_fetched(origin: Origin, folder: Path) -> None:
+    origin.answer = lambda handler, attempt, data: send(handler, data * 2)
+    with pytest.raises(CorruptError, match=f"more than {SIZE:,} bytes"):
+        read(folder, origin.of(1), 1)
+    assert cached(folder) == set()
 
 
 def test_the_number_of_open_files_is_bounded(origin: Origin, folder: Path) -> None:
@@ -375,6 +452,29 @@ class TestBound:
         assert files_open_in(folder) == [folder / shard(0).sha256]
         del reading
         assert files_open_in(folder) == []
+
+    def test_foreign_files_are_neither_counted_nor_deleted(self, origin: Origin, folder: Path) -> None:
+        digest = shard(9).sha256
+        names = [
+            "thesis.odt",
+            "x.part",
+            f"{digest}.part",
+            f"{digest}.x.part",
+            f"{digest}.-1.part",
+            f"{digest}x",
+            "a.1.part",
+        ]
+        folder.mkdir(mode=0o700)
+        for name in names:
+            (folder / name).write_bytes(bytes(5 * SIZE))
+            os.utime(folder / name, ns=(0, 0))
+        (folder / "pictures").mkdir()
+        (folder / "pictures" / "one.jpg").write_bytes(b"x")
+        mine = cache(folder, shards=2)
+        for number in range(5):
+            assert mine.open(origin.of(number), shard(number)).read(0, SIZE) == contents(number)
+        assert cached(folder) == {*names, "pictures", shard(3).sha256, shard(4).sha256}
+        assert (folder / "pictures" / "one.jpg").exists()
 
     def test_a_shard_beyond_the_bound_is_refused_at_once(self, origin: Origin, folder: Path) -> None:
         with pytest.raises(EnvironmentFault, match="no room"):
