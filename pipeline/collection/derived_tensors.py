@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -39,8 +37,7 @@ def derived(
         The tensors, the facts, and the SHA-256 of the tensors' file.
     """
     url = files.join(collection.url, "evaluation", f"{name}-{collection.digest[:8]}")
-    with tempfile.TemporaryDirectory(prefix="sagan-derived-") as temp:
-        folder = Path(temp)
+    with files.temporary_folder("derived") as folder:
         manifest = file_sets.read_manifest(url)
         if manifest is None:
             tensors, facts = make()

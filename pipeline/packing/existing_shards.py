@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pipeline.collection.image_codec import EXTENSIONS
+from pipeline.collection.image_codec import EXTENSIONS, image_size
 from pipeline.collection.manifest import Collection
 from pipeline.collection.shard_file import read_shard
 from pipeline.compute.tasks import map_parallel
 from pipeline.config.schema import PackSection
 from pipeline.errors import UsageError
-from pipeline.packing.archives_and_folders import suffix
+from pipeline.packing.archives_and_folders import printable, suffix
 from pipeline.packing.finish_collection import (
     PackedShard,
     ShardPlan,
     finish_collection,
     gather,
-    printable_key,
     select_images,
 )
 from pipeline.packing.image_source import Source
@@ -60,8 +55,10 @@ def index_shards(
     source = open_source(url)
     if source.kind != "WebDataset":
         raise UsageError(f"{url} holds no WebDataset shards but {source.kind}", _REMEDY)
-    with Image.open(io.BytesIO(source.read(0))) as first:
-        resolution = first.width
+    try:
+        resolution, _ = image_size(source.read(0))
+    except ValueError as error:
+        raise UsageError(f"{printable(source.keys[0])} cannot be read: {error}", _REMEDY) from error
     if resolution not in RESOLUTIONS:
         raise UsageError(f"the images are {resolution} pixels wide; the width must be one of {RESOLUTIONS}", _REMEDY)
     parts = _parts(source, excluded)
@@ -78,7 +75,7 @@ def index_shards(
         "encoding": encodings[suffix(source.keys[0]).removeprefix(".")],
         "class_names": source.class_names,
     }
-    return finish_collection(url, record, facts, done, source.notes)
+    return finish_collection(url, record, facts, done, source)
 
 
 def _place(url: str) -> str:
@@ -105,24 +102,26 @@ def _index_shard(part: ShardPlan, source: Source, url: str, resolution: int) -> 
     Images are opened but not decoded; `sagan verify` decodes them.
     """
     broken, labels, keys, samples = [], [], [], []
-    with tempfile.TemporaryDirectory(prefix="sagan-index-") as folder:
-        path = Path(folder) / part.name
+    with files.temporary_folder("index") as folder:
+        path = folder / part.name
         files.download(files.join(url, part.name), path)
         sample_of = {f"{path.stem}/{sample.name}": sample for sample in read_shard(path)}
         data = path.read_bytes()
         for i in part.ids:
             key = source.keys[i]
-            sample = sample_of[key]
+            sample = sample_of.get(key)
+            if sample is None:
+                broken.append(f"{printable(key)}: a link or a suffix that training does not read; pack it instead")
+                continue
             try:
-                with Image.open(io.BytesIO(data[sample.offset : sample.offset + sample.length])) as image:
-                    size = image.size
-            except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-                broken.append(f"{printable_key(key)}: cannot be opened: {error}")
+                size = image_size(data[sample.offset : sample.offset + sample.length])
+            except ValueError as error:
+                broken.append(f"{printable(key)}: cannot be opened: {error}")
                 continue
             if size != (resolution, resolution):
-                broken.append(f"{printable_key(key)}: {size[0]} x {size[1]} pixels, not {resolution} x {resolution}")
+                broken.append(f"{printable(key)}: {size[0]} x {size[1]} pixels, not {resolution} x {resolution}")
                 continue
             samples.append(sample)
             labels.append(source.labels[i])
-            keys.append(printable_key(key))
+            keys.append(printable(key))
         return PackedShard.of(path, part, samples, np.array(labels, dtype=np.int64), keys, broken)

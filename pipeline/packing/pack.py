@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from pipeline.compute.tasks import map_parallel
 from pipeline.compute.threads import map_ahead
 from pipeline.config.schema import PackSection
 from pipeline.errors import CorruptError, UsageError
+from pipeline.packing.archives_and_folders import printable
 from pipeline.packing.existing_shards import index_shards
 from pipeline.packing.finish_collection import (
     SECTION,
@@ -33,7 +33,6 @@ from pipeline.packing.finish_collection import (
     ShardPlan,
     finish_collection,
     gather,
-    printable_key,
     select_images,
 )
 from pipeline.packing.image_source import Source
@@ -68,7 +67,7 @@ def pack(
     encoding = section.encoding or ("png" if section.resolution == 32 else "jpeg")
     section = section.model_copy(update={"encoding": encoding})
     excluded = _excluded(section)
-    record = section.model_dump(exclude={"max_broken"}) | {"exclude": sorted(excluded)}
+    record = section.model_dump(exclude={"max_broken", "max_pixels"}) | {"exclude": sorted(excluded)}
     if files.exists(files.join(destination, MANIFEST)):
         return _existing_collection(destination, record)
     files.check_writable(destination)
@@ -90,15 +89,15 @@ def pack(
         "chroma": section.chroma if encoding == "jpeg" else None,
         "class_names": source.class_names,
     }
-    collection = finish_collection(destination, record, facts, done, source.notes)
+    collection = finish_collection(destination, record, facts, done, source)
     files.delete(files.join(destination, _RECEIPTS))
     return collection
 
 
 def pack_shard(part: ShardPlan, source: Source, section: PackSection, destination: str) -> PackedShard:
     """Write a shard and its receipt, unless `destination` has both already."""
-    with tempfile.TemporaryDirectory(prefix="sagan-pack-") as folder:
-        path = Path(folder) / part.name
+    with files.temporary_folder("pack") as folder:
+        path = folder / part.name
         broken = _fetch_complete_shard(path, part, source, section, destination)
         if broken is None:
             broken = _write(path, part, source, section)
@@ -106,12 +105,12 @@ def pack_shard(part: ShardPlan, source: Source, section: PackSection, destinatio
                 files.upload(path, files.join(destination, part.name))
                 receipt = asdict(FileEntry.of(path)) | {"inputs": _inputs(part, source, section), "broken": broken}
                 files.write_json(_receipt_url(destination, part), receipt)
-        lines = [f"{printable_key(source.keys[i])}: {broken[str(i)]}" for i in part.ids if str(i) in broken]
+        lines = [f"{printable(source.keys[i])}: {broken[str(i)]}" for i in part.ids if str(i) in broken]
         kept = [int(i) for i in part.ids if str(i) not in broken]
         if not kept:
             nothing = np.empty((0, 3), dtype=np.int64)
             return PackedShard(Shard(part.name, 0, "", 0, part.split), [], nothing, np.empty(0, dtype=np.uint64), lines)
-        keys = [printable_key(source.keys[i]) for i in kept]
+        keys = [printable(source.keys[i]) for i in kept]
         return PackedShard.of(path, part, read_shard(path), source.labels[kept], keys, lines)
 
 
@@ -179,7 +178,12 @@ def _encoded(i: int, source: Source, section: PackSection) -> bytes | str:
     """Return an image as it is stored, or the reason why it cannot be stored."""
     try:
         return crop_and_encode(
-            source.read(i), section.resolution, section.encoding or "", section.quality, section.chroma
+            source.read(i),
+            section.resolution,
+            section.encoding or "",
+            section.quality,
+            section.chroma,
+            section.max_pixels,
         )
     except FileNotFoundError:
         return "the file does not exist"

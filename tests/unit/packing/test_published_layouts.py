@@ -216,7 +216,7 @@ class TestCifar:
         write(
             tmp_path / "set", {"batches.meta": pickle.dumps({"label_names": ["a"]}), "data_batch_1": pickle.dumps({})}
         )
-        with pytest.raises(UsageError, match="CIFAR is incomplete: KeyError.'data'"):
+        with pytest.raises(UsageError, match="CIFAR is incomplete or damaged: KeyError.'filenames'"):
             open_source(f"{tmp_path}/set")
 
 
@@ -241,7 +241,9 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         (3, 0, 0): ("val", "fire salamander"),
         (4, 0, 0): ("val", "goldfish"),
     }
-    assert source.notes == ["1 images of the test set have no labels and are left out"]
+    assert source.notes == ["split test has no labels and is left out"]
+    assert source.left_out is not None
+    assert source.left_out["no labels in split test", ".jpeg"] == (1, "test/images/test_0.JPEG")
     expected = {(1, 0, 0): ("train", "goldfish"), (2, 0, 0): ("train", "fire salamander")}
     assert by_colour(open_source(f"{root}/train")) == expected
 
@@ -319,7 +321,7 @@ class TestWebDataset:
         self, shards: Any, label: Callable[[int], Any], name: Callable[[int], Any]
     ) -> None:
         source = open_source(shards(label))
-        assert by_colour(source) == {(n, 0, 0): ("train" if n < 6 else "validation", name(n)) for n in range(9)}
+        assert by_colour(source) == {(n, 0, 0): ("train" if n < 6 else "val", name(n)) for n in range(9)}
         assert source.keys[0] == "set-train-000/some/0000.png"
 
     def test_packed_shards_are_a_source_too(self, packed: Collection, class_of: Callable[..., str]) -> None:
