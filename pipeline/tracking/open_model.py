@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from pipeline.config.schema import EvaluateSection
 from pipeline.errors import UsageError
 from pipeline.runs.stored_run import CHECKPOINT_FACTS, StoredCheckpoint
@@ -32,8 +29,8 @@ def open_model(
     Raises UsageError, EnvironmentFault, CorruptError.
     """
     if where.startswith("models:/"):
-        with tempfile.TemporaryDirectory(prefix="sagan-model-") as temp:
-            return Model.load(registry.pull(tracking_uri or default_uri(), where, Path(temp) / "model"), device)
+        with files.temporary_folder("model") as temp:
+            return Model.load(registry.pull(tracking_uri or default_uri(), where, temp / "model"), device)
     if files.exists(files.join(where, FACTS)):
         return model_of_checkpoint(StoredCheckpoint(where), section or EvaluateSection(), device)
     if files.is_local(where):
@@ -71,10 +68,10 @@ def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[
 
     Raises FileNotFoundError, CorruptError, EnvironmentFault.
     """
-    with tempfile.TemporaryDirectory(prefix="sagan-checkpoint-") as temp:
-        file_sets.fetch_set(checkpoint.url, Path(temp))
+    with files.temporary_folder("checkpoint") as temp:
+        file_sets.fetch_set(checkpoint.url, temp)
         state = TrainState.load(temp, device)
-        facts = StoredCheckpoint(temp).facts()
+        facts = StoredCheckpoint(str(temp)).facts()
     return state, facts.class_names if state.model.known_num_classes else []
 
 
