@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
@@ -92,6 +93,7 @@ def pack(
     shard_images: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the order in which samples are written.")] = 0,
     max_broken: Annotated[int, typer.Option(help="Number of broken images that are tolerated.")] = 0,
+    max_pixels: Annotated[int, typer.Option(help="Greatest number of pixels of an image of the source.")] = 64_000_000,
     exclude: Annotated[
         str | None, typer.Option(help="File with the names of images to leave out, one per line.")
     ] = None,
@@ -106,14 +108,24 @@ def pack(
     (TABLE#COLUMN names the column of the label); `digits`.
     """
     from pipeline.config.job_file import parse_job
-    from pipeline.config.schema import PackJob
+    from pipeline.config.schema import SPLIT_NAME, PackJob
     from pipeline.job_runner import run_job
+    from pipeline.packing.recognise import DIGITS
 
     *sources, destination = sources * 2 if index_only and len(sources) == 1 else sources
     if not sources:
         raise UsageError("no source is given", "give a source and a destination: sagan pack SOURCE DESTINATION")
-    splits = {name: source for name, _, source in (s.partition("=") for s in sources if "=" in s)}
-    plain = [s for s in sources if "=" not in s]
+    named = {s: re.fullmatch(f"({SPLIT_NAME})=(.+)", s, re.DOTALL) for s in sources}
+    splits = {match[1]: match[2] for match in named.values() if match}
+    plain = [s for s, match in named.items() if not match]
+    if len(splits) + len(plain) < len(sources):
+        raise UsageError("two sources are given for one split", "give each split one source")
+    own = Path(DIGITS).absolute()
+    if DIGITS in (*plain, *splits.values()) and own.exists() and Path(destination).absolute() != own:
+        raise UsageError(
+            "digits is the name of scikit-learn's data set, but the current folder has a folder of this name",
+            "write ./digits for the folder; for scikit-learn's data set, run the command in another folder",
+        )
     if len(plain) > 1 or (plain and splits):
         raise UsageError(
             "each of several sources needs the name of its split",
@@ -128,6 +140,7 @@ def pack(
         "shard_images": shard_images,
         "seed": seed,
         "max_broken": max_broken,
+        "max_pixels": max_pixels,
         "exclude": exclude,
         "index_only": index_only,
     }

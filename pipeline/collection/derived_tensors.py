@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -43,8 +41,7 @@ def derived(
     Raises CorruptError where the stored set is damaged or is not one file of tensors, and EnvironmentFault.
     """
     url = files.join(collection.url, "evaluation", f"{name}-{collection.digest[:8]}")
-    with tempfile.TemporaryDirectory(prefix="sagan-derived-") as temp:
-        folder = Path(temp)
+    with files.temporary_folder("derived") as folder:
         manifest = file_sets.read_manifest(url)
         if manifest is None:
             tensors, facts = make()

@@ -8,24 +8,36 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that are decoded, by Pillow's names. Pillow runs other programs for some formats that are not listed."""
+MAX_PIXELS = 64_000_000
+"""Greatest number of pixels of a source image, where none is given."""
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """Extension of an image in a shard, by encoding."""
 _STORED = [encoding.upper() for encoding in EXTENSIONS]  # Pillow's names; its other decoders never see a stored image
 
 
-def crop_and_encode(data: bytes, resolution: int, encoding: str, quality: int = 95, chroma: str = "4:4:4") -> bytes:
+def crop_and_encode(
+    data: bytes,
+    resolution: int,
+    encoding: str,
+    quality: int = 95,
+    chroma: str = "4:4:4",
+    max_pixels: int = MAX_PIXELS,
+) -> bytes:
     """Return an image file as shards hold it: RGB, upright, its largest centred square, resized and encoded.
 
     Args:
-        data: Bytes of an image file of any kind that Pillow reads.
+        data: Bytes of an image file of one of the FORMATS.
         resolution: Pixels per side of the result.
         encoding: A key of EXTENSIONS.
         quality: JPEG quality, 1 to 100.
         chroma: JPEG chroma subsampling, 4:4:4 or 4:2:0.
+        max_pixels: Greatest number of pixels of the image file.
 
     Raises ValueError with the reason where `data` is not an image or cannot be decoded completely.
     """
-    image = _decode(data)
+    image = _decode(data, max_pixels)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # resize(box=…) would let the filter read pixels outside the box, so the image is cropped first. Pillow widens its
@@ -95,17 +107,40 @@ def _check_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
         raise ValueError(f"the image is {size[0]} x {size[1]} pixels, not {expected[0]} x {expected[1]}")
 
 
-def _decode(data: bytes) -> Image.Image:
-    """Decode a whole image to 8-bit RGB, upright. Raises ValueError with the reason."""
-    if not data:
-        raise ValueError("the file is empty")
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of an image file without decoding its pixels. Raises ValueError with the reason."""
+    with _opened(data) as image:
+        return image.size
+
+
+def _decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a whole image to 8-bit RGB, upright.
+
+    Raises ValueError with the reason. The number of pixels is checked before memory is taken for them.
+    """
+    image = _opened(data)
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"the image has {image.width} x {image.height} pixels, more than max_pixels allows ({max_pixels:,})"
+        )
     try:
-        image = Image.open(io.BytesIO(data))
         image.load()
         return _to_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError("not an image of a format that Pillow can read") from None
     except Exception as error:  # for damaged files decoders raise OSError, SyntaxError, struct.error and others
+        raise ValueError(f"cannot be decoded: {error}") from error
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Read the header of an image file of one of the FORMATS. Raises ValueError with the reason."""
+    if not data:
+        raise ValueError("the file is empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("not an image but a pointer of Git LFS; `git lfs pull` gets the image")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"not an image of a format that can be read: {', '.join(FORMATS)}") from None
+    except Exception as error:
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
@@ -116,10 +151,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow may hold in 32 bits
-        wide = np.asarray(image).astype(np.int64)
+        wide = np.asarray(image)
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError(f"pixel values from {wide.min()} to {wide.max()} do not fit 16 bits")
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        narrow = np.empty(wide.shape, dtype=np.uint8)
+        for row, values in zip(narrow, wide, strict=True):  # row by row, since a sum of 32 bits takes twice the memory
+            row[:] = (values.astype(np.uint32) + 128) // 257
+        image = Image.fromarray(narrow)
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.has_transparency_data:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 
 from pipeline.collection.image_codec import decode_into
@@ -61,8 +58,8 @@ def _bad_in_shard(number: int, collection: Collection) -> tuple[list[str], list[
     """Return the faults of one shard, and the ids of its samples that cannot be decoded."""
     shard = collection.shards[number]
     ids = np.flatnonzero(collection.shard == number)
-    with tempfile.TemporaryDirectory(prefix="sagan-verify-") as folder:
-        path = Path(folder) / shard.name
+    with files.temporary_folder("verify") as folder:
+        path = folder / shard.name
         try:
             files.download(collection.shard_url(shard), path, most=shard.size)
             by_offset = {sample.offset: sample for sample in read_shard(path)}
@@ -91,8 +88,10 @@ def _bad_in_shard(number: int, collection: Collection) -> tuple[list[str], list[
 def _same_label(in_shard: int | str | None, label: int, collection: Collection) -> bool:
     """Return whether the label in a shard equals the label of the index.
 
-    A shard holds a class index, a class name, or no label, which means 0.
+    A shard holds a class index, a class name, or no label, which means 0. In a shard that another program wrote, a
+    number may be the name of the class.
     """
-    if isinstance(in_shard, str):
-        return bool(collection.class_names) and printable(in_shard) == collection.class_names[label]
-    return (in_shard or 0) == label
+    name = printable(str(int(in_shard)) if isinstance(in_shard, bool) else str(in_shard))
+    if in_shard is not None and name in collection.class_names[label : label + 1]:
+        return True
+    return not isinstance(in_shard, str) and (in_shard or 0) == label

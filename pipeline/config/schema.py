@@ -25,6 +25,9 @@ def _is_file(extractor: str) -> bool:
 
 
 Url = Annotated[str, AfterValidator(_absolute)]
+SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+"""Names of splits. They are parts of the names of shards."""
+SplitName = Annotated[str, Field(pattern=f"^{SPLIT_NAME}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
@@ -37,7 +40,7 @@ class Section(BaseModel):
 class PackSection(Section):
     """How images are packed into a collection."""
 
-    source: str | dict[str, str]
+    source: str | dict[SplitName, str]
     """Path or URL of the images: a folder of class folders, a tar of class folders, a published data set in its own
     layout (ImageNet, CIFAR, Tiny ImageNet, CelebA, LSUN), WebDataset shards, Parquet files with images, or a table of
     path and label (TABLE#COLUMN names the column of labels). `digits` is scikit-learn's data set. A mapping gives one
@@ -58,6 +61,9 @@ class PackSection(Section):
     """Seed of the permutation in which the images are written, 0 or more."""
     max_broken: int = Field(0, ge=0)
     """Greatest number of broken images with which packing succeeds. Broken images are listed and left out."""
+    max_pixels: int = Field(64_000_000, ge=1, le=178_000_000)
+    """Greatest number of pixels of an image of the source. A larger image counts as broken before its pixels are
+    decoded. Decoding takes up to 20 bytes of memory per pixel and thread."""
     exclude: Url | None = None
     """Path or URL of a file with the names of images to leave out, one per line, as `sagan verify` prints them."""
     index_only: bool = False

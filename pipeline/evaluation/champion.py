@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline.evaluation.scorer import Scorer
 from pipeline.runs.records import RegisteredModel, ScoreRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
-from pipeline.storage import file_sets
+from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.tracking.model_card import model_card
@@ -33,15 +32,15 @@ def log_scores(job: TrainJob, run_id: str, records: Iterable[ScoreRecord], pictu
 
     Waits at most 30 seconds for a tracker that does not answer, and then logs a warning.
     """
-    with tempfile.TemporaryDirectory(prefix="sagan-scores-") as temp:
+    with files.temporary_folder("scores") as temp:
         tracker = MlflowRun(tracking_uri(job), run_id)
         for record in records:
             protocol = record.score.protocol
             values = {protocol.key(name): value for name, value in record.score.values.items()}
             tracker.log(values, record.images, record.time_ms)
-            path = Path(temp) / f"{protocol.id8}.json"
+            path = temp / f"{protocol.id8}.json"
             path.write_text(json.dumps(protocol.to_dict(), indent=1))
-        for path in Path(temp).iterdir():
+        for path in temp.iterdir():
             tracker.log_file(path, "protocols")
         for path in pictures:
             tracker.log_file(path, "grids")
@@ -80,8 +79,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, grid
         "protocol": json.dumps(score.protocol.to_dict()),
         **training,
     }
-    with tempfile.TemporaryDirectory(prefix="sagan-model-") as temp:
-        folder = Path(temp)
+    with files.temporary_folder("model") as folder:
         model.save(folder)
         grid.save(folder / "samples.png")
         (folder / "README.md").write_text(model_card(job.registry_name, model, score, training))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from PIL import Image
 
@@ -97,8 +95,8 @@ def score_and_record(job: TrainJob, checkpoint: StoredCheckpoint, run_id: str, s
         time_ms=int(time.time() * 1000),
     )
     picture = draw_grid(job, record, model, scorer.collection)
-    with tempfile.TemporaryDirectory(prefix="sagan-grid-") as temp:
-        path = Path(temp) / f"{checkpoint.name}.png"
+    with files.temporary_folder("grid") as temp:
+        path = temp / f"{checkpoint.name}.png"
         picture.save(path)
         files.upload(path, run.grid_url(checkpoint.name))
         champion.log_scores(job, run_id, [record], [path])

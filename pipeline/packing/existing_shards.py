@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +61,7 @@ def index_shards(
     try:
         resolution, _ = size_of_stored(source.read(0))
     except ValueError as reason:
-        raise UsageError(f"{printable(source.keys[0])}: {printable(str(reason))}", _REMEDY) from reason
+        raise UsageError(f"{printable(source.keys[0])} cannot be read: {printable(str(reason))}", _REMEDY) from reason
     if resolution not in RESOLUTIONS:
         raise UsageError(f"the images are {resolution} pixels wide; the width must be one of {RESOLUTIONS}", _REMEDY)
     parts = _parts(source, excluded)
@@ -80,7 +78,7 @@ def index_shards(
         "encoding": encodings[suffix(source.keys[0]).removeprefix(".")],
         "class_names": class_names,
     }
-    return finish_collection(url, record, facts, done, source.notes)
+    return finish_collection(url, record, facts, done, source)
 
 
 def _place(url: str) -> str:
@@ -107,14 +105,17 @@ def _index_shard(part: ShardPlan, source: Source, url: str, resolution: int) -> 
     Images are opened but not decoded; `sagan verify` decodes them.
     """
     broken, labels, keys, samples = [], [], [], []
-    with tempfile.TemporaryDirectory(prefix="sagan-index-") as folder:
-        path = Path(folder) / part.name
+    with files.temporary_folder("index") as folder:
+        path = folder / part.name
         files.download(files.join(url, part.name), path)
         sample_of = {f"{path.stem}/{sample.name}": sample for sample in read_shard(path)}
         data = path.read_bytes()
         for i in part.ids:
             key = source.keys[i]
-            sample = sample_of[key]
+            sample = sample_of.get(key)
+            if sample is None:
+                broken.append(f"{printable(key)}: a link or a suffix that training does not read; pack it instead")
+                continue
             try:
                 size = size_of_stored(data[sample.offset : sample.offset + sample.length])
             except ValueError as reason:

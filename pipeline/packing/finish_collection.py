@@ -6,7 +6,7 @@ import hashlib
 import io
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +20,18 @@ from pipeline.collection.manifest import FORMAT, INDEX, KEYS, MANIFEST, ClassNam
 from pipeline.collection.preview import preview
 from pipeline.collection.shard_file import Sample
 from pipeline.errors import UsageError
-from pipeline.packing.image_source import Source
+from pipeline.packing.archives_and_folders import suffix
+from pipeline.packing.image_source import LeftOut, Source, tally
 from pipeline.storage import files
 from pipeline.storage.file_sets import FileEntry
 from pipeline.storage.stored_json import PlainName, printable
 
+_SHIPPED = Path(__file__).resolve().parents[2] / "jobs"
 # The packing section of a collection. It contains paths, on which the digest of the manifest must not depend.
 SECTION = "pack.json"
 PREVIEW = "preview.png"
 _LISTED = 20  # packing stops after this many broken images beyond max_broken, so that one run lists many of them
+_NAMED = 20  # classes that are printed with their labels
 _UNEVEN = 20  # ratio between the sizes of two classes from which on packing warns
 # By resolution: least number of classes → the job to suggest.
 _JOBS = {
@@ -122,7 +125,7 @@ def storable_class_names(source: Source) -> list[str]:
 def select_images(source: Source, excluded: set[str]) -> np.ndarray:
     """Return bool [n]: whether each image is to be packed. Raises UsageError for a name that no image has."""
     lines = [printable(key) for key in source.keys]
-    if unknown := sorted(excluded.difference(lines)):
+    if unknown := sorted(excluded.difference(lines, map(printable, source.unused))):
         raise UsageError(
             f"{_count(len(unknown), 'image')} to leave out cannot be found in the source: {', '.join(unknown[:5])}",
             "write the names into the file exactly as `sagan verify` and `sagan pack` print them",
@@ -165,16 +168,18 @@ def gather(
 
 
 def finish_collection(
-    destination: str, section: dict[str, Any], facts: dict[str, Any], shards: list[PackedShard], notes: list[str]
+    destination: str, section: dict[str, Any], facts: dict[str, Any], shards: list[PackedShard], source: Source
 ) -> Collection:
-    """Write the files beside the shards, the manifest last; print a summary, warnings and the next command.
+    """Write the files beside the shards, the manifest last.
+
+    Prints a table of the files that were taken and left out, a summary, warnings and the next command.
 
     Args:
         destination: URL of the collection.
         section: The packing section. It is stored, so that the next packing can be compared with it.
         facts: Entries of the manifest: source, seed, resolution, encoding, class_names and others.
         shards: The complete shards in their order.
-        notes: What to print about files of the source that were not packed.
+        source: Where the images are from.
     """
     broken = [line for shard in shards for line in shard.broken]
     shards = [shard for shard in shards if shard.keys]
@@ -210,8 +215,9 @@ def finish_collection(
     files.write_bytes(files.join(destination, MANIFEST), data)
     for line in broken:
         print(f"left out: {line}")
-    for note in notes:
+    for note in source.notes:
         print(f"note: {printable(note)}")
+    print("\n".join(_files_table(source, keys, section["exclude"])))
     _summarise(collection)
     digests = np.concatenate([shard.digests for shard in shards])
     for warning in [*_oddities(collection), *_duplicates(collection, digests, keys)]:
@@ -221,10 +227,32 @@ def finish_collection(
     return collection
 
 
+def _files_table(source: Source, keys: list[str], excluded: Sequence[str]) -> list[str]:
+    """Return the lines of a table: files that were taken, and files that were left out by reason and suffix.
+
+    Args:
+        source: Where the images are from.
+        keys: Names of the packed images, as `printable` returns them.
+        excluded: Names of the images that the person left out.
+    """
+    packed, chosen = set(keys), set(excluded)
+    rest = [key for key in map(printable, source.keys) if key not in packed]
+    left_out: LeftOut = tally({key: "listed in --exclude" if key in chosen else "cannot be used" for key in rest})
+    left_out |= source.left_out or {}
+    rows = [("taken", f"{count:,}", kind, "") for kind, count in sorted(Counter(map(suffix, keys)).items())]
+    for (reason, kind), (count, first) in sorted(left_out.items()):
+        rows.append(("left out", f"{count:,}", kind, f"{reason}, for example {printable(first)}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        f"{what:<{widths[0]}}  {count:>{widths[1]}}  {kind or '-':<{widths[2]}}  {why}".rstrip()
+        for what, count, kind, why in rows
+    ]
+
+
 def _summarise(collection: Collection) -> None:
     """Print the classes, splits and size of a collection."""
-    names = collection.class_names
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    names = [f"{label} = {name}" for label, name in enumerate(collection.class_names)]
+    shown = ", ".join(names[:_NAMED]) + (f", … ({MANIFEST} has all)" if len(names) > _NAMED else "")
     print(f"{len(names)} classes: {shown}" if names else "no classes: a model of this collection trains without labels")
     for split in collection.splits:
         shards = collection.shard_sizes(split)
@@ -239,10 +267,18 @@ def _count(n: int, what: str) -> str:
 
 
 def next_command(collection: Collection) -> str:
-    """Return the command that trains on the collection with the job for its resolution and number of classes."""
+    """Return the command that trains on the collection with the job for its resolution and number of classes.
+
+    It can be given to a shell in the current folder.
+    """
     fitting = _JOBS[collection.resolution]
-    job = fitting[max(least for least in fitting if least <= collection.num_classes)]
-    return f"sagan run jobs/{job}.yaml {shlex.quote(f'data.train={collection.url}')}"
+    name = fitting[max(least for least in fitting if least <= collection.num_classes)]
+    job = _SHIPPED / f"{name}.yaml"
+    values = {"data.train": collection.url}
+    if "train" not in collection.splits:
+        values |= dict.fromkeys(("data.split", "evaluate.split"), next(iter(collection.splits)))
+    path = job.relative_to(Path.cwd()) if job.is_relative_to(Path.cwd()) else job
+    return shlex.join(["sagan", "run", str(path), *(f"{key}={value}" for key, value in values.items())])
 
 
 def _oddities(collection: Collection) -> list[str]:

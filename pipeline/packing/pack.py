@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -69,7 +68,7 @@ def pack(
     encoding = section.encoding or ("png" if section.resolution == 32 else "jpeg")
     section = section.model_copy(update={"encoding": encoding})
     excluded = _excluded(section)
-    record = section.model_dump(exclude={"max_broken"}) | {"exclude": sorted(excluded)}
+    record = section.model_dump(exclude={"max_broken", "max_pixels"}) | {"exclude": sorted(excluded)}
     if files.exists(files.join(destination, MANIFEST)):
         return _existing_collection(destination, record)
     files.check_writable(destination)
@@ -92,15 +91,15 @@ def pack(
         "chroma": section.chroma if encoding == "jpeg" else None,
         "class_names": class_names,
     }
-    collection = finish_collection(destination, record, facts, done, source.notes)
+    collection = finish_collection(destination, record, facts, done, source)
     files.delete(files.join(destination, _RECEIPTS))
     return collection
 
 
 def pack_shard(part: ShardPlan, source: Source, section: PackSection, destination: str) -> PackedShard:
     """Write a shard and its receipt, unless `destination` has both already."""
-    with tempfile.TemporaryDirectory(prefix="sagan-pack-") as folder:
-        path = Path(folder) / part.name
+    with files.temporary_folder("pack") as folder:
+        path = folder / part.name
         broken = _fetch_complete_shard(path, part, source, section, destination)
         if broken is None:
             broken = _write(path, part, source, section)
@@ -181,7 +180,12 @@ def _encoded(i: int, source: Source, section: PackSection) -> bytes | str:
     """Return an image as it is stored, or the reason why it cannot be stored."""
     try:
         return crop_and_encode(
-            source.read(i), section.resolution, section.encoding or "", section.quality, section.chroma
+            source.read(i),
+            section.resolution,
+            section.encoding or "",
+            section.quality,
+            section.chroma,
+            section.max_pixels,
         )
     except FileNotFoundError:
         return "the file does not exist"

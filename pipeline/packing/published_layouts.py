@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import pickle
 import re
-import tarfile
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import PurePosixPath
+from typing import IO
 
-import numpy as np
-from webdataset.tariterators import base_plus_ext
-
-from pipeline.collection.shard_file import label_of
+from pipeline.collection.manifest import INDEX, MANIFEST, Collection
+from pipeline.collection.shard_file import LABELS, MOST_LABEL_BYTES, label_files_of, label_of
 from pipeline.errors import UsageError
 from pipeline.packing import tables
-from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, hidden, split_in, suffix
-from pipeline.packing.image_source import Row, Source, source_of
+from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, ignored, suffix
+from pipeline.packing.cifar import cifar
+from pipeline.packing.image_source import Row, Source, source_of, tally, with_local_copy
+from pipeline.packing.labels_and_splits import split_in
 from pipeline.storage import files
+from pipeline.storage.stored_json import printable
 
 _WNID = re.compile(r"n\d{8}")
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -59,30 +55,26 @@ def imagenet(tree: Tree) -> Source | None:
         )
     rows = [Row(path, tree.places[path], label, "val") for path, label in labels.items()]
     train = [path for path in tree.images if _WNID.fullmatch(_folder(path))]
-    return source_of("ImageNet", rows + [Row(path, tree.places[path], _folder(path), "train") for path in train])
+    rows += [Row(path, tree.places[path], _folder(path), "train") for path in train]
+    return source_of("ImageNet", rows, labels_are_names=True)
 
 
 def tiny_imagenet(tree: Tree) -> Source | None:
     """Read Tiny ImageNet: train/<WordNet id>/images/*.JPEG, and val/images/*.JPEG with val_annotations.txt.
 
-    Test images have no labels and are left out.
+    Test images have no labels, so `source_of` leaves them out.
     """
     table = next((path for path in tree.places if path.endswith("val/val_annotations.txt")), None)
     if table is None:
         return None
     root = table.removesuffix("val/val_annotations.txt")
     label_by_name = dict(line.split("\t")[:2] for line in tree.read(table).decode().splitlines())
-    rows, unlabelled = [], 0
+    rows = []
     for path in tree.images:
         split, *folders, name = path.removeprefix(root).split("/")
-        if split == "train":
-            rows.append(Row(path, tree.places[path], folders[0], "train"))
-        elif split == "val":
-            rows.append(Row(path, tree.places[path], label_by_name[name], "val"))
-        else:
-            unlabelled += 1
-    notes = [f"{unlabelled:,} images of the test set have no labels and are left out"] if unlabelled else []
-    return source_of("Tiny ImageNet", rows, notes=notes)
+        label = folders[0] if split == "train" else label_by_name[name] if split == "val" else None
+        rows.append(Row(path, tree.places[path], label, split))
+    return source_of("Tiny ImageNet", rows, labels_are_names=True)
 
 
 def celeba(tree: Tree) -> Source | None:
@@ -116,44 +108,102 @@ def lsun(tree: Tree) -> Source | None:
         rows.append(Row(path, tree.places[path], category if known else named, split if known else "train"))
     if len({row.label for row in rows}) == 1:
         rows = [row._replace(label=None) for row in rows]
-    return source_of("LSUN", rows)
+    return source_of("LSUN", rows, labels_are_names=True)
 
 
 def webdataset(tree: Tree) -> Source | None:
-    """Read WebDataset shards: tars of images with a .cls or .json beside each image, or numbered tars of images."""
-    images: dict[str, str] = {}
-    labels: dict[str, int | str] = {}
-    for path, place in tree.places.items():
-        key, extension = base_plus_ext(path)
-        if place.offset is None or key is None:
-            continue
-        if f".{extension.lower()}" in IMAGES:
-            images[key] = path
-        elif place.data is not None and (label := _label(tree, path)) is not None:
-            labels[key] = label
+    """Read WebDataset shards: tars of images with a .cls or .json beside each image, or numbered tars of images.
+
+    A collection that `sagan pack` wrote is read with the labels and splits of its index.
+    """
+    if {MANIFEST, INDEX} <= tree.places.keys():
+        return _packed(tree)
+    stored = [path for path, place in tree.places.items() if place.offset is not None and ignored(path) is None]
+    label_files = label_files_of(stored, IMAGES)
+    labels = {path: _label(tree, members) for path, members in label_files.items()}
     numbered = tree.tars and all(re.fullmatch(r"(.*[-_.])?\d+", tar) for tar in tree.tars)
-    if not images or not (numbered or labels.keys() & images.keys()):
+    if not label_files or not (numbered or any(label is not None for label in labels.values())):
         return None
-    if any(isinstance(label, str) for label in labels.values()):
-        names = sorted({str(label) for label in labels.values()})
-    elif "manifest.json" in tree.places:  # a collection that `sagan pack` wrote
-        names = json.loads(tree.read("manifest.json"))["class_names"]
-    else:
-        names = [str(i) for i in range(max(map(int, labels.values()), default=-1) + 1)]
     rows = []
-    for key, path in images.items():
-        label = labels.get(key)
-        split = split_in(path.rpartition("/")[0] or files.name(tree.url))
-        rows.append(Row(path, tree.places[path], names[label] if isinstance(label, int) else label, split))
-    return source_of("WebDataset", rows, names)
+    for path, label in labels.items():
+        split = split_in(path.rpartition("/")[0] or files.name(tree.url)) or "train"
+        rows.append(Row(path, tree.places[path], label, split))
+    source = source_of("WebDataset", rows)
+    if not source.class_names:
+        source.notes.append("the tars are taken for shards without labels, since their names are numbers")
+    companions = dict.fromkeys(set(tree.images) - label_files.keys(), "accompanies another image of its sample")
+    used = {*source.keys, *(member for members in label_files.values() for member in members)}
+    return replace(source, left_out=tally(tree.left_out(used, companions | source.unused)))
 
 
-def _label(tree: Tree, path: str) -> int | str | None:
-    """Return the label in a member of a shard. Raises UsageError where it cannot be read."""
-    try:
-        return label_of(suffix(path), tree.read(path))
-    except ValueError as error:
-        raise UsageError(f"{tree.url}: {path} holds no label: {error}", "repair or delete the shard") from error
+def _packed(tree: Tree) -> Source:
+    """Read a collection that `sagan pack` wrote."""
+    collection = Collection.open(tree.url)
+    urls = [collection.shard_url(shard) for shard in collection.shards]
+    positions = zip(collection.shard.tolist(), collection.offset.tolist(), strict=True)
+    number_of = {(urls[shard], offset): i for i, (shard, offset) in enumerate(positions)}
+    rows, unused = [], {}
+    for path in tree.images:
+        place = tree.places[path]
+        if (i := number_of.get((place.url, place.offset))) is not None:
+            label = int(collection.labels[i]) if collection.class_names else None
+            rows.append(Row(path, place, label, collection.shards[collection.shard[i]].split))
+        else:
+            unused[path] = "not in the index of the collection"
+    source = source_of("WebDataset", rows, collection.class_names)
+    used = {*source.keys, *(path for path in tree.places if suffix(path) in LABELS)}
+    return replace(source, unused=unused, left_out=tally(tree.left_out(used, unused)))
+
+
+def _label(tree: Tree, members: list[str]) -> int | str | None:
+    """Return the label of an image from its label files. Raises UsageError where one of them cannot be read."""
+    for path in members:
+        try:
+            label = label_of(suffix(path), tree.places[path].read(MOST_LABEL_BYTES))
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(
+                f"{tree.url}: {printable(path)} holds no label: {error}", "repair or delete the shard"
+            ) from error
+        if label is not None:
+            return label
+    return None
+
+
+def stylegan(tree: Tree) -> Source | None:
+    """Read images as StyleGAN's dataset_tool.py writes them: numbered folders, and dataset.json with the labels."""
+    table = min((path for path in tree.places if PurePosixPath(path).name == "dataset.json"), key=len, default=None)
+    if table is None or not tree.images:
+        return None
+    content = json.loads(tree.read(table))
+    if not isinstance(content, dict) or "labels" not in content:
+        return None
+    root = table.removesuffix("dataset.json")
+    label_of_image = dict(content["labels"] or [])
+    rows = [Row(path, tree.places[path], label_of_image.get(path.removeprefix(root)), "train") for path in tree.images]
+    return source_of("StyleGAN", rows)
+
+
+def bundles(tree: Tree) -> Source | None:
+    """Read numbered images in folders that bundle 100, 1 000 or 10 000 of them, as in FFHQ. The folders are no classes.
+
+    The number of a folder is the number of its images without the last digits, with or without zeros in their place,
+    or the last digits of the numbers.
+    """
+    images = tree.images
+    if not images:
+        return None
+    numbers = []
+    for path in images:
+        bundle, image = re.fullmatch(r"\d{3,}", _folder(path)), re.search(r"(\d+)$", PurePosixPath(path).stem)
+        if bundle is None or image is None or max(len(bundle[0]), len(image[0])) > 18:
+            return None
+        numbers.append((int(bundle[0]), int(image[1])))
+    sizes = (100, 1000, 10_000)
+    rules: list[Callable[[int, int], int]] = [lambda n, k: n // k, lambda n, k: n // k * k, lambda n, k: n % k]
+    if not any(all(rule(n, k) == bundle for bundle, n in numbers) for rule in rules for k in sizes):
+        return None
+    notes = ["folders that bundle images by their numbers are not classes, for example " + _folder(images[0])]
+    return source_of("bundles", [Row(path, tree.places[path], None, "train") for path in images], notes=notes)
 
 
 def parquet(tree: Tree) -> Source | None:
@@ -162,120 +212,28 @@ def parquet(tree: Tree) -> Source | None:
     Images are bytes or Hugging Face's {bytes, path}. They are first copied to this machine's disk, since a single image
     of a Parquet file cannot be read in bounded time.
     """
-    paths = sorted(path for path in tree.places if suffix(path) == ".parquet" and not hidden(path))
+    paths = sorted(path for path in tree.places if suffix(path) == ".parquet" and ignored(path) is None)
     if not paths or tree.images:
         return None
     with contextlib.ExitStack() as cleanup:
-        folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sagan-parquet-"))
-        with (Path(folder) / "images").open("wb") as copy:
+        folder = cleanup.enter_context(files.temporary_folder("parquet"))
+        with (folder / "images").open("wb") as copy:
             rows = [row for path in paths for row in _parquet_rows(tree, path, copy)]
-        names = tables.class_names(tables.schema(tree.places[paths[0]].url))
-        names = names or tables.by_number(row.label for row in rows if row.label is not None)
-        source = source_of("Parquet", rows, names, local_only=True)
-
-        def read(i: int) -> bytes:
-            return source.read(i)
-
-        weakref.finalize(read, cleanup.pop_all().close)  # the copy is deleted together with this function
-    return replace(source, read=read)
+        source = source_of("Parquet", rows, tables.class_names(tables.schema(tree.places[paths[0]].url)))
+        left_out = tally(tree.left_out(paths, {}) | source.unused)
+        return replace(with_local_copy(source, cleanup), left_out=left_out)
 
 
 def _parquet_rows(tree: Tree, path: str, copy: IO[bytes]) -> Iterator[Row]:
     """Append the images of a Parquet file to `copy`, and yield a row for each."""
-    import pyarrow.parquet as pq
-
-    with files.reading(tree.places[path].url) as file:
-        table = pq.ParquetFile(file)
+    with tables.open_parquet(tree.places[path].url) as table:
         image, label = tables.columns(tree.url, table.schema_arrow)
-        names = tables.class_names(table.schema_arrow)
         batches = table.iter_batches(16, columns=[image, *filter(None, [label])])
         for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
             value = row[image] if isinstance(row[image], dict) else {"bytes": row[image]}
             place = Place(copy.name, copy.tell(), copy.write(value["bytes"] or b""))
             key = f"{path}/{number:08d}" + (f" {value['path']}" if value.get("path") else "")
-            name = None if label is None else row[label]
-            if isinstance(name, int):  # in Hugging Face's data sets −1 means that there is no label
-                name = None if name < 0 else names[name] if names else name
-            yield Row(key, place, None if name is None else str(name), split_in(path))
-
-
-def cifar(tree: Tree) -> Source | None:
-    """Read the unpacked Python version of CIFAR-10 or CIFAR-100."""
-    paths = {PurePosixPath(path).name: path for path in tree.places if PurePosixPath(path).name in _CIFAR}
-    if not paths.keys() & {"batches.meta", "meta"} or tree.images:
-        return None
-    return _cifar({name: tree.read(path) for name, path in paths.items()})
-
-
-def cifar_archive(url: str) -> Source:
-    """Read cifar-10-python.tar.gz or cifar-100-python.tar.gz. Raises UsageError for any other compressed tar."""
-    batches: dict[str, bytes] = {}
-    try:
-        with files.reading(url) as file, tarfile.open(fileobj=file, mode="r|gz") as tar:
-            for member in tar:
-                name, content = PurePosixPath(member.name).name, tar.extractfile(member)
-                if suffix(name) in IMAGES:
-                    break
-                if name in _CIFAR and content:
-                    batches[name] = content.read()
-    except FileNotFoundError:
-        raise UsageError(f"{url} does not exist", "correct the path or URL") from None
-    except (tarfile.ReadError, EOFError) as error:
-        raise UsageError(f"{url} cannot be read as a tar: {error}", "decompress it first, or replace it") from None
-    if not batches:
-        raise UsageError(f"{url} is compressed, so its images cannot be read one by one", "decompress it first")
-    return _cifar(batches)
-
-
-_CIFAR = {*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta", "train", "test", "meta"}
-
-
-def _cifar(files_by_name: dict[str, bytes]) -> Source:
-    """Read CIFAR from its batches, by name. Each row is a planar image of 3 072 bytes; it is returned as a PPM file."""
-    batches = {name: _unpickle(data) for name, data in sorted(files_by_name.items())}
-    try:
-        meta = batches.pop("batches.meta" if "batches.meta" in batches else "meta")
-        names = meta.get("label_names") or meta["fine_label_names"]
-        pixels = np.concatenate([np.asarray(b["data"], np.uint8).reshape(-1, 3, 32, 32) for b in batches.values()])
-        labels = np.concatenate([b["labels"] if "labels" in b else b["fine_labels"] for b in batches.values()])
-        keys = [f"{name}/{file}" for name, batch in batches.items() for file in batch["filenames"]]
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"CIFAR is incomplete: {error!r}", "get the original archive") from error
-    order = np.argsort(keys, kind="stable")
-    is_test = np.array([key.startswith("test") for key in keys])[order]
-    stored = pixels[order]
-    splits = {"test": np.flatnonzero(is_test), "train": np.flatnonzero(~is_test)}
-    return Source(
-        f"CIFAR-{len(names)}",
-        keys=[keys[i] for i in order],
-        labels=labels[order].astype(np.int64),
-        class_names=list(names),
-        splits={split: ids for split, ids in splits.items() if len(ids)},
-        read=lambda i: b"P6 32 32 255\n" + stored[i].transpose(1, 2, 0).tobytes(),
-    )
-
-
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that builds only numbers, texts, lists, dictionaries and NumPy arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the object that a pickle names. Raises UsageError for every name that CIFAR does not need."""
-        if (module, name) == ("_codecs", "encode"):  # Python 3 writes bytes in this way for Python 2
-            return lambda text, encoding: text.encode("latin1")
-        array_parts = {"_reconstruct", "ndarray", "dtype", "_frombuffer"}
-        if module.split(".")[0] == "numpy" and name in array_parts:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise UsageError(
-            f"a batch of CIFAR would load {module}.{name}, which no CIFAR batch needs",
-            "get the original archive",
-        )
-
-
-def _unpickle(data: bytes) -> dict[str, Any]:
-    try:
-        return dict(_Unpickler(io.BytesIO(data), encoding="latin1").load())
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, ImportError) as error:
-        raise UsageError(f"a batch of CIFAR cannot be read: {error!r}", "get the original archive") from error
+            yield Row(key, place, None if label is None else row[label], split_in(path) or "train")
 
 
 def titles(tree: Tree, class_names: list[str]) -> dict[str, str]:
@@ -300,5 +258,7 @@ def _folder(path: str) -> str:
     return PurePosixPath(path).parent.name
 
 
-LAYOUTS: list[Callable[[Tree], Source | None]] = [tiny_imagenet, imagenet, celeba, lsun, webdataset, cifar, parquet]
+LAYOUTS: list[Callable[[Tree], Source | None]] = [
+    *(tiny_imagenet, imagenet, celeba, lsun, stylegan, webdataset, bundles, cifar, parquet),
+]
 """The layouts in the order in which they are tried."""

@@ -6,69 +6,73 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Iterable
-from pathlib import PurePosixPath
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from posixpath import splitext
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, suffix
-from pipeline.packing.image_source import Row, Source, source_of
+from pipeline.packing.archives_and_folders import IMAGES, Tree, require_no_pointer, suffix
+from pipeline.packing.image_source import Row, Source, source_of, tally
 from pipeline.storage import files
+from pipeline.storage.stored_json import printable
 
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_id", "image_path")
 _IMAGES = ("image", "img", "jpg", "png", "webp", "pixel_values")
 _LABELS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
+_SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".txt": "\t,;| "}
 
 
 def is_table(url: str) -> bool:
     """Return whether a URL is a table by its suffix. A Parquet file is a table where it contains no images."""
     name, _, column = url.partition("#")
     if suffix(name) != ".parquet":
-        return suffix(name) in (".csv", ".tsv", ".txt")
+        return suffix(name) in _SEPARATORS
     return bool(column) or not _binary(schema(name))
 
 
 def read(url: str) -> Source:
     """Read images that the rows of a table name.
 
-    A path is relative to the table's folder, or it is the name of one file anywhere below that folder. A column that
-    is named by `#COLUMN` and holds only −1, 0 and 1 is an attribute. It gives two classes: COLUMN and "not COLUMN".
+    A path is relative to the table's folder or to any other folder (see `_find`). A column that is named by `#COLUMN`
+    and holds only −1, 0 and 1 is an attribute. It gives two classes: COLUMN and "not COLUMN".
 
-    Raises UsageError where the table is missing, its columns are unclear, or an image is missing. Raises
-    EnvironmentFault where storage fails.
+    Raises UsageError where the table is missing or cannot be read, its columns are unclear, or an image is missing.
+    Raises EnvironmentFault where storage fails.
     """
     url, _, wanted = url.partition("#")
-    header, rows = _rows(url)
-    path_column = next((i for i, name in enumerate(header) if name.lower() in _PATHS), 0)
-    label_column = _label_column(url, header, path_column, wanted)
+    rows = _parquet_rows(url) if suffix(url) == ".parquet" else _text_rows(url)
     tree = Tree.open(url.rpartition("/")[0] or ".")
-    by_name: dict[str, list[str]] = {}
-    for path in tree.images:
-        by_name.setdefault(PurePosixPath(path).name, []).append(path)
-
-    def place(path: str) -> Place:
-        matches = [path] if path in tree.places else by_name.get(PurePosixPath(path).name, [])
-        if len(matches) != 1:
+    find = _finder(tree)
+    if suffix(url) == ".parquet" or not any(find(str(value)) or suffix(str(value)) in IMAGES for value in rows[0]):
+        header, rows = [str(name) for name in rows[0]], rows[1:]
+    else:
+        header = ["path", "label"] if len(rows[0]) == 2 else [f"column {i + 1}" for i in range(len(rows[0]))]
+    if not rows:
+        raise UsageError(f"{url} has no rows", "give a table with a row for each image")
+    header = ["path"] * (len(rows[0]) - len(header)) + header  # CelebA's header does not name the path
+    path_column = _path_column(header, rows[0], find)
+    label_column = _label_column(url, header, path_column, wanted)
+    labels = [row[label_column] for row in rows]
+    if {str(label) for label in labels} <= {"-1", "0", "1"} and wanted:  # an attribute that an image has or lacks
+        labels = [wanted if str(label) == "1" else f"not {wanted}" for label in labels]
+    images, used = [], [files.name(url)]
+    for row, label in zip(rows, labels, strict=True):
+        name = str(row[path_column])
+        if len(matches := find(name)) != 1:
+            few = f"; the first are {', '.join(map(printable, matches[:3]))}" if matches else ""
             raise UsageError(
-                f"{url} names {path!r}, but there are {len(matches)} images of this name below its folder",
+                f"{url} names {name!r}, but there are {len(matches)} images of this name below its folder{few}",
                 "give paths relative to the table",
             )
-        return tree.places[matches[0]]
-
-    labels = [row[label_column] for row in rows]
-    if set(labels) <= {"-1", "0", "1"} and wanted:  # an attribute that an image has or lacks
-        labels = [wanted if label == "1" else f"not {wanted}" for label in labels]
-    paths = [row[path_column] for row in rows]
-    images = [Row(path, place(path), label, "train") for path, label in zip(paths, labels, strict=True)]
-    return source_of("table", images, by_number(labels))
-
-
-def by_number(labels: Iterable[str]) -> list[str] | None:
-    """Return the distinct labels in numeric order where all of them are numbers, else None."""
-    classes = set(labels)
-    return sorted(classes, key=int) if all(label.isdigit() for label in classes) else None
+        used.append(matches[0])
+        images.append(Row(name, tree.places[matches[0]], label, "train"))
+    source = source_of("table", images)
+    reasons = dict.fromkeys(tree.images, "not named by the table")
+    return replace(source, left_out=tally(tree.left_out(used, reasons)))
 
 
 def columns(url: str, schema: Any) -> tuple[str, str | None]:
@@ -90,6 +94,37 @@ def class_names(schema: Any) -> list[str] | None:
     return next((features[name]["names"] for name in _LABELS if "names" in features.get(name, {})), None)
 
 
+def schema(url: str) -> Any:
+    """Return the Arrow schema of a Parquet file. Raises UsageError where there is no file, EnvironmentFault."""
+    with open_parquet(url) as table:
+        return table.schema_arrow
+
+
+@contextmanager
+def open_parquet(url: str) -> Iterator[Any]:
+    """Open a Parquet file as a `pyarrow.parquet.ParquetFile`.
+
+    Raises UsageError where the file is missing, truncated or damaged, also where the body of the `with` statement finds
+    this. Raises EnvironmentFault where storage fails.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with files.reading(url) as file:
+            try:
+                yield pq.ParquetFile(file)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # of the storage or of a disk
+                    raise
+                require_no_pointer(url)
+                raise UsageError(
+                    f"{url} is no Parquet file, or it is truncated or damaged: {error}", "download it again"
+                ) from error
+    except FileNotFoundError:
+        raise UsageError(f"{url} does not exist", "correct the path or URL") from None
+
+
 def _binary(schema: Any) -> list[str]:
     """Return the names of the columns that hold bytes or {bytes, path}."""
     import pyarrow as pa
@@ -102,47 +137,120 @@ def _binary(schema: Any) -> list[str]:
     return [column.name for column in schema if holds_bytes(column.type)]
 
 
-def schema(url: str) -> Any:
-    """Return the Arrow schema of a Parquet file. Raises UsageError where there is no file, EnvironmentFault."""
-    import pyarrow.parquet as pq
-
-    try:
-        with files.reading(url) as file:
-            return pq.ParquetFile(file).schema_arrow
-    except FileNotFoundError:
-        raise UsageError(f"{url} does not exist", "correct the path or URL") from None
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(url: str) -> tuple[list[str], list[list[str]]]:
-    """Return the names of a table's columns, and its rows as text. Without a header the columns are path and label."""
+def _parquet_rows(url: str) -> list[list[Any]]:
+    """Return the rows of a Parquet table, the names of its columns first."""
+    with open_parquet(url) as table:
+        content = table.read()
+        return [content.column_names, *(list(row.values()) for row in content.to_pylist())]
+
+
+def _text_rows(url: str) -> list[list[Any]]:
+    """Return the rows of a table of text. All have the same number of columns; the first may have one less.
+
+    Raises UsageError that names the encoding or the separator where one of them cannot be found out.
+    """
     try:
         data = files.read_bytes(url)
     except FileNotFoundError:
         raise UsageError(f"{url} does not exist", "correct the path or URL") from None
-    if suffix(url) == ".parquet":
-        import pyarrow.parquet as pq
+    require_no_pointer(url)
+    lines = re.split(r"\r\n|\n|\r", _decoded(url, data))
+    if len(lines) > 1 and re.fullmatch(r"\s*\d+\s*", lines[0]):  # CelebA's tables begin with the number of rows
+        lines = lines[1:]
+    separators = _SEPARATORS[suffix(url)]
+    if lines and (named := re.fullmatch(r"sep=(.)", lines[0])):  # Excel writes this line
+        separators, lines = named[1], lines[1:]
+    found = [(separator, _split(lines, separator)) for separator in separators]
+    for separator, rows in found:
+        if rows and len(rows[-1]) > 1 and {len(row) for row in rows[1:]} <= {len(rows[-1])}:
+            missing = len(rows[-1]) - len(rows[0])
+            if missing == 0 or (missing == 1 and separator in "\t "):  # CelebA's header does not name the path
+                return rows
+    separator, rows = max(found, key=lambda pair: max(map(len, pair[1]), default=0))
+    if not rows:
+        raise UsageError(f"{url} has no rows", "give a table with a row for each image")
+    bad = next((row for row in rows if len(row) != len(rows[0])), rows[0])
+    raise UsageError(
+        f"{url}: no separator of {' '.join(map(repr, separators))} cuts all rows into equally many columns. With "
+        f"{separator!r}, the first row {rows[0]} has {len(rows[0])} columns, but row {bad} has {len(bad)} values",
+        "correct the row, or write the table with commas and quotes around texts that contain commas",
+    )
 
-        table = pq.read_table(io.BytesIO(data))
-        return table.column_names, [[str(value) for value in row.values()] for row in table.to_pylist()]
-    lines = io.StringIO(data.decode("utf-8-sig"), newline="")
-    if suffix(url) == ".csv":
-        rows = [row for row in csv.reader(lines) if row]
-    else:
-        rows = [line.split("\t") if "\t" in line else line.split() for line in lines.read().splitlines() if line]
-    if rows and len(rows[0]) == 1:  # CelebA's tables begin with the number of rows
-        rows = rows[1:]
-    if len(rows) < 2 or suffix(rows[0][0]) in IMAGES:
-        header = ["path", "label"]
-    else:
-        header, rows = rows[0], rows[1:]
-        header = [*["path"] * (len(rows[0]) - len(header)), *header]  # CelebA's header does not name the path
-    if any(len(row) != len(header) for row in rows):
-        bad = next(row for row in rows if len(row) != len(header))
+
+def _decoded(url: str, data: bytes) -> str:
+    """Return the text of a table, UTF-8 or UTF-16. Raises UsageError where it has another encoding."""
+    encoding = "utf-8-sig"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif b"\0" in data[:4]:
+        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        shown = data.splitlines()[line - 1].decode("cp1252", errors="replace") if encoding == "utf-8-sig" else ""
+        guess = f"; in Windows-1252 the line is {shown!r}" if shown else ""
         raise UsageError(
-            f"{url}: row {bad} has {len(bad)} values, but the table has {len(header)} columns: {', '.join(header)}",
-            "correct the table",
-        )
-    return header, rows
+            f"{url} is not UTF-8 or UTF-16 text: line {line} has byte 0x{data[error.start]:02x}{guess}",
+            "save the table with the encoding UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+        ) from None
+
+
+def _split(lines: list[str], separator: str) -> list[list[str]]:
+    """Return the cells of all lines that are not empty."""
+    if separator == " ":
+        return [line.split() for line in lines if line.strip()]
+    try:
+        rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+    except csv.Error:
+        return []
+    return [[cell.strip() for cell in row] for row in rows if any(row)]
+
+
+# --- columns and paths -----------------------------------------------------------------------------------------------
+
+
+def _finder(tree: Tree) -> Callable[[str], list[str]]:
+    """Return a function that finds the images of a tree that a path of a table names.
+
+    A path names an image where the one ends in the other, in whole folders: `C:\\set\\cat\\1.png` and `1.png` both name
+    `cat/1.png`. The suffix may be missing. Of several images, those that agree in the most folders are found.
+    """
+    by_name: dict[str, list[str]] = {}
+    for path in tree.images:
+        name = path.rpartition("/")[2]
+        by_name.setdefault(name, []).append(path)
+        by_name.setdefault(splitext(name)[0], []).append(path)
+
+    def find(text: str) -> list[str]:
+        if text in tree.places:
+            return [text]
+        wanted = _parts(text)
+        if not wanted:
+            return []
+        matches: dict[int, list[str]] = {}
+        for path in dict.fromkeys(by_name.get(wanted[-1], [])):
+            parts = _parts(path)
+            common = min(len(parts), len(wanted)) - 1
+            if common == 0 or parts[-common - 1 : -1] == wanted[-common - 1 : -1]:
+                matches.setdefault(common, []).append(path)
+        return matches[max(matches)] if matches else []
+
+    return find
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
+def _path_column(header: list[str], row: list[Any], find: Callable[[str], list[str]]) -> int:
+    """Return the number of the column of paths: by its name, else by its values."""
+    named = [i for i, name in enumerate(header) if name.lower() in _PATHS]
+    with_images = [i for i, value in enumerate(row) if find(str(value))]
+    return next((i for i in named if i in with_images), (with_images + named + [0])[0])
 
 
 def _label_column(url: str, header: list[str], path_column: int, wanted: str) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-from pathlib import Path
 
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
@@ -42,8 +40,8 @@ def publish_report(job: TrainJob, run_id: str) -> None:
 
 def _publish(job: TrainJob, run_id: str) -> None:
     run = StoredRun.of(job)
-    with tempfile.TemporaryDirectory(prefix="sagan-report-") as temp:
-        page, grids = Path(temp) / files.name(run.report_url), Path(temp) / files.name(run.animation_url)
+    with files.temporary_folder("report") as temp:
+        page, grids = temp / files.name(run.report_url), temp / files.name(run.animation_url)
         write_report([run.url], page, min(COMPARED, job.evaluate.samples))
         files.upload(page, run.report_url)
         if animate(run, grids):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
@@ -134,9 +133,9 @@ def fetch_set(url: str, folder: Path) -> Manifest:
 def verify_set(url: str) -> Manifest:
     """Download and verify every file of the set at `url`, and keep none. Raises what `fetch_set` raises."""
     manifest = _require(url)
-    with tempfile.TemporaryDirectory(prefix="sagan-verify-") as folder:
+    with files.temporary_folder("verify") as folder:
         for name, entry in manifest.files.items():
-            local = Path(folder) / PurePosixPath(name).name
+            local = folder / PurePosixPath(name).name
             _fetch_file(files.join(url, name), local, entry)
             local.unlink()
     return manifest

@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
 import fsspec
+from fsspec.asyn import sync
 from fsspec.callbacks import Callback
 from fsspec.core import strip_protocol
 from fsspec.implementations.local import LocalFileSystem
@@ -116,7 +118,7 @@ def reading(url: str) -> Iterator[IO[bytes]]:
     """Open an object as a seekable file. Sequential reads request it in pieces of 16 MiB.
 
     Raises FileNotFoundError and EnvironmentFault. An OSError in the body of the `with` statement becomes an
-    EnvironmentFault too.
+    EnvironmentFault too, except that of a full disk, which the body wrote to.
     """
     with _storage(url) as (fs, path):
         local = isinstance(fs, LocalFileSystem)
@@ -124,9 +126,49 @@ def reading(url: str) -> Iterator[IO[bytes]]:
     try:
         yield file
     except OSError as error:
+        if _is_full(error):
+            raise
         raise _fault(url, error) from error
     finally:
         file.close()
+
+
+def sends_parts(url: str) -> bool:
+    """Return whether a part of an object can be read. Some HTTP servers send whole objects only.
+
+    Raises FileNotFoundError, EnvironmentFault.
+    """
+    if not url.startswith(("http://", "https://")):
+        return True
+    with _storage(url) as (fs, path):
+
+        async def status() -> int:
+            session = await fs.set_session()
+            async with session.get(fs.encode_url(path), headers={"Range": "bytes=0-0"}) as response:
+                fs._raise_not_found_for_status(response, path)
+                return int(response.status)
+
+        return int(sync(fs.loop, status)) == HTTPStatus.PARTIAL_CONTENT
+
+
+@contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Make a folder for temporary files on this machine's disk, and delete it at the end.
+
+    Raises EnvironmentFault that names the folder and TMPDIR where it cannot be made, or where its disk is full in the
+    body of the `with` statement.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise EnvironmentFault(f"no temporary folder can be written to: {error.strerror}", "set TMPDIR") from error
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"sagan-{purpose}-") as folder:
+            yield Path(folder)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise _no_space(Path(tempfile.gettempdir()), purpose) from error
 
 
 def exists(url: str) -> bool:
@@ -211,11 +253,9 @@ def download(
             else:
                 fs.get_file(path, str(local), callback=arriving)
         except OSError as error:
-            if error.errno not in _FULL:
+            if not _is_full(error):
                 raise
-            raise EnvironmentFault(
-                f"{local.parent}: no space left for {url}", "free some space there, or choose another folder"
-            ) from error
+            raise _no_space(local.parent, url) from error
 
 
 def delete(url: str) -> None:
@@ -362,6 +402,18 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             yield path
 
 
+def _is_full(error: BaseException) -> bool:
+    """Return whether an exception says that a disk is full. safetensors raises exceptions that are no OSError."""
+    return (isinstance(error, OSError) and error.errno in _FULL) or "(os error 28)" in str(error)
+
+
+def _no_space(folder: Path, what: str) -> EnvironmentFault:
+    """Return the EnvironmentFault that says that a folder of this machine has no space for something."""
+    is_temporary = folder.is_relative_to(tempfile.gettempdir())
+    remedy = "set TMPDIR to a folder with more space" if is_temporary else "choose another folder"
+    return EnvironmentFault(f"{folder}: no space left for {what}", f"free some space there, or {remedy}")
+
+
 def _missing_is_empty(call: Callable[..., Any], path: str, **options: Any) -> list[str]:
     """Return what `call` lists; [] where `path` does not exist. Raises where the bucket does not exist."""
     try:
@@ -425,6 +477,6 @@ def _fault(url: str, error: Exception) -> EnvironmentFault:
         return EnvironmentFault(f"{where}: the transfer broke off ({kind})", "check the network and the storage's log")
     if code:
         return EnvironmentFault(f"{where}: the storage answers {code}", "check the storage's load and its log")
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if _is_full(error):
         return EnvironmentFault(f"{where}: no space left", "free some space, or choose another place")
     return EnvironmentFault(f"{where}: {kind}: {error}", "run `sagan doctor`, which checks storage step by step")

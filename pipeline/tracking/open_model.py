@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from safetensors import SafetensorError
 
 from pipeline.config.schema import EvaluateSection
@@ -34,8 +31,8 @@ def open_model(
     Raises UsageError, EnvironmentFault, CorruptError.
     """
     if where.startswith("models:/"):
-        with tempfile.TemporaryDirectory(prefix="sagan-model-") as temp:
-            folder = registry.pull(tracking_uri or default_uri(), where, Path(temp) / "model")
+        with files.temporary_folder("model") as temp:
+            folder = registry.pull(tracking_uri or default_uri(), where, temp / "model")
             try:
                 return Model.load(folder, device)
             except (FileNotFoundError, ValueError) as error:
@@ -77,13 +74,13 @@ def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[
 
     Raises FileNotFoundError, CorruptError, EnvironmentFault.
     """
-    with tempfile.TemporaryDirectory(prefix="sagan-checkpoint-") as temp:
-        file_sets.fetch_set(checkpoint.url, Path(temp))
+    with files.temporary_folder("checkpoint") as temp:
+        file_sets.fetch_set(checkpoint.url, temp)
         try:
             state = TrainState.load(temp, device)
         except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CorruptError(f"{checkpoint.url} is not a checkpoint of this version: {error}") from error
-        facts = StoredCheckpoint(temp).facts()
+        facts = StoredCheckpoint(str(temp)).facts()
     return state, facts.class_names if state.model.known_num_classes else []
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
-from pipeline.storage import file_sets
+from pipeline.storage import file_sets, files
 from pipeline.tracking.mlflow_run import client
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str
                 return version.number
         experiment = mlflow.get_run(run_id).info.experiment_id
         logged = mlflow.create_logged_model(experiment, name="generator", source_run_id=run_id)
-        with tempfile.TemporaryDirectory(prefix="sagan-register-") as temp:
-            mlflow.log_model_artifacts(logged.model_id, str(_packaged(folder, Path(temp) / "model")))
+        with files.temporary_folder("register") as temp:
+            mlflow.log_model_artifacts(logged.model_id, str(_packaged(folder, temp / "model")))
         mlflow.finalize_logged_model(logged.model_id, "READY")
         number = _create_version(mlflow, name, logged, run_id, tags)
         log.info("registered %s version %d", name, number)

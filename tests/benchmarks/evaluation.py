@@ -65,10 +65,10 @@ def main() -> None:
         serve_torch_fidelity(given.serve)
         return
     connect(CORES + 1)
-    peers_too = tuple(metric for metric in metrics.METRICS if metric.name not in ("density", "coverage"))
+    in_both = tuple(metric for metric in metrics.METRICS if metric.name not in ("density", "coverage"))
     with (
         tempfile.TemporaryDirectory(prefix="sagan-evaluation-") as folder,
-        patch.object(metrics, "METRICS", peers_too),  # torch-fidelity has neither of the others
+        patch.object(metrics, "METRICS", in_both),  # torch-fidelity has no others
     ):
         figures = compare(Path(folder), given.rounds)
     for name, value in figures.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,10 +60,10 @@ def read_extractor_file(url: str, remedy: str) -> bytes:
         if files.is_local(url):
             return files.read_bytes(url)
         with (
-            tempfile.TemporaryDirectory(prefix="sagan-weights-") as folder,
+            files.temporary_folder("weights") as folder,
             progress(f"fetching {url}", files.size(url), "bytes") as advance,
         ):
-            path = Path(folder) / "file"
+            path = folder / "file"
             files.download(url, path, advance=advance)
             return path.read_bytes()
     except FileNotFoundError:

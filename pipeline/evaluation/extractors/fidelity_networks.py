@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.evaluation.extractors.dinov2 import dinov2
+from pipeline.storage import files
 
 Resize = Literal["fidelity", "clean"]
 
@@ -153,7 +153,7 @@ def _filled(network: type[nn.Module], name: str, features: str, weights: dict[st
 
     torch-fidelity unpickles its file of parameters. It therefore gets a file that contains only these tensors.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with files.temporary_folder("weights") as folder:
         torch.save(weights, f"{folder}/weights.pth")
         return network(name, [features], feature_extractor_weights_path=f"{folder}/weights.pth")
 

@@ -10,6 +10,7 @@ import webdataset
 from pipeline.collection.manifest import Collection
 from pipeline.collection.shard_file import label_of, read_shard
 from pipeline.errors import CorruptError
+from tests.unit.packing.coloured import tar
 
 
 def test_samples_are_where_the_index_says(packed: Collection) -> None:
@@ -41,7 +42,10 @@ def test_names_bytes_and_labels_are_those_that_webdataset_wrote(tmp_path: Path) 
         (".json", b'{"label": "dog", "cls": 1}', "dog"),
         (".json", b'{"width": 8}', None),
         (".json", b"[1]", None),
-        (".json", b'{"label": [1]}', None),
+        (".cls", b"-1", None),
+        (".cls", b"2.0", 2),
+        (".json", b'{"label": null}', None),
+        (".json", b'{"label": true}', True),
         (".txt", b"3", None),
     ],
 )
@@ -49,9 +53,35 @@ def test_a_label_is_a_number_a_word_or_nothing(extension: str, data: bytes, labe
     assert label_of(extension, data) == label
 
 
-def test_invalid_json_is_refused() -> None:
-    with pytest.raises(ValueError):
-        label_of(".json", b"{")
+@pytest.mark.parametrize(
+    ("extension", "data", "reason"),
+    [
+        (".json", b"{", "Expecting"),
+        (".json", b"[" * 100_000, "nested too deeply"),
+        (".json", b'{"label": [1]}', "not a list"),
+        (".json", b'{"label": 1.5}', "1.5"),
+        (".json", b'{"label": NaN}', "nan"),
+        (".cls", b"-7", "-7 is negative"),
+        (".cls", b"100000000", "too large"),
+        (".cls", b"9" * 5000, "too large"),
+        (".cls", b"\xff", "decode"),
+    ],
+)
+def test_what_is_no_label_is_refused(extension: str, data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        label_of(extension, data)
+
+
+def test_a_dot_in_a_name_does_not_separate_an_image_from_its_label(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(
+        tar({"v1.0.jpg": b"a", "v1.0.cls": b"3", "1.left.jpg": b"b", "1.cls": b"4", "2.jpg": b"c", "2.mask.png": b"d"})
+    )
+    assert [(sample.name, sample.label) for sample in read_shard(path)] == [
+        ("v1.0.jpg", 3),
+        ("1.left.jpg", 4),
+        ("2.jpg", None),
+    ]
 
 
 @pytest.mark.parametrize("data", [b"no tar at all" * 100, b"\x1f\x8b" + b"x" * 1000])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.packing.archives_and_folders import Tree, hidden, split_in
+from pipeline.packing.archives_and_folders import Tree, ignored
+from pipeline.packing.labels_and_splits import split_in
 from tests.unit.packing.coloured import picture, tar, write
 
 
@@ -21,7 +22,7 @@ def test_a_tar_is_a_folder_wherever_it_stands(tmp_path: Path) -> None:
 def test_hidden_files_are_not_images(tmp_path: Path) -> None:
     root = write(tmp_path, {name: picture(1) for name in ("a/1.png", "a/._1.png", "__MACOSX/1.png", ".b/1.png")})
     assert Tree.open(str(root)).images == ["a/1.png"]
-    assert [hidden(path) for path in ("a/.b/c", "__MACOSX/a", "a.b/c")] == [True, True, False]
+    assert [ignored(path) for path in ("a/.b/c", "__MACOSX/a", "a.b/c")] == ["hidden", "hidden", None]
 
 
 def test_a_text_is_found_in_the_tree_and_beside_it(tmp_path: Path) -> None:
@@ -35,13 +36,13 @@ def test_a_text_is_found_in_the_tree_and_beside_it(tmp_path: Path) -> None:
     ("path", "split"),
     [
         ("data/train-00000-of-00005.parquet", "train"),
-        ("set-validation-000", "validation"),
+        ("set-validation-000", "val"),
         ("VAL/cat/1.png", "val"),
-        ("trained/1.png", "train"),
-        ("testimony.tar", "train"),
+        ("trained/1.png", None),
+        ("testimony.tar", None),
     ],
 )
-def test_a_split_is_a_word_of_the_path(path: str, split: str) -> None:
+def test_a_split_is_a_word_of_the_path(path: str, split: str | None) -> None:
     assert split_in(path) == split
 
 

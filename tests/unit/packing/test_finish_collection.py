@@ -34,6 +34,7 @@ class TestWarnings:
         )
         assert "warning" not in out
         assert "note" not in out
+        assert "left out" not in out
 
     def test_duplicates_within_and_across_splits(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         contents = {
@@ -59,7 +60,9 @@ class TestWarnings:
         contents = {"a/0.png": png(9, 9), "b/0.png": png(9, 9, 1), "phone/0.heic": b"x", "broken/0.png": b"x"}
         out = self.warnings(tmp_path, contents, capsys)
         assert "folders without images are not classes: empty, phone" in out
-        assert "1 .heic files are left out: unsupported format" in out
+        assert "left out  1  .heic  unsupported format, for example phone/0.heic" in out
+        assert "left out  1  .png   cannot be used, for example broken/0.png" in out
+        assert "taken     2  .png" in out
         assert "train: 1 classes have no images: broken" in out
 
     def test_labels_that_are_all_equal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,7 +216,7 @@ class TestCifar:
         write(
             tmp_path / "set", {"batches.meta": pickle.dumps({"label_names": ["a"]}), "data_batch_1": pickle.dumps({})}
         )
-        with pytest.raises(UsageError, match="CIFAR is incomplete: KeyError.'data'"):
+        with pytest.raises(UsageError, match="CIFAR is incomplete or damaged: KeyError.'filenames'"):
             open_source(f"{tmp_path}/set")
 
 
@@ -241,7 +241,9 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         (3, 0, 0): ("val", "fire salamander"),
         (4, 0, 0): ("val", "goldfish"),
     }
-    assert source.notes == ["1 images of the test set have no labels and are left out"]
+    assert source.notes == ["split test has no labels and is left out"]
+    assert source.left_out is not None
+    assert source.left_out["no labels in split test", ".jpeg"] == (1, "test/images/test_0.JPEG")
     expected = {(1, 0, 0): ("train", "goldfish"), (2, 0, 0): ("train", "fire salamander")}
     assert by_colour(open_source(f"{root}/train")) == expected
 
@@ -319,7 +321,7 @@ class TestWebDataset:
         self, shards: Any, label: Callable[[int], Any], name: Callable[[int], Any]
     ) -> None:
         source = open_source(shards(label))
-        assert by_colour(source) == {(n, 0, 0): ("train" if n < 6 else "validation", name(n)) for n in range(9)}
+        assert by_colour(source) == {(n, 0, 0): ("train" if n < 6 else "val", name(n)) for n in range(9)}
         assert source.keys[0] == "set-train-000/some/0000.png"
 
     def test_packed_shards_are_a_source_too(self, packed: Collection, class_of: Callable[..., str]) -> None:
@@ -370,3 +372,51 @@ class TestParquet:
         assert (source.class_names, source.labels.tolist()) == (["9", "10"], [1, 0, 1])
         pq.write_table(pa.table(rows | {"label": [-1, -1, -1]}), tmp_path / "set.parquet")
         assert open_source(f"{tmp_path}/set.parquet").class_names == []
+
+
+class TestNumberedFolders:
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ["00000/00005.png", "01000/01003.png", "02000/02999.png"],
+            ["00000/img00000007.png", "00001/img00001000.png"],
+            ["00000/000000012.png", "00001/000010003.png"],
+            ["0001/1001.png", "0123/2123.png"],
+        ],
+        ids=["FFHQ", "StyleGAN", "img2dataset", "Danbooru"],
+    )
+    def test_bundles_are_not_classes(self, names: list[str], tmp_path: Path) -> None:
+        source = open_source(str(write(tmp_path / "set", {name: picture(n) for n, name in enumerate(names)})))
+        assert by_colour(source) == {(n, 0, 0): ("train", None) for n in range(len(names))}
+        (note,) = source.notes
+        assert note.startswith("folders that bundle images by their numbers are not classes")
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ["0/0.png", "11/3.png", "2/1.png"],
+            ["00000/00000_00029.png", "00001/00000_00029.png"],
+            ["001/0001.png", "002/0001.png"],
+        ],
+        ids=["digits", "GTSRB", "restarting numbers"],
+    )
+    def test_numbered_classes_are_classes(self, names: list[str], tmp_path: Path) -> None:
+        source = open_source(str(write(tmp_path / "set", {name: picture(n) for n, name in enumerate(names)})))
+        assert by_colour(source) == {(n, 0, 0): ("train", name.split("/")[0]) for n, name in enumerate(names)}
+
+    @pytest.mark.parametrize("labels", [None, [["00000/a.png", 4], ["00001/b.png", 2]]])
+    @pytest.mark.parametrize("form", ["folder", "tar"])
+    def test_stylegan_has_its_labels_in_a_list(self, labels: Any, form: str, tmp_path: Path) -> None:
+        contents = {"00000/a.png": picture(0), "00001/b.png": picture(1)}
+        contents["dataset.json"] = json.dumps({"labels": labels}).encode()
+        write(tmp_path, {"set.tar": tar({f"set/{name}": data for name, data in contents.items()})})
+        place = write(tmp_path / "set", contents) if form == "folder" else tmp_path / "set.tar"
+        source = open_source(str(place))
+        names = {0: "4", 1: "2"} if labels else {0: None, 1: None}
+        assert by_colour(source) == {(n, 0, 0): ("train", name) for n, name in names.items()}
+
+    @pytest.mark.parametrize("content", ['{"labels": [["00000/a.png"]]}', '{"labels": 7}', "{", "[" * 100_000])
+    def test_a_damaged_list_is_refused(self, content: str, tmp_path: Path) -> None:
+        write(tmp_path, {"00000/a.png": picture(0), "dataset.json": content})
+        with pytest.raises(UsageError, match="cannot be read"):
+            open_source(str(tmp_path))

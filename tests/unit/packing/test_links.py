@@ -1,0 +1,157 @@
+"""Links are followed inside a source, in a tar as in a folder. What leads out of a tar is listed as left out."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.collection.verify import verify_collection
+from pipeline.config.schema import PackSection
+from pipeline.errors import CorruptError, UsageError
+from pipeline.packing.archives_and_folders import Tree
+from pipeline.packing.pack import pack
+from pipeline.packing.recognise import open_source
+from pipeline.storage import files
+from tests.unit.packing.coloured import by_colour, picture, png, tar, write
+from tests.unit.packing.reading import bytes_of
+
+
+def tar_with_links(path: Path, contents: dict[str, bytes], links: dict[str, str], kind: bytes = tarfile.SYMTYPE) -> str:
+    with tarfile.open(path, "w") as file:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+        for name, target in links.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            file.addfile(member)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Real images in b and c, hard links to c in a, links to b in d, and a link to a whole folder."""
+    root = write(tmp_path / "photos", {f"{name}/{n}.png": picture(n, ord(name)) for name in "bc" for n in range(6)})
+    (root / "a").mkdir()
+    (root / "d").mkdir()
+    for n in range(6):
+        os.link(root / "c" / f"{n}.png", root / "a" / f"{n}.png")
+        (root / "d" / f"{n}.png").symlink_to(f"../b/{n}.png")
+    (root / "e").symlink_to("d")
+    return root
+
+
+def test_a_tar_of_links_packs_like_its_folder(photos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        file.add(photos, "photos")
+    folder = pack(f"{tmp_path}/1", PackSection(source=str(photos), resolution=32))
+    assert (folder.size("train"), folder.class_names) == (30, list("abcde"))
+    pack(f"{tmp_path}/2", PackSection(source=f"{tmp_path}/photos.tar", resolution=32))
+    assert bytes_of(tmp_path / "2") == bytes_of(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("/etc/passwd", tarfile.SYMTYPE), ("../../../x.png", tarfile.SYMTYPE), ("no/such.png", tarfile.LNKTYPE)],
+)
+def test_a_link_out_of_a_tar_is_listed(
+    target: str, kind: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tar_with_links(tmp_path / "set.tar", {"a/1.png": picture(1)}, {"a/2.png": target}, kind)
+    assert pack(f"{tmp_path}/out", PackSection(source=place, resolution=32)).size("train") == 1
+    assert "left out  1  .png  a link" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../../x.png", "a/../../x.png"])
+def test_a_member_with_a_path_out_of_the_tar_is_listed(name: str, tmp_path: Path) -> None:
+    (tmp_path / "set.tar").write_bytes(tar({"a/1.png": picture(1), name: picture(2)}))
+    source = open_source(f"{tmp_path}/set.tar")
+    assert source.keys == ["a/1.png"]
+    assert source.left_out == {("its path leads out of the tar", ".png"): (1, name)}
+
+
+@pytest.mark.parametrize("target", ["nothing.png", "2.png"], ids=["dangling", "itself"])
+def test_a_link_to_nothing_is_broken_in_a_tar_as_in_a_folder(target: str, tmp_path: Path) -> None:
+    root = write(tmp_path / "set", {"a/1.png": picture(1)})
+    (root / "a" / "2.png").symlink_to(target)
+    for place in (str(root), tar_with_links(tmp_path / "set.tar", {"a/1.png": picture(1)}, {"a/2.png": target})):
+        with pytest.raises(UsageError, match=r"a/2\.png: the file does not exist"):
+            pack(f"{tmp_path}/out", PackSection(source=place, resolution=32))
+
+
+@pytest.mark.parametrize("target", [".", "..", "../a"])
+def test_a_link_to_its_own_folder_adds_nothing(target: str, tmp_path: Path) -> None:
+    root = write(tmp_path / "set", {"a/1.png": picture(1)})
+    (root / "a" / "loop").symlink_to(target)
+    place = tar_with_links(tmp_path / "set.tar", {"a/1.png": picture(1)}, {"a/loop": target})
+    assert Tree.open(str(root)).images == Tree.open(place).images == ["a/1.png"]
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_links_that_multiply_a_source_are_refused(form: str, tmp_path: Path) -> None:
+    """Twenty folders, each with three links to the next: 3 to the power of 20 paths."""
+    links = {f"{n}/link{k}": f"../{n + 1}" for n in range(20) for k in range(3)}
+    contents = {f"{n}/1.png": picture(1) for n in range(21)}
+    if form == "folder":
+        root = write(tmp_path / "set", contents)
+        for name, target in links.items():
+            (root / name).symlink_to(target)
+    place = str(root) if form == "folder" else tar_with_links(tmp_path / "set.tar", contents, links)
+    with pytest.raises(UsageError, match="repeat the same files too often"):
+        Tree.open(place)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_label_that_is_a_link_is_read_through_it(kind: bytes, tmp_path: Path) -> None:
+    contents = {"0.png": picture(0), "0.cls": b"7", "1.png": picture(1)}
+    place = tar_with_links(tmp_path / "set-0.tar", contents, {"1.cls": "0.cls"}, kind)
+    assert by_colour(open_source(place)) == {(n, 0, 0): ("train", "7") for n in range(2)}
+
+
+@pytest.mark.parametrize("target", ["gone.cls", "/etc/passwd"])
+def test_a_label_that_is_a_link_to_nothing_is_named(target: str, tmp_path: Path) -> None:
+    contents = {"0.png": picture(0), "0.cls": b"7", "1.png": picture(1)}
+    place = tar_with_links(tmp_path / "set-0.tar", contents, {"1.cls": target})
+    with pytest.raises(UsageError, match=r"1\.(cls|png)"):
+        open_source(place)
+
+
+def test_a_link_in_an_indexed_shard_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    contents = {"0.png": png(32, 32), "0.cls": b"0"}
+    tar_with_links(tmp_path / "set" / "0.tar", contents, {"1.png": "0.png", "1.cls": "0.cls"})
+    section = PackSection(source=f"{tmp_path}/set", index_only=True)
+    with pytest.raises(UsageError, match=r"0/1\.png: a link"):
+        pack(f"{tmp_path}/set", section)
+    collection = pack(f"{tmp_path}/set", section.model_copy(update={"max_broken": 1}))
+    assert verify_collection(collection.url).size("train") == 1
+
+
+def test_verify_survives_a_link_in_a_shard(copied: Path) -> None:
+    shard = sorted(copied.glob("*.tar"))[0]
+    tar_with_links(shard, {"0.png": picture(1)}, {"0.cls": "gone"})
+    with pytest.raises(CorruptError, match="is damaged"):
+        verify_collection(str(copied))
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe.cls", "pipe"])
+def test_a_pipe_is_listed_and_not_opened(name: str, tmp_path: Path) -> None:
+    root = write(tmp_path / "set", {"a/1.png": picture(1)})
+    os.mkfifo(root / "a" / name)
+    source = open_source(str(root))
+    assert source.keys == ["a/1.png"]
+    assert source.left_out == {("not a regular file", Path(name).suffix): (1, f"a/{name}")}
+
+
+def test_slashes_in_keys_of_a_bucket(tmp_path: Path) -> None:
+    """Object stores allow empty names of folders, as in s3://bucket/set//cat/1.png."""
+    for name in ("/cat/1.png", "dog//2.png", "//dog/3.png"):
+        files.write_bytes(f"memory://slashes/set/{name}", picture(int(name[-5])))
+    expected = {(1, 0, 0): ("train", "cat"), (2, 0, 0): ("train", "dog"), (3, 0, 0): ("train", "dog")}
+    assert by_colour(open_source("memory://slashes/set")) == expected
+    assert pack(f"{tmp_path}/out", PackSection(source="memory://slashes/set", resolution=32)).size("train") == 3
