@@ -209,6 +209,14 @@ def evaluate(
         str | None,
         typer.Option(help="Path or URL of the file with the parameters of inception, vgg16, clip-… or dinov2-…."),
     ] = None,
+    extractor_sha256: Annotated[
+        str | None,
+        typer.Option(help="SHA-256 of the .ts or .pt2 file. The file is a program and runs only if it matches."),
+    ] = None,
+    trust_extractor: Annotated[
+        bool,
+        typer.Option("--trust-extractor", help="Run the .ts or .pt2 file without its SHA-256."),
+    ] = False,
     download: Annotated[
         bool,
         typer.Option("--download", help="Download the published parameters if they are missing."),
@@ -257,6 +265,7 @@ def evaluate(
             "for example: sagan evaluate MODEL --reference COLLECTION",
         )
     section: dict[str, Any] = {"extractor": extractor, "extractor_weights": extractor_weights, "download": download}
+    section |= {"extractor_sha256": extractor_sha256, "trust_extractor": trust_extractor}
     section |= {"workers": workers, "gpus": float(torch.cuda.is_available()) if gpus is None else gpus}
     section |= {
         "resize": resize,

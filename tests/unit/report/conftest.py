@@ -37,7 +37,7 @@ def run(job: TrainJob, run_id: str, digits: Collection, extractor: str) -> Calla
     """Makes a run's folder as training leaves it, with a score for each checkpoint; returns its URL."""
 
     def make(name: str, samples: int = 120) -> str:
-        section = job.evaluate.model_copy(update={"extractor": extractor, "samples": samples})
+        section = job.evaluate.model_copy(update={"extractor": extractor, "trust_extractor": True, "samples": samples})
         track = job.track.model_copy(update={"register_model": False})
         mine = job.model_copy(update={"name": name, "evaluate": section, "track": track})
         for images in (1000, 2000):
