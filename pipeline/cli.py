@@ -366,13 +366,34 @@ def report(
     samples: Annotated[
         int, typer.Option(help="Number of generated images that are compared with as many real images.", min=1)
     ] = 2000,
+    reference: Annotated[
+        str | None, typer.Option(help="URL of the run's collection. Default: the URL that the run recorded.")
+    ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(help="Extractor for the comparison with real images. Default: the run's, unless it is a file."),
+    ] = None,
+    extractor_sha256: Annotated[
+        str | None,
+        typer.Option(help="SHA-256 of the .ts or .pt2 file. The file is a program and runs only if it matches."),
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder for downloaded shards. Default: as data.cache.")] = None,
 ) -> None:
-    """Write an HTML page with scores, samples, classes, nearest real images and an attention explorer."""
+    """Write an HTML page with scores, samples, classes, nearest real images and an attention explorer.
+
+    A run of other people decides neither which files run here nor which folders are used.
+    """
+    from pipeline.report.runs_and_models import Reader
     from pipeline.report.write_report import write_report
 
     if len(of) > 2:
         raise UsageError(f"{len(of)} runs are given", "give one run, or two runs to show side by side")
-    size = write_report(of, out, samples)
+    data = {key: value for key, value in {"train": reference, "cache": cache}.items() if value is not None}
+    own = {"extractor": extractor, "extractor_sha256": extractor_sha256}
+    evaluate = {key: value for key, value in own.items() if value is not None}
+    if extractor_sha256 is not None and extractor is None:
+        raise UsageError("--extractor-sha256 is given without --extractor", "give the file: --extractor FILE")
+    size = write_report(of, out, samples, Reader(data, evaluate))
     print(f"{out}: {size / 1e6:.1f} MB; open it in a browser, also without a network")
 
 

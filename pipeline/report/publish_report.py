@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
 from pipeline.report.animation import animate
+from pipeline.report.runs_and_models import Reader
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
@@ -44,7 +45,7 @@ def _publish(job: TrainJob, run_id: str) -> None:
     run = StoredRun.of(job)
     with tempfile.TemporaryDirectory(prefix="sagan-report-") as temp:
         page, grids = Path(temp) / files.name(run.report_url), Path(temp) / files.name(run.animation_url)
-        write_report([run.url], page, min(COMPARED, job.evaluate.samples))
+        write_report([run.url], page, min(COMPARED, job.evaluate.samples), Reader.of(job))
         files.upload(page, run.report_url)
         if animate(run, grids):
             files.upload(grids, run.animation_url)

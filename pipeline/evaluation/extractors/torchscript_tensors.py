@@ -39,7 +39,7 @@ def torchscript_tensors(content: bytes) -> dict[str, Tensor]:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
             raise ValueError("the archive is compressed")  # it could hold far more bytes than the file
         names = {
-            argument.replace(" ", ".")
+            str(argument).replace(" ", ".")
             for operation, argument, _ in pickletools.genops(archive.read(entries["data.pkl"]))
             if operation.name == "GLOBAL"
         }
@@ -49,14 +49,14 @@ def torchscript_tensors(content: bytes) -> dict[str, Tensor]:
             for name, entry in entries.items():
                 copy.writestr(f"archive/{name}", archive.read(entry))
     copied.seek(0)
-    classes = [(_Module, name) for name in names if name.startswith("__torch__.")]
-    with torch.serialization.safe_globals([*classes, *_LISTS]):
+    classes: list[Any] = [(_Module, name) for name in names if name.startswith("__torch__.")]
+    with torch.serialization.safe_globals(classes + _LISTS):
         root = torch.load(copied, weights_only=True, map_location="cpu")
     return dict(_tensors(root, ""))
 
 
 # They return their first argument. Older archives mark their lists with them.
-_LISTS = [_pickle.restore_type_tag, _pickle.build_intlist, _pickle.build_tensorlist]
+_LISTS: list[Any] = [_pickle.restore_type_tag, _pickle.build_intlist, _pickle.build_tensorlist]
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.evaluation.score_checkpoints import score_checkpoint
-from pipeline.runs.records import RunRecord
+from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord
 from pipeline.runs.stored_run import StoredRun
 from tests.unit.evaluation.conftest import checkpoint, commit_checkpoint, data, digits, job, model, run_id, tracking
 
@@ -48,8 +48,8 @@ def run(job: TrainJob, run_id: str, digits: Collection, extractor: str) -> Calla
             name=name,
             method={"data.collection": digits.digest, "optim.lr_d": 4e-4},
             mlflow_run_id=run_id,
-            data=mine.data,
-            evaluate=section,
+            data=RecordedData.of(mine.data),
+            evaluate=RecordedEvaluation.of(section),
         )
         stored = StoredRun.of(mine)
         stored.write_record(record)
