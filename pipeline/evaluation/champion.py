@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config.schema import TrainJob
+from pipeline.errors import CorruptError
 from pipeline.evaluation.scorer import Scorer
 from pipeline.runs.records import RegisteredModel, ScoreRecord
 from pipeline.runs.score_protocol import Score
@@ -95,14 +96,18 @@ def make_comparable(job: TrainJob, score: Score, scorer: Scorer) -> None:
 
     Does nothing where the champion has this score. Does nothing where the champion cannot be compared: it generates
     images of another resolution or another number of classes, or its weights or batch-norm statistics are of another
-    kind. Such a champion keeps the alias.
+    kind. Such a champion keeps the alias. So does a champion whose files are damaged or cannot be checked.
     """
     uri = tracking_uri(job)
     champion = registry.champion_of(uri, job.registry_name)
     if champion is None or score.key in champion.tags:
         return
     collection, device = scorer.collection, scorer.extractor.device
-    model = open_model(f"models:/{job.registry_name}/{champion.number}", device, tracking_uri=uri)
+    try:
+        model = open_model(f"models:/{job.registry_name}/{champion.number}", device, tracking_uri=uri)
+    except CorruptError as error:
+        log.warning("the champion cannot be compared and keeps its alias: %s", error)
+        return
     images = (model.config.known_resolution, model.config.known_num_classes)
     same_images = images == (collection.resolution, collection.num_classes)
     same_kind = (model.weights, model.batch_norm) == (score.protocol.weights, score.protocol.batch_norm)
