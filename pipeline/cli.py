@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.config.job_file import job_schema, load_job, parse_overrides, to_yaml
-from pipeline.errors import SaganError, UsageError
+from pipeline.errors import SaganError, UsageError, printable, shown_url
 from pipeline.runs.score_protocol import ScoreProtocol
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def verify(url: Annotated[str, typer.Argument(help="URL of a packed collection o
         checked = f"{len(collection.labels):,} images in {len(collection.shards):,} shards"
     else:
         checked = f"{len(file_sets.verify_set(url).files)} files"
-    print(f"{url}: checked {checked}; all are good", file=sys.stderr)
+    print(f"{shown_url(url)}: checked {checked}; all are good", file=sys.stderr)
 
 
 @app.command(
@@ -417,7 +418,7 @@ def _show(result: dict[str, Any], as_json: bool, title: str) -> None:
     table.add_column(overflow="fold")
     for key, value in _flat(result):
         if value is not None:
-            table.add_row(key, f"{value:,.6g}" if isinstance(value, float) else str(value))
+            table.add_row(Text(key), Text(f"{value:,.6g}" if isinstance(value, float) else printable(str(value))))
     Console().print(table)
 
 

@@ -31,7 +31,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 class Section(BaseModel):
     """Base of all sections. An unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PackSection(Section):
@@ -254,7 +254,9 @@ class ResourcesSection(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     """Number of CPUs per worker. Rounded down, but at least 1, it is also the worker's OMP_NUM_THREADS."""
     env: dict[str, str] = {}
-    """Environment variables of the workers, set before they start, for example for NCCL or the allocator."""
+    """Environment variables of the workers, set before they start, for example for NCCL or the allocator. Ray's
+    dashboard shows them, except URLs with a password and names with SECRET, TOKEN, PASSW, CREDENTIAL, KEY or AUTH. The
+    workers set those themselves."""
 
 
 class TrainJob(Section):

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config.schema import TrainJob
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, shown_url
 from pipeline.evaluation.scorer import Scorer
 from pipeline.runs.records import RegisteredModel, ScoreRecord
 from pipeline.runs.score_protocol import Score
@@ -68,7 +68,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, grid
     training = {
         "run": job.name,
         "kimg": f"{record.images / 1000:g}",
-        "checkpoint": checkpoint.url,
+        "checkpoint": shown_url(checkpoint.url),
         "checkpoint_sha256": manifest.digest,
         "manifest_digest": score.protocol.reference_digest,
         "method_digest": facts.method_digest,

@@ -25,7 +25,7 @@ from pipeline.collection.shard_file import read_shard
 from pipeline.compute.tasks import map_parallel
 from pipeline.compute.threads import map_ahead
 from pipeline.config.schema import PackSection
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError, UsageError, shown_url
 from pipeline.packing.existing_shards import index_shards
 from pipeline.packing.finish_collection import (
     SECTION,
@@ -68,7 +68,9 @@ def pack(
     encoding = section.encoding or ("png" if section.resolution == 32 else "jpeg")
     section = section.model_copy(update={"encoding": encoding})
     excluded = _excluded(section)
-    record = section.model_dump(exclude={"max_broken"}) | {"exclude": sorted(excluded)}
+    source_ = section.source
+    shown = shown_url(source_) if isinstance(source_, str) else {k: shown_url(v) for k, v in source_.items()}
+    record = section.model_dump(exclude={"max_broken"}) | {"exclude": sorted(excluded), "source": shown}
     if files.exists(files.join(destination, MANIFEST)):
         return _existing_collection(destination, record)
     files.check_writable(destination)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
+from pipeline.errors import shown_url
 from pipeline.report.animation import animate
 from pipeline.report.runs_and_models import Reader
 from pipeline.report.write_report import write_report
@@ -35,10 +36,13 @@ def publish_report(job: TrainJob, run_id: str) -> None:
             _publish(job, run_id)
     except Exception as error:
         log.warning(
-            "the page about %s could not be written: %s; write it with `sagan report %s`", job.name, error, run.url
+            "the page about %s could not be written: %s; write it with `sagan report %s`",
+            job.name,
+            shown_url(str(error)),
+            shown_url(run.url),
         )
     else:
-        print(f"wrote the page {run.report_url} in {time.monotonic() - began:.0f} s", flush=True)
+        print(f"wrote the page {shown_url(run.report_url)} in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _publish(job: TrainJob, run_id: str) -> None:

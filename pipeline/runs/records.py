@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config.schema import DataSection, EvaluateSection
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score, better_first, comparable
 from pipeline.storage import files
 
@@ -68,12 +68,12 @@ class RecordedData(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: str
-    """URL of the collection."""
+    """URL of the collection, without user, password and query."""
     split: str
 
     @classmethod
     def of(cls, section: DataSection) -> RecordedData:
-        return cls(train=section.train, split=section.split)
+        return cls(train=shown_url(section.train), split=section.split)
 
 
 class RecordedEvaluation(BaseModel):
@@ -94,7 +94,7 @@ class RecordedEvaluation(BaseModel):
     @classmethod
     def of(cls, section: EvaluateSection) -> RecordedEvaluation:
         values = {name: getattr(section, name) for name in cls.model_fields}
-        return cls(**{**values, "extractor": files.name(section.extractor)})
+        return cls(**{**values, "extractor": files.name(shown_url(section.extractor))})
 
 
 class RunRecord(Record):

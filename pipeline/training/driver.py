@@ -15,7 +15,7 @@ from pipeline.compute.cluster import join_named_cluster
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.run_method import complete_model, digest_of, method_of
 from pipeline.config.schema import TrainJob
-from pipeline.errors import InterruptedRun, SaganError, UsageError
+from pipeline.errors import InterruptedRun, SaganError, UsageError, shown_url
 from pipeline.packing.pack import pack
 from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
 from pipeline.runs.stored_run import StoredRun
@@ -120,7 +120,7 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
         tags={
             "kind": "train",
             "method_digest": digest_of(method),
-            "collection": job.data.train,
+            "collection": shown_url(job.data.train),
             SOURCE_COMMIT: git_commit(),
         },
         artifacts=job.track.artifacts or artifact_location(job),

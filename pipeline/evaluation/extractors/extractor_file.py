@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import CorruptError, EnvironmentFault, UsageError
+from pipeline.errors import CorruptError, EnvironmentFault, UsageError, shown_url
 from pipeline.evaluation.extractors import fidelity_networks
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.progress import progress
@@ -90,7 +90,7 @@ def read_extractor_file(url: str, remedy: str) -> bytes:
             return files.read_bytes(url)
         with (
             tempfile.TemporaryDirectory(prefix="sagan-weights-") as folder,
-            progress(f"fetching {url}", files.size(url), "bytes") as advance,
+            progress(f"fetching {shown_url(url)}", files.size(url), "bytes") as advance,
         ):
             path = Path(folder) / "file"
             files.download(url, path, advance=advance)
