@@ -19,7 +19,6 @@ _URL = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/]*@)?(?P<rest>[^\s?#'\"<>]*)(?P<query>[?#][^\s'\"<>]*)?"
 )
 _BUCKETS = ("s3://", "gs://")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def shown_url(text: str) -> str:
@@ -33,11 +32,11 @@ def shown_url(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text in which control characters other than tab and newline are escaped.
+    """Return a text in which unprintable letters are escaped, except tab and newline.
 
     Text of other people could otherwise move the cursor, hide lines or change the terminal.
     """
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
 
 
 class SaganError(Exception):

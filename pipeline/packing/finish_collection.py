@@ -19,7 +19,7 @@ import safetensors.numpy
 from pipeline.collection.manifest import FORMAT, INDEX, KEYS, MANIFEST, Collection, Shard
 from pipeline.collection.preview import preview
 from pipeline.collection.shard_file import Sample
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, shown_url
 from pipeline.packing.image_source import Source
 from pipeline.storage import files
 from pipeline.storage.file_sets import FileEntry
@@ -202,8 +202,8 @@ def finish_collection(
     digests = np.concatenate([shard.digests for shard in shards])
     for warning in [*_oddities(collection), *_duplicates(collection, digests, keys)]:
         print(f"warning: {warning}")
-    print(f"look at {files.join(destination, PREVIEW)}")
-    print(f"next: {next_command(collection)}")
+    print(f"look at {shown_url(files.join(destination, PREVIEW))}")
+    print(f"next: {shown_url(next_command(collection))}")
     return collection
 
 

@@ -140,7 +140,7 @@ def _existing_collection(destination: str, record: dict[str, Any]) -> Collection
             "choose another destination; a collection is never changed",
         )
     collection = Collection.open(destination)
-    print(f"{destination} is packed already, with the same options: {len(collection.labels):,} images")
+    print(f"{shown_url(destination)} is packed already, with the same options: {len(collection.labels):,} images")
     return collection
 
 
