@@ -356,15 +356,9 @@ def _packaged(folder: Path, target: Path) -> Path:
     """Write an MLflow model from code to `target`, with the files of `folder` at its top level. Return `target`."""
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, Schema
+    from mlflow.types.schema import ColSpec, Schema
 
-    inputs = Schema(
-        [
-            ColSpec(AnyType(), "class", required=False),
-            ColSpec(AnyType(), "seed", required=False),  # pandas turns integers with missing values into floats
-            ColSpec("double", "truncation", required=False),
-        ]
-    )
+    # The model checks its rows itself. With a schema of inputs, MLflow would drop empty rows, as in [{}, {}].
     outputs = Schema([ColSpec("string", "png"), ColSpec("string", "class")])
     with warnings.catch_warnings():
         # MLflow warns that there is no input example. With an example, MLflow would run the model here.
@@ -373,7 +367,7 @@ def _packaged(folder: Path, target: Path) -> Path:
             target,
             python_model=str(Path(__file__).with_name("served_model.py")),
             code_paths=[str(folder / "code" / "sagan")],
-            signature=ModelSignature(inputs, outputs),
+            signature=ModelSignature(outputs=outputs),
             pip_requirements=_requirements(),
         )
     for file in folder.iterdir():
