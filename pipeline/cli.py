@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.config.job_file import job_schema, load_job, parse_overrides, to_yaml
-from pipeline.errors import SaganError, UsageError
+from pipeline.errors import SaganError, UsageError, printable, shown_url
 from pipeline.runs.score_protocol import ScoreProtocol
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def verify(url: Annotated[str, typer.Argument(help="URL of a packed collection o
         checked = f"{len(collection.labels):,} images in {len(collection.shards):,} shards"
     else:
         checked = f"{len(file_sets.verify_set(url).files)} files"
-    print(f"{url}: checked {checked}; all are good", file=sys.stderr)
+    print(f"{shown_url(url)}: checked {checked}; all are good", file=sys.stderr)
 
 
 @app.command(
@@ -222,6 +223,14 @@ def evaluate(
         str | None,
         typer.Option(help="Path or URL of the file with the parameters of inception, vgg16, clip-… or dinov2-…."),
     ] = None,
+    extractor_sha256: Annotated[
+        str | None,
+        typer.Option(help="SHA-256 of the .ts or .pt2 file. The file is a program and runs only if it matches."),
+    ] = None,
+    trust_extractor: Annotated[
+        bool,
+        typer.Option("--trust-extractor", help="Run the .ts or .pt2 file without its SHA-256."),
+    ] = False,
     download: Annotated[
         bool,
         typer.Option("--download", help="Download the published parameters if they are missing."),
@@ -270,6 +279,7 @@ def evaluate(
             "for example: sagan evaluate MODEL --reference COLLECTION",
         )
     section: dict[str, Any] = {"extractor": extractor, "extractor_weights": extractor_weights, "download": download}
+    section |= {"extractor_sha256": extractor_sha256, "trust_extractor": trust_extractor}
     section |= {"workers": workers, "gpus": float(torch.cuda.is_available()) if gpus is None else gpus}
     section |= {
         "resize": resize,
@@ -370,13 +380,34 @@ def report(
     samples: Annotated[
         int, typer.Option(help="Number of generated images that are compared with as many real images.", min=1)
     ] = 2000,
+    reference: Annotated[
+        str | None, typer.Option(help="URL of the run's collection. Default: the URL that the run recorded.")
+    ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(help="Extractor for the comparison with real images. Default: the run's, unless it is a file."),
+    ] = None,
+    extractor_sha256: Annotated[
+        str | None,
+        typer.Option(help="SHA-256 of the .ts or .pt2 file. The file is a program and runs only if it matches."),
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder for downloaded shards. Default: as data.cache.")] = None,
 ) -> None:
-    """Write an HTML page with scores, samples, classes, nearest real images and an attention explorer."""
+    """Write an HTML page with scores, samples, classes, nearest real images and an attention explorer.
+
+    A run of other people decides neither which files run here nor which folders are used.
+    """
+    from pipeline.report.runs_and_models import Reader
     from pipeline.report.write_report import write_report
 
     if len(of) > 2:
         raise UsageError(f"{len(of)} runs are given", "give one run, or two runs to show side by side")
-    size = write_report(of, out, samples)
+    data = {key: value for key, value in {"train": reference, "cache": cache}.items() if value is not None}
+    own = {"extractor": extractor, "extractor_sha256": extractor_sha256}
+    evaluate = {key: value for key, value in own.items() if value is not None}
+    if extractor_sha256 is not None and extractor is None:
+        raise UsageError("--extractor-sha256 is given without --extractor", "give the file: --extractor FILE")
+    size = write_report(of, out, samples, Reader(data, evaluate))
     print(f"{out}: {size / 1e6:.1f} MB; open it in a browser, also without a network")
 
 
@@ -400,7 +431,7 @@ def _show(result: dict[str, Any], as_json: bool, title: str) -> None:
     table.add_column(overflow="fold")
     for key, value in _flat(result):
         if value is not None:
-            table.add_row(key, f"{value:,.6g}" if isinstance(value, float) else str(value))
+            table.add_row(Text(key), Text(f"{value:,.6g}" if isinstance(value, float) else printable(str(value))))
     Console().print(table)
 
 

@@ -15,15 +15,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from json import dumps, load
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pipeline.config.schema import DataSection
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, printable, shown_url
 
 PATIENCE_S = 15.0  # time limit of a check
 CLUSTER_PATIENCE_S = 90.0  # time limit of the cluster check, which starts a worker on every node
@@ -44,6 +45,10 @@ class Check:
     status: Literal["ok", "warn", "fail"]
     found: str
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("found", "remedy"):
+            object.__setattr__(self, name, printable(shown_url(getattr(self, name))))
 
 
 def run(cluster: bool, json: bool) -> int:
@@ -154,7 +159,7 @@ def _tracking() -> Check:
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+            urllib.request.urlopen(_health(uri, parts), timeout=5).close()
         except urllib.error.HTTPError as error:
             return _warn(
                 f"{uri} answers with HTTP status {error.code}",
@@ -176,6 +181,15 @@ def _tracking() -> Check:
         if "MLFLOW_TRACKING_URI" in os.environ
         else f"{uri} in the folder where a job runs (MLFLOW_TRACKING_URI is not set)"
     )
+
+
+def _health(uri: str, parts: SplitResult) -> urllib.request.Request:
+    """Return the request for the health of an MLflow server. urllib does not read user and password from a URL."""
+    headers = {}
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
+    return urllib.request.Request(f"{shown_url(uri).rstrip('/')}/health", headers=headers)
 
 
 def _disk() -> Check:

@@ -13,9 +13,34 @@ The message says what is wrong and where. The remedy says what to do. The user s
 
 from __future__ import annotations
 
+import re
+
+_URL = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/]*@)?(?P<rest>[^\s?#'\"<>]*)(?P<query>[?#][^\s'\"<>]*)?"
+)
+_BUCKETS = ("s3://", "gs://")
+
+
+def shown_url(text: str) -> str:
+    """Return a URL, or a text with URLs, without user, password and query of each URL. These may be secrets.
+
+    The key of an object in a bucket may contain `?` and `#`, so s3:// and gs:// URLs have no query.
+    """
+    return _URL.sub(
+        lambda url: url["scheme"] + url["rest"] + (url["query"] or "" if url["scheme"] in _BUCKETS else ""), text
+    )
+
+
+def printable(text: str) -> str:
+    """Return a text in which unprintable letters are escaped, except tab and newline.
+
+    Text of other people could otherwise move the cursor, hide lines or change the terminal.
+    """
+    return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
+
 
 class SaganError(Exception):
-    """An error with a message and a remedy.
+    """An error with a message and a remedy. Both are shown without secrets of URLs and without control characters.
 
     Attributes:
         message: What is wrong, and where.
@@ -25,6 +50,7 @@ class SaganError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, remedy: str = "") -> None:
+        message, remedy = printable(shown_url(message)), printable(shown_url(remedy))
         super().__init__(message, remedy)  # pickle restores an exception from these arguments between Ray processes
         self.message = message
         self.remedy = remedy

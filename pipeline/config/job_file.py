@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -22,7 +24,39 @@ from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob
 from pipeline.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
 KeyPath = tuple[str | int, ...]
+
+# Most characters of a YAML text, its deepest nesting, and the most values. An alias counts as the values that it names.
+MOST_TEXT, MOST_DEPTH, MOST_VALUES = 1_000_000, 20, 20_000
+
+
+@dataclass
+class Origin:
+    """Where the values of a job come from, for messages.
+
+    Attributes:
+        name: File, or what else the values were read from.
+        lines: Line of each key.
+        variables: `${NAME}` of each value that was taken from an environment variable. Such a value may be a secret.
+    """
+
+    name: str
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def place(self, at: KeyPath) -> str:
+        """Return `FILE:LINE: ` for a key, or for the nearest key above it whose line is known."""
+        while at and at not in self.lines:
+            at = at[:-1]
+        return f"{self.name}:{self.lines[at]}: " if at in self.lines and at else f"{self.name}: "
+
+    def without_secrets(self, text: str) -> str:
+        """Return a text in which each value of a variable is replaced by the variable's name."""
+        for value, variable in sorted(self.variables.items(), key=lambda item: -len(item[0])):
+            for form in dict.fromkeys((value, repr(value)[1:-1])):
+                text = variable.join(re.split(rf"(?<!\w){re.escape(form)}(?!\w)", text))
+        return text
 
 
 def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Job:
@@ -37,10 +71,10 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
     Raises ConfigError that names file, line and key, with the nearest known key or the expected values.
     """
     path = Path(path)
-    values, lines = _read(path)
+    values, origin = _read(path)
     for key, value in (overrides or {}).items():
         override(values, key, value)
-    job = parse_job(values, str(path), lines)
+    job = parse_job(values, origin)
     if isinstance(job, TuneJob):
         job = job.model_copy(update={"base": str(path.parent / job.base)})
         base = trial_job(job, {})  # a wrong key is found now and not in the first trial
@@ -67,23 +101,26 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         key, equals, value = argument.partition("=")
         if not equals or not key:
             raise ConfigError(f"{argument!r} is not an override", "write key=value, for example train.workers=2")
-        parsed[key] = yaml.safe_load(value) if value else None
+        parsed[key] = _read_text(value, Origin(f"override {key}"))
     return parsed
 
 
-def parse_job(values: Any, source: str, lines: Mapping[KeyPath, int] | None = None) -> Job:
-    """Validate the values of a job. Messages of ConfigError name `source` and the line of a key in `lines`."""
+def parse_job(values: Any, origin: Origin | str) -> Job:
+    """Validate the values of a job. Messages of ConfigError name their origin and the line of a key."""
+    origin = Origin(origin) if isinstance(origin, str) else origin
     if not isinstance(values, dict):
-        raise ConfigError(f"{source} holds no keys", "a job file is a YAML mapping that begins with `kind:`")
+        raise ConfigError(f"{origin.name} holds no keys", "a job file is a YAML mapping that begins with `kind:`")
     kind = values.get("kind")
-    if kind not in KINDS:
-        place = _place(source, lines or {}, ("kind",))
-        raise ConfigError(f"{place}kind is {kind!r}", f"write `kind:` with one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(
+            f"{origin.place(('kind',))}kind is {origin.without_secrets(repr(kind))}",
+            f"write `kind:` with one of {', '.join(KINDS)}",
+        )
     schema = KINDS[kind]
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(p, schema, source, lines or {}) for p in error.errors(include_url=False)]
+        problems = [_explain(problem, schema, origin) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(problems), "`sagan config --schema` lists every key") from None
 
 
@@ -101,58 +138,121 @@ def _plain(value: Any) -> Any:
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """Return the values of a YAML file and the line of each key. Raises ConfigError."""
+def _read(path: Path) -> tuple[Any, Origin]:
+    """Return the values of a YAML file and their origin. Raises ConfigError."""
+    origin = Origin(str(path))
     try:
-        text = path.read_text()
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_TEXT + 1)
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         remedy = f"did you mean {path.parent / near[0]}?" if near else "give the path of a job file, e.g. jobs/…"
         raise ConfigError(f"{path} cannot be read: {error.strerror}", remedy) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text in UTF-8: {error.reason}", "give the path of a job file") from None
+    return _read_text(text, origin), origin
+
+
+def _read_text(text: str, origin: Origin) -> Any:
+    """Return the values of a YAML text, and add the line of each key to `origin`. Raises ConfigError.
+
+    The size, the nesting and the number of values are bounded before values are built.
+    """
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"{origin.name} is longer than {MOST_TEXT:,} characters", "give the path of a job file")
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEPTH:
+                raise _too_deep(origin, event.start_mark.line + 1 if event.start_mark else 1)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', error)}", "correct the YAML") from None
-    lines: dict[KeyPath, int] = {}
-    return (_construct(node, (), path, lines) if node else None), lines
+        raise ConfigError(f"{origin.name}{line}: {getattr(error, 'problem', error)}", "correct the YAML") from None
+    return _Values(origin).of(node, ()) if node else None
 
 
-def _construct(node: yaml.Node, at: KeyPath, path: Path, lines: dict[KeyPath, int]) -> Any:
-    """Return the value of a YAML node with environment variables filled in, and store the line of each key."""
-    lines[at] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
+def _too_deep(origin: Origin, line: int) -> ConfigError:
+    return ConfigError(
+        f"{origin.name}:{line}: values are nested more than {MOST_DEPTH} deep", "remove the nesting, or the alias (*…)"
+    )
+
+
+class _Values:
+    """Builds the values of YAML nodes, with environment variables filled in, and stores the line of each key."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin, self.count = origin, 0
+
+    def of(self, node: yaml.Node, at: KeyPath) -> Any:
+        """Return the value of a node at a key path. Raises ConfigError."""
+        line = node.start_mark.line + 1
+        self.origin.lines[at] = line
+        self.count += 1
+        if len(at) > MOST_DEPTH:  # an alias may name a node that contains it
+            raise _too_deep(self.origin, line)
+        if self.count > MOST_VALUES:
+            raise ConfigError(f"{self.origin.name}:{line}: more than {MOST_VALUES:,} values", "remove aliases (*…)")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, at)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.of(item, (*at, i)) for i, item in enumerate(node.value)]
+        return self._scalar(node, line)
+
+    def _mapping(self, node: yaml.MappingNode, at: KeyPath) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.origin.name}:{line}: a key is not a text", "write `key: value`")
             key = str(key_node.value)
             if key in mapping:
-                raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: {key} occurs twice", "remove one of them")
-            mapping[key] = _construct(value_node, (*at, key), path, lines)
-            lines[(*at, key)] = key_node.start_mark.line + 1
+                raise ConfigError(f"{self.origin.name}:{line}: {key} occurs twice", "remove one of them")
+            mapping[key] = self.of(value_node, (*at, key))
+            self.origin.lines[(*at, key)] = line
         return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, (*at, i), path, lines) for i, item in enumerate(node.value)]
-    constructor = yaml.SafeLoader("")
-    value = constructor.construct_object(node)
-    return _substitute(value, path, lines[at]) if isinstance(value, str) else value
 
-
-def _substitute(text: str, path: Path, line: int) -> Any:
-    """Return a text with environment variables filled in. Raises ConfigError where a variable is not set."""
-
-    def value_of(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        if (value := os.environ.get(name, default)) is None:
+    def _scalar(self, node: yaml.Node, line: int) -> Any:
+        """Return the value of a scalar. Raises ConfigError where a number is not finite or a variable is not set."""
+        try:
+            value = yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError):
             raise ConfigError(
-                f"{path}:{line}: ${{{name}}} is not set", f"export {name}=… or write ${{{name}:-default}}"
-            )
+                f"{self.origin.name}:{line}: {_shortened(repr(node.value))} has no value", "correct the YAML"
+            ) from None
+        substituted = isinstance(value, str) and _VARIABLE.search(value)
+        if substituted:
+            value = self._substitute(value, line)
+        number = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+        if isinstance(number, float) and not math.isfinite(number):
+            shown = node.value if not substituted else self.origin.without_secrets(node.value)
+            raise ConfigError(f"{self.origin.name}:{line}: {shown} is not a finite number", "write a finite number")
         return value
 
-    if not _VARIABLE.search(text):
-        return text
-    filled = _VARIABLE.sub(value_of, text)
-    return yaml.safe_load(filled) if filled else None  # a variable may stand for a number
+    def _substitute(self, text: str, line: int) -> Any:
+        """Return a text with environment variables filled in. Raises ConfigError where a variable is not set."""
+
+        def value_of(match: re.Match[str]) -> str:
+            name, default = match.groups()
+            if (value := os.environ.get(name, default)) is None:
+                raise ConfigError(
+                    f"{self.origin.name}:{line}: ${{{name}}} is not set",
+                    f"export {name}=… or write ${{{name}:-default}}",
+                )
+            if value and name in os.environ:
+                self.origin.variables[value] = f"${{{name}}}"
+            return value
+
+        filled = _VARIABLE.sub(value_of, text)
+        try:
+            value = yaml.safe_load(filled) if filled else None  # a variable may stand for a number
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return filled
+        if any(name in os.environ for name, _ in _VARIABLE.findall(text)):
+            self.origin.variables.setdefault(str(value), text)
+        return value
 
 
 def override(values: Any, dotted: str, value: Any) -> None:
@@ -213,27 +313,25 @@ class _FileSchema(GenerateJsonSchema):
 # --- Messages --------------------------------------------------------------------------------------------------------
 
 
-def _explain(problem: Any, schema: type[BaseModel], source: str, lines: Mapping[KeyPath, int]) -> str:
+def _explain(problem: Any, schema: type[BaseModel], origin: Origin) -> str:
     """Return the message for one of pydantic's errors, with file, line and key."""
     at = tuple(part for part in problem["loc"])
     key = ".".join(map(str, at)) or "job"
-    place = _place(source, lines, at)
+    place = origin.place(at)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         near = difflib.get_close_matches(key, keys(schema), 1, cutoff=0.5)
         return f"{place}{key} is not a key" + (f"; did you mean {near[0]}?" if near else "")
     if problem["type"] in ("missing", "missing_argument"):
         return f"{place}{key} is missing"
     if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
+        message = origin.without_secrets(str(problem["ctx"]["error"]))
         return f"{place}{message}" if "." in message.split(" ")[0] else f"{place}{key}: {message}"
-    return f"{place}{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    value, reason = _shortened(origin.without_secrets(repr(problem["input"]))), problem["msg"]
+    return f"{place}{key} is {value}: {reason[0].lower()}{reason[1:]}"
 
 
-def _place(source: str, lines: Mapping[KeyPath, int], at: KeyPath) -> str:
-    """Return `FILE:LINE: ` for a key, or for the nearest key above it whose line is known."""
-    while at and at not in lines:
-        at = at[:-1]
-    return f"{source}:{lines[at]}: " if at in lines and at else f"{source}: "
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def keys(schema: Any, prefix: str = "") -> list[str]:

@@ -34,7 +34,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 class Section(BaseModel):
     """Base of all sections. An unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PackSection(Section):
@@ -153,7 +153,12 @@ class EvaluateSection(Section):
     extractor: str = "inception"
     """Network that computes features of images: `inception`, another network of torch-fidelity (`vgg16`,
     `clip-vit-b-32`, `dinov2-vit-b-14`, …), `classifier`, which is trained once on the collection, or the path or URL of
-    a TorchScript (.ts) or torch.export (.pt2) file."""
+    a TorchScript (.ts) or torch.export (.pt2) file. Such a file is a program. It needs `evaluate.extractor_sha256` or
+    `evaluate.trust_extractor`."""
+    extractor_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 in hex of the extractor file that you trust. It is checked before the file runs."""
+    trust_extractor: bool = False
+    """Whether to run an extractor file without its SHA-256. The file can do all that you can do on the machine."""
     extractor_weights: Url | None = None
     """Path or URL of a file with the parameters of a network of torch-fidelity. Default: the published file in
     ~/.cache/sagan; for `inception` its name is weights-inception-2015-12-05-6726825d.pth."""
@@ -212,6 +217,10 @@ class EvaluateSection(Section):
     def _applies(self) -> EvaluateSection:
         if self.resize == "clean" and self.extractor != "inception":
             raise ValueError(f"evaluate.resize: clean needs evaluate.extractor: inception, not {self.extractor}")
+        if (self.extractor_sha256 or self.trust_extractor) and not self.extractor_is_file:
+            raise ValueError(
+                f"evaluate.extractor_sha256 and evaluate.trust_extractor apply to a file, not to {self.extractor}"
+            )
         if self.extractor_dtype == "float64" and (self.extractor == "classifier" or self.extractor_is_file):
             raise ValueError(
                 f"evaluate.extractor_dtype: float64 is not available for {self.extractor}, which computes in float32"
@@ -251,7 +260,9 @@ class ResourcesSection(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     """Number of CPUs per worker. Rounded down, but at least 1, it is also the worker's OMP_NUM_THREADS."""
     env: dict[str, str] = {}
-    """Environment variables of the workers, set before they start, for example for NCCL or the allocator."""
+    """Environment variables of the workers, set before they start, for example for NCCL or the allocator. Ray's
+    dashboard shows them, except URLs with a password and names with SECRET, TOKEN, PASSW, CREDENTIAL, KEY or AUTH. The
+    workers set those themselves."""
 
 
 class TrainJob(Section):

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config.schema import TrainJob
+from pipeline.errors import CorruptError, shown_url
 from pipeline.evaluation.scorer import Scorer
 from pipeline.runs.records import RegisteredModel, ScoreRecord
 from pipeline.runs.score_protocol import Score
@@ -66,7 +67,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, grid
     training = {
         "run": job.name,
         "kimg": f"{record.images / 1000:g}",
-        "checkpoint": checkpoint.url,
+        "checkpoint": shown_url(checkpoint.url),
         "checkpoint_sha256": manifest.digest,
         "manifest_digest": score.protocol.reference_digest,
         "method_digest": facts.method_digest,
@@ -93,14 +94,18 @@ def make_comparable(job: TrainJob, score: Score, scorer: Scorer) -> None:
 
     Does nothing where the champion has this score. Does nothing where the champion cannot be compared: it generates
     images of another resolution or another number of classes, or its weights or batch-norm statistics are of another
-    kind. Such a champion keeps the alias.
+    kind. Such a champion keeps the alias. So does a champion whose files are damaged or cannot be checked.
     """
     uri = tracking_uri(job)
     champion = registry.champion_of(uri, job.registry_name)
     if champion is None or score.key in champion.tags:
         return
     collection, device = scorer.collection, scorer.extractor.device
-    model = open_model(f"models:/{job.registry_name}/{champion.number}", device, tracking_uri=uri)
+    try:
+        model = open_model(f"models:/{job.registry_name}/{champion.number}", device, tracking_uri=uri)
+    except CorruptError as error:
+        log.warning("the champion cannot be compared and keeps its alias: %s", error)
+        return
     images = (model.config.known_resolution, model.config.known_num_classes)
     same_images = images == (collection.resolution, collection.num_classes)
     same_kind = (model.weights, model.batch_norm) == (score.protocol.weights, score.protocol.batch_norm)

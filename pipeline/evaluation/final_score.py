@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
+from pipeline.errors import shown_url
 from pipeline.evaluation import champion, metrics
 from pipeline.evaluation.features import Generated
 from pipeline.evaluation.moments import frechet_distance
@@ -56,8 +57,8 @@ def _finalise(job: TrainJob, run_id: str) -> RunScores:
         update={
             "score": best.score,
             "registered": registered,
-            "grid": run.grid_url(best.checkpoint),
-            "checkpoint": checkpoint.url,
+            "grid": shown_url(run.grid_url(best.checkpoint)),
+            "checkpoint": shown_url(checkpoint.url),
         }
     )
 

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.collection.manifest import FORMAT, INDEX, KEYS, MANIFEST, ClassNames, Collection, Shard, manifest_bytes
 from pipeline.collection.preview import preview
 from pipeline.collection.shard_file import Sample
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, shown_url
 from pipeline.packing.archives_and_folders import suffix
 from pipeline.packing.image_source import LeftOut, Source, tally
 from pipeline.storage import files
@@ -222,8 +222,8 @@ def finish_collection(
     digests = np.concatenate([shard.digests for shard in shards])
     for warning in [*_oddities(collection), *_duplicates(collection, digests, keys)]:
         print(f"warning: {warning}")
-    print(f"look at {files.join(destination, PREVIEW)}")
-    print(f"next: {next_command(collection)}")
+    print(f"look at {shown_url(files.join(destination, PREVIEW))}")
+    print(f"next: {shown_url(next_command(collection))}")
     return collection
 
 

@@ -24,7 +24,7 @@ from pipeline.collection.shard_file import read_shard
 from pipeline.compute.tasks import map_parallel
 from pipeline.compute.threads import map_ahead
 from pipeline.config.schema import PackSection
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError, UsageError, shown_url
 from pipeline.packing.existing_shards import index_shards
 from pipeline.packing.finish_collection import (
     SECTION,
@@ -68,7 +68,9 @@ def pack(
     encoding = section.encoding or ("png" if section.resolution == 32 else "jpeg")
     section = section.model_copy(update={"encoding": encoding})
     excluded = _excluded(section)
-    record = section.model_dump(exclude={"max_broken", "max_pixels"}) | {"exclude": sorted(excluded)}
+    given = section.source
+    shown = shown_url(given) if isinstance(given, str) else {split: shown_url(url) for split, url in given.items()}
+    record = section.model_dump(exclude={"max_broken", "max_pixels"}) | {"exclude": sorted(excluded), "source": shown}
     if files.exists(files.join(destination, MANIFEST)):
         return _existing_collection(destination, record)
     files.check_writable(destination)
@@ -139,7 +141,7 @@ def _existing_collection(destination: str, record: dict[str, Any]) -> Collection
             "choose another destination; a collection is never changed",
         )
     collection = Collection.open(destination)
-    print(f"{destination} is packed already, with the same options: {len(collection.labels):,} images")
+    print(f"{shown_url(destination)} is packed already, with the same options: {len(collection.labels):,} images")
     return collection
 
 

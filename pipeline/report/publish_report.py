@@ -7,7 +7,9 @@ import time
 
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
+from pipeline.errors import shown_url
 from pipeline.report.animation import animate
+from pipeline.report.runs_and_models import Reader
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
@@ -32,17 +34,20 @@ def publish_report(job: TrainJob, run_id: str) -> None:
             _publish(job, run_id)
     except Exception as error:
         log.warning(
-            "the page about %s could not be written: %s; write it with `sagan report %s`", job.name, error, run.url
+            "the page about %s could not be written: %s; write it with `sagan report %s`",
+            job.name,
+            shown_url(str(error)),
+            shown_url(run.url),
         )
     else:
-        print(f"wrote the page {run.report_url} in {time.monotonic() - began:.0f} s", flush=True)
+        print(f"wrote the page {shown_url(run.report_url)} in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _publish(job: TrainJob, run_id: str) -> None:
     run = StoredRun.of(job)
     with files.temporary_folder("report") as temp:
         page, grids = temp / files.name(run.report_url), temp / files.name(run.animation_url)
-        write_report([run.url], page, min(COMPARED, job.evaluate.samples))
+        write_report([run.url], page, min(COMPARED, job.evaluate.samples), Reader.of(job))
         files.upload(page, run.report_url)
         if animate(run, grids):
             files.upload(grids, run.animation_url)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from pipeline.config.schema import EvaluateSection
-from pipeline.errors import UsageError
+from pipeline.config.schema import DataSection, EvaluateSection, TrainJob
+from pipeline.errors import CorruptError, UsageError
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import RunRecord, ScoreRecord, TrainSummary, best_score
 from pipeline.runs.score_protocol import ScoreProtocol
@@ -46,6 +50,46 @@ class RunOfPage:
         if self.summary:
             protocols += [score.protocol for score in (self.summary.score, self.summary.final) if score]
         return {protocol.id8: protocol for protocol in protocols}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Values of the person who reads a run, by key of the sections `data` and `evaluate`.
+
+    The record of a run only describes. It does not decide which files and which folders of the reader are used.
+    """
+
+    data: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: TrainJob) -> Reader:
+        """Return the reader of a run of one's own, who uses the files and folders of the job."""
+        return cls(job.data.model_dump(), job.evaluate.model_dump())
+
+    def data_of(self, record: RunRecord) -> DataSection:
+        """Return where the images of a run are, and the reader's cache."""
+        return DataSection(**{**record.data.model_dump(), **self.data})
+
+    def section_of(self, record: RunRecord) -> EvaluateSection:
+        """Return how to compute features as the scores of a run. Raises UsageError, CorruptError.
+
+        An extractor file is a program. It is used only where the reader gives it.
+        """
+        recorded = record.evaluate.model_dump()
+        if "extractor" in self.evaluate:
+            recorded = {key: recorded[key] for key in ("split", "samples", "seed", "weights", "standing_images")}
+        elif Path(record.evaluate.extractor).suffix:
+            raise UsageError(
+                f"the run was scored with the extractor file {record.evaluate.extractor}, which is a program",
+                "if you trust your copy of the file, give it: --extractor FILE --extractor-sha256 SHA256",
+            )
+        try:
+            section = EvaluateSection(**{**recorded, **self.evaluate, "workers": 1})  # a page needs no cluster
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]["msg"]
+            raise CorruptError(f"{record.name} cannot have been scored as its run.json says: {problem}") from error
+        return section
 
 
 @dataclass(frozen=True)
@@ -127,7 +171,9 @@ def _of_run(stored: StoredRun) -> Subject:
         checkpoint=chosen,
         git_commit=chosen.facts().git_commit,
     )
-    return Subject(record.name, *_networks(chosen, record.evaluate), run)
+    scored = record.evaluate
+    section = EvaluateSection(weights=scored.weights, standing_images=scored.standing_images, seed=scored.seed)
+    return Subject(record.name, *_networks(chosen, section), run)
 
 
 def _networks(checkpoint: StoredCheckpoint, section: EvaluateSection) -> tuple[Model, Discriminator]:

@@ -14,7 +14,7 @@ from pipeline.errors import SaganError, UsageError
 from pipeline.evaluation import metrics
 from pipeline.report import attention_explorer, attention_maps, html, plots, sample_analysis
 from pipeline.report.html import Html, Section, element, joined
-from pipeline.report.runs_and_models import RunOfPage, Subject, Subjects
+from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
@@ -35,13 +35,14 @@ EXPLORER_BYTES, FRAME_BYTES, TILE_BYTES, PLANE_BYTES = 3_200_000, 900_000, 650_0
 TILES = 2 * ROWS * STEPS + ROWS * (1 + sample_analysis.NEIGHBOURS) + 2 * SHOWN_CLASSES * PER_CLASS  # per subject
 
 
-def write_report(urls: Sequence[str], out: Path, compared: int = 2000) -> int:
+def write_report(urls: Sequence[str], out: Path, compared: int = 2000, reader: Reader = Reader()) -> int:  # noqa: B008
     """Write the page and return its size in bytes.
 
     Args:
         urls: One or two subjects, as `Subjects.add` accepts them.
         out: File to write.
         compared: Number of generated images that are compared with as many real images.
+        reader: Files and folders of the person who reads the runs.
 
     Raises UsageError, EnvironmentFault, CorruptError.
     """
@@ -56,7 +57,7 @@ def write_report(urls: Sequence[str], out: Path, compared: int = 2000) -> int:
         _samples(columns),
         _attention(columns),
         _interpolation(columns),
-        *_real_comparison(columns, compared),
+        *_real_comparison(columns, compared, reader),
         _protocols(columns),
         _method(columns),
     ]
@@ -270,14 +271,14 @@ def _tiles(rows: Sequence[sample_analysis.Row], budget: int, *, show_captions: b
     return joined(html.tiles(row.title, row.images, row.captions, budget, show_captions=show_captions) for row in rows)
 
 
-def _real_comparison(subjects: Sequence[Subject], compared: int) -> list[Section]:
+def _real_comparison(subjects: Sequence[Subject], compared: int, reader: Reader) -> list[Section]:
     """Return the sections that compare samples with real images. A comparison that fails is replaced by its message."""
     nearest, classes, budget = [], [], _tile_budget(subjects)
     for subject, run in _runs(subjects):
         try:
-            comparison = _compare(subject.model, run, compared)
+            comparison = _compare(subject.model, run, compared, reader)
         except SaganError as error:
-            text = f"The comparison with real images is left out: {error.message}"
+            text = f"The comparison with real images is left out: {error.message}. {error.remedy}"
             nearest.append((subject.name, element("p", text, class_="warning")))
         else:
             nearest.append((subject.name, _nearest(comparison, compared, budget)))
@@ -289,13 +290,12 @@ def _real_comparison(subjects: Sequence[Subject], compared: int) -> list[Section
     ]
 
 
-def _compare(model: Model, run: RunOfPage, compared: int) -> sample_analysis.RealComparison:
+def _compare(model: Model, run: RunOfPage, compared: int, reader: Reader) -> sample_analysis.RealComparison:
     """Compare samples with the training images of the run.
 
     Raises UsageError where the run's URL holds another collection, EnvironmentFault, CorruptError.
     """
-    data = run.record.data
-    section = run.record.evaluate.model_copy(update={"workers": 1})  # a page needs no cluster
+    data, section = reader.data_of(run.record), reader.section_of(run.record)
     collection = Collection.open(data.train)
     if collection.digest != run.record.method["data.collection"]:
         raise UsageError(f"{data.train} now holds another collection than the one that the run was trained on")

@@ -6,14 +6,12 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config.schema import DataSection, EvaluateSection
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score, better_first, comparable
 from pipeline.storage import files
-
-FORMAT = 2
 
 
 class Record(BaseModel):
@@ -21,7 +19,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[2] = 2
+    format: int = 2
 
     @classmethod
     def read(cls, url: str) -> Self | None:
@@ -42,9 +40,10 @@ class Record(BaseModel):
         except ValueError as error:
             raise CorruptError(f"{url} is not JSON: {error}") from error
         version = values.get("format", 1) if isinstance(values, dict) else None
-        if version != FORMAT:
+        known = cls.model_fields["format"].default
+        if version != known:
             raise CorruptError(
-                f"{url} has format {version}; this version reads format {FORMAT}",
+                f"{url} has format {version}; this version reads format {known}",
                 "use the version of sagan that wrote the file, or give the run another name",
             )
         try:
@@ -63,6 +62,41 @@ class Record(BaseModel):
         return self.model_dump(mode="json")
 
 
+class RecordedData(BaseModel):
+    """The images of a run. A reader of the record decides about the cache and everything else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: str
+    """URL of the collection, without user, password and query."""
+    split: str
+
+    @classmethod
+    def of(cls, section: DataSection) -> RecordedData:
+        return cls(train=shown_url(section.train), split=section.split)
+
+
+class RecordedEvaluation(BaseModel):
+    """How the checkpoints of a run were scored. A reader of the record decides about files and everything else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    extractor: str
+    """Name of the extractor, or the name of its file without the folder. A reader never opens this file."""
+    resize: Literal["fidelity", "clean"]
+    extractor_dtype: Literal["float32", "float64"]
+    split: str
+    samples: int = Field(ge=2)
+    seed: int = Field(ge=0, lt=2**63)
+    weights: Literal["ema", "raw"]
+    standing_images: int | None = Field(ge=1, le=1_000_000)
+
+    @classmethod
+    def of(cls, section: EvaluateSection) -> RecordedEvaluation:
+        values = {name: getattr(section, name) for name in cls.model_fields}
+        return cls(**{**values, "extractor": files.name(shown_url(section.extractor))})
+
+
 class RunRecord(Record):
     """`run.json` of a training run: facts that a later driver and later readers need."""
 
@@ -75,10 +109,9 @@ class RunRecord(Record):
     """Number of worker-group starts."""
     images_lost: int = 0
     """Number of images that were trained on and were in no checkpoint when workers died."""
-    data: DataSection
-    """Location of the images, for reports about the run."""
-    evaluate: EvaluateSection
-    """Extractor and samples of the run's scores."""
+    data: RecordedData
+    evaluate: RecordedEvaluation
+    format: int = 3
 
 
 class SweepRecord(Record):
@@ -87,6 +120,7 @@ class SweepRecord(Record):
     kind: Literal["tune"] = "tune"
     name: str
     mlflow_run_id: str
+    format: int = 3
 
 
 class CheckpointFacts(Record):

@@ -67,6 +67,12 @@ class Manifest:
     files: dict[str, FileEntry]
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, folder: Path, **facts: Any) -> Manifest:
+        """Compute the manifest of every file below a local folder."""
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return cls({path.relative_to(folder).as_posix(): FileEntry.of(path) for path in paths}, facts)
+
     def to_bytes(self) -> bytes:
         """Return the manifest as JSON. The same contents give the same bytes."""
         entries = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()}
@@ -97,14 +103,13 @@ def upload_set(folder: Path, url: str, **facts: Any) -> Manifest:
     Where `url` holds the same set already, nothing is uploaded. Raises SaganError where `url` holds another set, and
     EnvironmentFault where storage fails.
     """
-    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    manifest = Manifest({name: FileEntry.of(path) for name, path in paths.items()}, facts)
+    manifest = Manifest.of(folder, **facts)
     if (existing := read_manifest(url)) is not None:
         if existing.to_bytes() != manifest.to_bytes():
             raise SaganError(f"{url} already holds another set of files; a set is never changed", "choose another URL")
         return existing
-    for name, path in paths.items():
-        files.upload(path, files.join(url, name))
+    for name in manifest.files:
+        files.upload(folder / name, files.join(url, name))
     files.write_bytes(files.join(url, MANIFEST), manifest.to_bytes())
     return manifest
 
@@ -139,6 +144,29 @@ def verify_set(url: str) -> Manifest:
             _fetch_file(files.join(url, name), local, entry)
             local.unlink()
     return manifest
+
+
+def check_local_set(folder: Path, *, complete: bool = False) -> None:
+    """Compare the files in a local folder with its manifest, where it has one.
+
+    Args:
+        folder: The folder.
+        complete: Whether a file that the manifest does not list is an error.
+
+    Raises CorruptError that names a file that is missing, changed or not listed.
+    """
+    manifest = read_manifest(str(folder))
+    if manifest is None:
+        return
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptError(f"{path} is missing, though {MANIFEST} names it")
+        if FileEntry.of(path) != entry:
+            raise CorruptError(f"{path} is not the file that {MANIFEST} names: it was changed")
+    unknown = Manifest.of(folder).files.keys() - manifest.files.keys() - {MANIFEST}
+    if complete and unknown:
+        raise CorruptError(f"{folder / min(unknown)} was added: {MANIFEST} does not name it")
 
 
 def remove_set(url: str) -> None:

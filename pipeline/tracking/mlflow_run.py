@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.schema import TrainJob
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, shown_url
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,9 @@ class MlflowRun:
         self._thread.join(timeout_s)
         lost = self._lost + len(self._waiting)
         if lost:
-            log.warning("%d points and files of run %s did not reach MLflow at %s", lost, self.run_id, self.uri)
+            log.warning(
+                "%d points and files of run %s did not reach MLflow at %s", lost, self.run_id, shown_url(self.uri)
+            )
         return lost
 
     def finish(self, status: str) -> None:
@@ -202,7 +204,7 @@ class MlflowRun:
                     if not failing:
                         log.warning(
                             "MLflow at %s fails; points wait in memory and are sent again: %s",
-                            self.uri,
+                            shown_url(self.uri),
                             _first_line(error),
                         )
                     failing = True
@@ -274,7 +276,7 @@ def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return shown_url((str(error).splitlines() or [type(error).__name__])[0])[:300]
 
 
 def last_step(uri: str, run_id: str, key: str) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import re
 from typing import Any
 
+from pipeline.errors import printable
 from pipeline.runs.score_protocol import Score
 from sagan.sampling import Model
 
@@ -58,7 +61,7 @@ def model_card(name: str, model: Model, score: Score, training: dict[str, Any]) 
     names = model.class_names
     classes = f" of {model.config.known_num_classes} classes" if model.config.known_num_classes else ""
     if names:
-        classes += f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
+        classes += f" ({', '.join(map(_code, names[:10]))}{', …' if len(names) > 10 else ''})"
     return _CARD.format(
         name=name,
         size=model.config.known_resolution,
@@ -82,7 +85,18 @@ def _batch_norm(statistics: str) -> str:
     return f"batch-norm statistics computed over {statistics.removeprefix('standing ')} samples of these weights"
 
 
+def _code(text: str) -> str:
+    """Return a foreign text as a code span of Markdown. Nothing in it becomes a link, a heading or HTML."""
+    text = printable(text.replace("\n", " ").replace("\t", " "))[:80]
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
 def _table(facts: dict[str, Any]) -> str:
     """Return a Markdown table with a row per fact."""
-    rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items()]
+    rows = [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    return html.escape(printable(str(value)), quote=False).replace("|", "\\|").replace("\n", " ")

@@ -40,6 +40,7 @@ def open_model(
     if files.exists(files.join(where, FACTS)):
         return model_of_checkpoint(StoredCheckpoint(where), section or EvaluateSection(), device)
     if files.is_local(where):
+        file_sets.check_local_set(files.local_path(where))
         try:
             return Model.load(files.local_path(where), device)
         except (FileNotFoundError, ValueError) as error:

@@ -5,6 +5,7 @@ Tags of a version hold all values that ranking needs:
     fid/3fa9c1d2: The value under that protocol key. The tag has the name of the key. A version can have values under
         several protocol keys.
     better: `lower` or `higher`, the direction of the protocol key in `metric`.
+    files_sha256: Digest of the manifest of the version's files.
     withdrawn: Reason why the version must not become champion.
 
 MLflow sets an alias without compare-and-swap. So `promote_best` sets the alias and reads it again until it names the
@@ -32,6 +33,7 @@ from pipeline.tracking.mlflow_run import client
 log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+FILES_SHA256 = "files_sha256"
 ATTEMPTS = 10  # attempts of a change that another process may undo
 MOST_VERSIONS = 200_000  # MLflow lists at most this many versions at once
 
@@ -90,9 +92,12 @@ def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str
         experiment = mlflow.get_run(run_id).info.experiment_id
         logged = mlflow.create_logged_model(experiment, name="generator", source_run_id=run_id)
         with files.temporary_folder("register") as temp:
-            mlflow.log_model_artifacts(logged.model_id, str(_packaged(folder, temp / "model")))
+            model = _packaged(folder, temp / "model")
+            manifest = file_sets.Manifest.of(model)
+            (model / file_sets.MANIFEST).write_bytes(manifest.to_bytes())
+            mlflow.log_model_artifacts(logged.model_id, str(model))
         mlflow.finalize_logged_model(logged.model_id, "READY")
-        number = _create_version(mlflow, name, logged, run_id, tags)
+        number = _create_version(mlflow, name, logged, run_id, {**tags, FILES_SHA256: manifest.digest})
         log.info("registered %s version %d", name, number)
         return number
 
@@ -189,7 +194,8 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
     The folder then contains generator.safetensors, config.json, code/sagan/, README.md, samples.png and the files of
     MLflow. A model that was pulled into it earlier is replaced.
 
-    Returns `destination`. Raises UsageError, EnvironmentFault.
+    Returns `destination`. Raises UsageError, EnvironmentFault. Raises CorruptError where a file is not the one that was
+    registered, or where the version does not say which files were registered.
     """
     destination = Path(destination)
     if destination.exists() and not (destination / "generator.safetensors").exists() and any(destination.iterdir()):
@@ -198,14 +204,35 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
         from mlflow.artifacts import download_artifacts
 
         name, number = _resolve(uri, model_uri)
+        registered = next(version.tags for version in versions(uri, name) if version.number == number)
         destination.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=destination.parent) as temp:
             source = client(uri).get_model_version_download_uri(name, str(number))
             folder = download_artifacts(source, dst_path=f"{temp}/model", tracking_uri=uri)
+            _require_registered(Path(folder), model_uri, registered)
             if destination.exists():
                 shutil.rmtree(destination)
             shutil.move(folder, destination)
     return destination
+
+
+def _require_registered(folder: Path, model_uri: str, tags: dict[str, str]) -> None:
+    """Check that a downloaded folder holds exactly the files that were registered. Raises CorruptError."""
+    remedy = f"pull the training state, which has a digest of its own: sagan pull {model_uri} FOLDER --checkpoint"
+    if FILES_SHA256 not in tags:
+        raise CorruptError(
+            f"{model_uri} has no tag {FILES_SHA256}: an older version of sagan registered it, and its files cannot be "
+            "checked",
+            remedy,
+        )
+    manifest = file_sets.read_manifest(str(folder))
+    if manifest is None or manifest.digest != tags[FILES_SHA256]:
+        raise CorruptError(f"{file_sets.MANIFEST} of {model_uri} is not the one that was registered", remedy)
+    try:
+        file_sets.check_local_set(folder, complete=True)
+    except CorruptError as error:
+        message = error.message.replace(f"{folder}/", "", 1)
+        raise CorruptError(f"the files of {model_uri} are not those that were registered: {message}", remedy) from None
 
 
 def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
@@ -329,15 +356,9 @@ def _packaged(folder: Path, target: Path) -> Path:
     """Write an MLflow model from code to `target`, with the files of `folder` at its top level. Return `target`."""
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, Schema
+    from mlflow.types.schema import ColSpec, Schema
 
-    inputs = Schema(
-        [
-            ColSpec(AnyType(), "class", required=False),
-            ColSpec(AnyType(), "seed", required=False),  # pandas turns integers with missing values into floats
-            ColSpec("double", "truncation", required=False),
-        ]
-    )
+    # The model checks its rows itself. With a schema of inputs, MLflow would drop empty rows, as in [{}, {}].
     outputs = Schema([ColSpec("string", "png"), ColSpec("string", "class")])
     with warnings.catch_warnings():
         # MLflow warns that there is no input example. With an example, MLflow would run the model here.
@@ -346,7 +367,7 @@ def _packaged(folder: Path, target: Path) -> Path:
             target,
             python_model=str(Path(__file__).with_name("served_model.py")),
             code_paths=[str(folder / "code" / "sagan")],
-            signature=ModelSignature(inputs, outputs),
+            signature=ModelSignature(outputs=outputs),
             pip_requirements=_requirements(),
         )
     for file in folder.iterdir():

@@ -15,9 +15,9 @@ from pipeline.compute.cluster import join_named_cluster
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
 from pipeline.config.schema import TrainJob
-from pipeline.errors import InterruptedRun, SaganError, UsageError
+from pipeline.errors import InterruptedRun, SaganError, UsageError, shown_url
 from pipeline.packing.pack import pack
-from pipeline.runs.records import RunRecord, RunScores, TrainSummary
+from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.tracking.git_commit import git_commit
@@ -120,7 +120,7 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
         tags={
             "kind": "train",
             "method_digest": digest_of(method),
-            "collection": job.data.train,
+            "collection": shown_url(job.data.train),
             SOURCE_COMMIT: git_commit(),
         },
         artifacts=job.track.artifacts or artifact_location(job),
@@ -133,8 +133,8 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
         mlflow_run_id=tracker.run_id,
         starts=record.starts if record else 0,
         images_lost=record.images_lost if record else 0,
-        data=job.data,
-        evaluate=job.evaluate,
+        data=RecordedData.of(job.data),
+        evaluate=RecordedEvaluation.of(job.evaluate),
     )
     stored.write_record(record)
     return TrainingRun(job, stored, uri, record, last_step(uri, tracker.run_id, "loss_d"), None)

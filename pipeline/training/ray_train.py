@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ from pipeline.compute.cluster import connect, ray_storage
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.resources import has_resources, require_resources
 from pipeline.config.schema import TrainJob
+from pipeline.errors import shown_url
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
@@ -49,20 +52,21 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
     filesystem, path = ray_storage(job.checkpoint.root)
     _delete_ray_snapshot(run.stored)
     scoring = Scoring(job if beside else _scored_by_one_process(job, gpu), run.mlflow_run_id, status, evaluation)
+    public, secrets = split_environment(job.resources.env)
     assignment = Assignment(
         job.model_dump(mode="json", by_alias=True),
         run.tracking_uri,
         run.mlflow_run_id,
         status,
         run.method_digest,
+        secrets,
         None if beside else scoring,
     )
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
-    env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **job.resources.env}
+    env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **public}
     timeout_s = 300 + int(job.data.patience_s)  # longer than a worker waits for data
     TorchTrainer(
-        train_worker,
-        train_loop_config={"assignment": assignment},
+        lambda: train_worker(assignment),  # Ray Train would show a `train_loop_config` in its state
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
             num_workers=job.train.workers,
@@ -91,6 +95,19 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
     ).fit()
 
 
+def split_environment(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the variables that Ray may show, and the others, which workers set themselves.
+
+    Ray sets the former before a worker's process starts, and shows them in its state and its dashboard. The latter have
+    the name of a secret, or hold a URL with a password.
+    """
+    secrets = {name: value for name, value in env.items() if _SECRET.search(name.upper()) or shown_url(value) != value}
+    return {name: value for name, value in env.items() if name not in secrets}, secrets
+
+
+_SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|KEY|AUTH")
+
+
 def _scored_by_one_process(job: TrainJob, gpu: bool) -> TrainJob:
     """Return the job with evaluation settings for one process that scores on its training device."""
     section = job.evaluate.model_copy(update={"workers": 1, "gpus": float(gpu)})
@@ -114,7 +131,8 @@ class Scoring:
         try:
             score = self.evaluation.score_checkpoint(self.job, checkpoint, self.mlflow_run_id)
         except Exception as error:
-            self.status.note.remote(f"scoring {checkpoint.name} failed; it will be scored after training: {error}")
+            reason = shown_url(str(error))
+            self.status.note.remote(f"scoring {checkpoint.name} failed; it will be scored after training: {reason}")
             raise
         self.status.scored.remote(checkpoint.images, score.metric, score.value)
         return score

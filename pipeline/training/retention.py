@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from pipeline.config.schema import TrainJob
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, shown_url
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import best_score
 from pipeline.runs.stored_run import StoredRun
@@ -53,5 +53,5 @@ def protected(job: TrainJob) -> set[str]:
         except EnvironmentFault as fault:
             log.warning("the registry cannot be reached, so no checkpoint is deleted now: %s", fault.message)
             return {checkpoint.name for checkpoint in run.checkpoints()}
-        names |= {files.name(url) for url in urls if url == run.checkpoint(files.name(url)).url}
+        names |= {files.name(url) for url in urls if url == shown_url(run.checkpoint(files.name(url)).url)}
     return names

@@ -62,5 +62,7 @@ class Assignment:
     status: Any
     """Handle of the `RunStatus` actor."""
     method_digest: str
+    secrets: dict[str, str]
+    """Environment variables of `resources.env` that Ray must not show. The worker sets them itself."""
     score_in_line: Callable[[StoredCheckpoint], Score] | None
     """Scores a complete checkpoint; None where tasks beside training score checkpoints."""

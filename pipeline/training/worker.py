@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 from pipeline.collection.manifest import Collection
 from pipeline.compute.devices import configure_device
 from pipeline.config.schema import TrainJob
-from pipeline.errors import CorruptError, EnvironmentFault, SaganError
+from pipeline.errors import CorruptError, EnvironmentFault, SaganError, shown_url
 from pipeline.runs.checkpoints import (
     METRICS,
     StoredCheckpoint,
@@ -49,9 +50,9 @@ from sagan.train_state import TrainState
 from sagan.world import World
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Run one Ray Train worker. `config["assignment"]` is an `Assignment`."""
-    assignment: Assignment = config["assignment"]
+def train_worker(assignment: Assignment) -> None:
+    """Run one Ray Train worker."""
+    os.environ.update(assignment.secrets)
     try:
         with contextlib.closing(Worker(assignment)) as worker:
             worker.run()
@@ -62,7 +63,7 @@ def train_worker(config: dict[str, Any]) -> None:
         # Every rank raises this error, and would raise it again after a restart. Return, so that Ray does not restart.
         ray.get(assignment.status.failed.remote(error))
     except Exception as error:
-        assignment.status.note.remote(f"a worker failed: {type(error).__name__}: {error}")
+        assignment.status.note.remote(shown_url(f"a worker failed: {type(error).__name__}: {error}"))
         raise
 
 

@@ -103,7 +103,9 @@ def test_data(name: str) -> Path:
 
 def scorer_with(collection: Collection, folder: Path, workers: int) -> AbstractContextManager[Scorer]:
     data = DataSection(train=collection.url, cache=str(folder / "cache"))
-    section = EvaluateSection(extractor=str(test_data(NETWORK)), workers=workers, feature_metrics=True)
+    section = EvaluateSection(
+        extractor=str(test_data(NETWORK)), trust_extractor=True, workers=workers, feature_metrics=True
+    )
     return open_scorer(section, collection, data, 0)
 
 

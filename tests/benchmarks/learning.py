@@ -116,7 +116,7 @@ def train(name: str, seed: int, kimg: float, url: str, judge: str) -> dict[str, 
     while state.images < 1000 * kimg:
         ids = torch.from_numpy(order(seed, state.images, len(real)))
         step([(real[ids].float() * (2 / 255) - 1, labels[ids])])
-    section = EvaluateSection(extractor=judge, samples=2000, standing_images=512)
+    section = EvaluateSection(extractor=judge, trust_extractor=True, samples=2000, standing_images=512)
     model = Model.from_state(state, standing_images=section.standing_images)
     with open_scorer(section, collection, data, 0) as scorer:
         score = scorer.score(model, scorer.protocol(model, seed=0, samples=section.samples))

@@ -27,6 +27,7 @@ def test_a_run_whose_storage_fails_at_random_ends_in_the_same_state(s3, ray_clus
         "train.workers": 2,
         "train.kimg": 0.96,
         "evaluate.extractor": test_data / "resnet20-cifar10.ts",  # a classifier would have to be trained first
+        "evaluate.trust_extractor": True,
     }
 
     clean = Driver(tmp_path, env, name="clean", **overrides, **{"data.cache": tmp_path / "clean"})

@@ -82,7 +82,9 @@ def model() -> Model:
 @contextmanager
 def scorer_with(extractor: str, digits: Collection, folder: Path, workers: int, batch: int = 64) -> Iterator[Scorer]:
     data = DataSection(train=digits.url, cache=str(folder))
-    section = EvaluateSection(extractor=extractor, workers=workers, batch=batch, feature_metrics=True)
+    section = EvaluateSection(
+        extractor=extractor, trust_extractor=True, workers=workers, batch=batch, feature_metrics=True
+    )
     with open_scorer(section, digits, data, 0) as scorer:
         yield scorer
 
@@ -145,7 +147,7 @@ def test_a_score_does_not_depend_on_the_workers(
 ) -> None:
     def score(workers: int) -> dict[str, float]:
         data = DataSection(train=digits.url, cache=str(tmp_path))
-        section = EvaluateSection(extractor=extractor, workers=workers, feature_metrics=True)
+        section = EvaluateSection(extractor=extractor, trust_extractor=True, workers=workers, feature_metrics=True)
         with open_scorer(section, digits, data, 0) as scorer:
             return scorer.score(model, scorer.protocol(model, seed=0, samples=SAMPLES)).values
 
@@ -164,7 +166,8 @@ def test_the_command_starts_what_its_workers_need(
 ) -> None:
     model.save(tmp_path / "model")
     asked = ["--self-test"] if what == "self-test" else [str(tmp_path / "model")]
-    arguments = ["--reference", digits.url, "--extractor", extractor, "--samples", "100", "--workers", "2", "--json"]
+    arguments = ["--reference", digits.url, "--extractor", extractor, "--trust-extractor", "--samples", "100"]
+    arguments += ["--workers", "2", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "evaluate", *asked, *arguments], capture_output=True, text=True, timeout=240
     )

@@ -11,6 +11,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -86,6 +87,27 @@ for line in sys.stdin:
 """
 
 
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "golden retriever"]
+REFUSED: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"class": 99}], "row 0: the model has no class 99"),
+    ([{}, {"class": -1}], "no class -1"),
+    ([{"class": "-1"}], "row 0: the model has no class '-1'"),
+    ([{"class": "nine"}], "no class 'nine'"),
+    ([{"class": 1.9}], "class is 1.9; it must be an integer"),
+    ([{"class": True}], "class is True; it must be an integer"),
+    ([{"class": ["seven"]}], "class is ['seven']"),
+    ([{"seed": -1}], "seed is -1; it must be from 0 to 2**63 - 1"),
+    ([{"seed": 2**70}], "it must be from 0 to 2**63 - 1"),
+    ([{"seed": 0.5}], "seed is 0.5; it must be an integer"),
+    ([{"seed": "3"}], "seed is '3'; it must be an integer"),
+    ([{"truncation": 1e39}], "at most 10"),
+    ([{"truncation": 0.0}], "truncation is 0.0"),
+    ([{"truncation": float("inf")}], "at most 10"),
+    ([], "rows"),
+    (1025 * [{"seed": 1}], "the input has 1025 rows; send 1 to 1024 rows"),
+]
+
+
 class Serving(Server):
     """`mlflow models serve`, as it is told to be used: any environment that has the model's requirements."""
 
@@ -102,6 +124,14 @@ class Serving(Server):
 
     def ready(self) -> bool:
         return answers(f"http://127.0.0.1:{self.port}/ping")
+
+    def refuse(self, rows: list[dict[str, Any]]) -> dict[str, str]:
+        """Return the body of the answer 400."""
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            self.predict(rows)
+        assert caught.value.code == 400
+        refused: dict[str, str] = json.load(caught.value)
+        return refused
 
     def predict(self, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         request = urllib.request.Request(
@@ -137,7 +167,7 @@ def name() -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is ready to register."""
     networks = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=8, channels_d=8)
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "golden retriever"]
+    words = WORDS
     model = Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32, class_names=words)
     folder = tmp_path_factory.mktemp("model")
     model.save(folder)
@@ -249,6 +279,16 @@ def test_it_is_served_over_http(server: MlflowServer, run_id: str, name: str, fo
     with Serving(server.uri, f"models:/{name}@champion") as serving:
         rows = serving.predict(asked)
         numbers = serving.predict([{"class": 4}, {"seed": 1}])  # a column of numbers with a gap
+        assert len(serving.predict([{}, {}])) == 2
+        many = serving.predict([{"seed": i} for i in range(150)])  # three forward passes
+        for rows_, reason in REFUSED:
+            refused = serving.refuse(rows_)
+            assert refused["error_code"] == "INVALID_PARAMETER_VALUE", (rows_, refused)
+            assert reason in refused["message"]
+            assert not {"stack_trace", "Traceback"} & refused.keys()
+            assert "Traceback" not in refused["message"]
+            assert "/site-packages/" not in refused["message"]
+    assert [row["class"] for row in many[:11]] == [*WORDS, "zero"]
     assert [row["class"] for row in rows] == ["seven", "two", "two"]
     assert [row["class"] for row in numbers] == ["four", "one"]
     model = Model.load(folder)

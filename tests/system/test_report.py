@@ -13,6 +13,7 @@ import torch
 from pipeline.report import html
 from pipeline.report.attention_explorer import explorer
 from pipeline.report.attention_maps import Layer
+from pipeline.report.runs_and_models import Reader
 from pipeline.report.write_report import write_report
 from tests.system.browser import Browser
 from tests.unit.report.conftest import checkpoint, data, digits, extractor, job, run, run_id, tracking
@@ -126,10 +127,11 @@ def test_everything_is_reached_by_keyboard(browser: Browser, by_hand: Path) -> N
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_a_run_s_page_needs_no_network_and_fits_the_screen(
-    browser: Browser, run: Any, tmp_path: Path, size: tuple[int, int]
+    browser: Browser, run: Any, extractor: str, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     out = tmp_path / "report.html"
-    write_report([run("first"), run("second")], out, compared=120)
+    reader = Reader({}, {"extractor": extractor, "trust_extractor": True})
+    write_report([run("first"), run("second")], out, 120, reader)
     browser.open(out, *size)
     assert browser.evaluate("document.documentElement.scrollWidth") == size[0]
     assert [url for url in browser.requested if not url.startswith("data:")] == [out.as_uri()]

@@ -31,7 +31,13 @@ def load_extractor(
     if section.extractor == "classifier":
         return classifier(collection, data, classifier_seed, device)
     if section.extractor_is_file:
-        return extractor_from_file(section.extractor, collection.resolution, device)
+        return extractor_from_file(
+            section.extractor,
+            collection.resolution,
+            device,
+            sha256=section.extractor_sha256,
+            trusted=section.trust_extractor,
+        )
     return pretrained(
         section.extractor,
         section.extractor_weights,

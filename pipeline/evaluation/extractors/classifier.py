@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.collection.derived_tensors import derived
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, shown_url
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.streaming.read_images import read_images
 from pipeline.streaming.stream import Stream
@@ -115,7 +115,8 @@ def _train_and_check(collection: Collection, data: DataSection, seed: int) -> tu
     """Train the classifier, and return its state dict and facts. Facts include its accuracy on held-out images."""
     size = collection.size("train")
     steps = min(max(EPOCHS * size, LEAST_IMAGES), MOST_IMAGES) // BATCH
-    log.info("training the classifier (seed %d) of %s: %d steps, once for all runs", seed, collection.url, steps)
+    where = shown_url(collection.url)
+    log.info("training the classifier (seed %d) of %s: %d steps, once for all runs", seed, where, steps)
     # The order of images is part of the recipe. The job's lanes and window must not change the classifier.
     order = DataSection(train=collection.url, cache=data.cache, cache_gb=data.cache_gb, threads=data.threads)
     stream = Stream(collection, "train", seed=seed, world=World(), data=order)

@@ -45,7 +45,7 @@ class Extractor:
         published parameters also appends 8 digits of their digest. The antialiased resize appends `clean`.
         """
         known = published(self.name)
-        is_published = known is None or (known.digest is not None and self.digest.startswith(known.digest))
+        is_published = known is None or self.digest == known.digest
         name = [] if self.name == "inception" and is_published else [self.name]
         digest = [] if is_published else [self.digest[:8]]
         clean = ["clean"] if self.resize.startswith("clean") else []

@@ -1,4 +1,4 @@
-"""Loads extractors from TorchScript and torch.export files."""
+"""Loads extractors from TorchScript and torch.export files. Such a file is a program."""
 
 from __future__ import annotations
 
@@ -10,22 +10,35 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import EnvironmentFault, UsageError
+from pipeline.errors import CorruptError, EnvironmentFault, UsageError, shown_url
 from pipeline.evaluation.extractors import fidelity_networks
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.progress import progress
 from pipeline.storage import files
 
 
-def extractor_from_file(url: str, resolution: int, device: str = "cpu") -> Extractor:
+def extractor_from_file(
+    url: str, resolution: int, device: str = "cpu", *, sha256: str | None = None, trusted: bool = False
+) -> Extractor:
     """Load a TorchScript (.ts, .pt) or torch.export (.pt2) file. The extractor is named by the stem of the file.
 
-    The network takes uint8 [n, 3, resolution, resolution] and returns (features [n, D], logits [n, K]). Raises
-    EnvironmentFault where the file does not exist, UsageError where it does not contain a network of this form.
+    Args:
+        url: Path or URL of the file. `torch.jit.load` and `torch.export.load` run code that the file contains.
+        resolution: The network takes uint8 [n, 3, resolution, resolution] and returns (features [n, D], logits [n, K]).
+        device: Device of the extractor.
+        sha256: SHA-256 in hex of the file that the user trusts. It is compared before the file is interpreted.
+        trusted: Whether the user trusts the file whatever its SHA-256 is.
+
+    Raises:
+        EnvironmentFault: The file does not exist.
+        CorruptError: The file has another SHA-256 than `sha256`.
+        UsageError: The user does not trust the file, or it does not contain a network of this form.
     """
     content = read_extractor_file(
         url, "set evaluate.extractor to the name of an extractor, or to the URL of a .ts or .pt2 file"
     )
+    digest = hashlib.sha256(content).hexdigest()
+    _require_trust(url, digest, sha256, trusted)
     stem, suffix = re.sub(r"[^\w.-]", "_", Path(url).stem, flags=re.ASCII), Path(url).suffix
     try:
         if suffix == ".pt2":
@@ -35,7 +48,7 @@ def extractor_from_file(url: str, resolution: int, device: str = "cpu") -> Extra
             network = torch.jit.freeze(network.to(memory_format=torch.channels_last))  # a third faster on CPUs
         extractor = Extractor(
             f"{stem}-file" if stem in ("classifier", *fidelity_networks.names()) else stem,
-            hashlib.sha256(content).hexdigest(),
+            digest,
             network,
             device=device,
         )
@@ -54,6 +67,21 @@ def extractor_from_file(url: str, resolution: int, device: str = "cpu") -> Extra
     return replace(extractor, has_logits=shapes[1][1] > 0)
 
 
+def _require_trust(url: str, digest: str, sha256: str | None, trusted: bool) -> None:
+    """Raise CorruptError or UsageError unless the user named the file's SHA-256 or trusts the file."""
+    if sha256 is not None and digest != sha256:
+        raise CorruptError(
+            f"{url} has SHA-256 {digest}, but evaluate.extractor_sha256 is {sha256}: it is another file",
+            "get the file that you trust; do not set its new SHA-256 unless you know why the file changed",
+        )
+    if sha256 is None and not trusted:
+        raise UsageError(
+            f"{url} is a program, which runs with your rights. Its SHA-256 is {digest}",
+            f"if you trust the file, write evaluate.extractor_sha256: {digest} (--extractor-sha256 {digest}); "
+            "evaluate.trust_extractor: true (--trust-extractor) accepts any content of the file",
+        )
+
+
 def read_extractor_file(url: str, remedy: str) -> bytes:
     """Return the content of a file. Raises EnvironmentFault, with `remedy` where the file does not exist."""
     try:
@@ -61,7 +89,7 @@ def read_extractor_file(url: str, remedy: str) -> bytes:
             return files.read_bytes(url)
         with (
             files.temporary_folder("weights") as folder,
-            progress(f"fetching {url}", files.size(url), "bytes") as advance,
+            progress(f"fetching {shown_url(url)}", files.size(url), "bytes") as advance,
         ):
             path = folder / "file"
             files.download(url, path, advance=advance)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.evaluation.extractors.dinov2 import dinov2
+from pipeline.evaluation.extractors.torchscript_tensors import torchscript_tensors
 from pipeline.storage import files
 
 Resize = Literal["fidelity", "clean"]
@@ -29,7 +30,7 @@ class Published:
 
     url: str
     digest: str | None
-    """First digits of the file's SHA-256. None where the SHA-256 is not known (DINOv2)."""
+    """SHA-256 of the file in hex. None where it is not known (DINOv2)."""
 
 
 def names() -> list[str]:
@@ -53,9 +54,12 @@ def published(name: str) -> Published | None:
 FILES = {
     "inception": Published(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        "6726825d",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
-    "vgg16": Published("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    "vgg16": Published(
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
     **{
         f"dinov2-vit-{size}-14": Published(
             f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth", None
@@ -103,12 +107,12 @@ class Network(nn.Module):
 def network(name: str, content: bytes, resize: Resize) -> Network:
     """Build the network of a name in `names()`, in float32, from the content of its file of parameters.
 
-    The file contains a state dict, which is read without running code. CLIP's files are OpenAI's TorchScript archives.
-    Only their parameters are used. Raises torch's own errors where the content is something else.
+    The file contains a state dict, which is read without running code. CLIP's files are OpenAI's TorchScript archives,
+    of which only the tensors are read. Raises torch's own errors where the content is something else.
     """
     import_torch_fidelity()
     if name.startswith("clip-"):
-        body = _clip(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict())
+        body = _clip(torchscript_tensors(content))
         return Network(body, body.input_resolution, *CLIP, resize=resize)
     weights = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     if name == "inception":

@@ -79,9 +79,9 @@ def default_place(known: fidelity_networks.Published) -> str:
 def _download(known: fidelity_networks.Published, place: str) -> None:
     content = read_extractor_file(known.url, "set evaluate.extractor_weights to the path or URL of the file")
     digest = hashlib.sha256(content).hexdigest()
-    if known.digest and not digest.startswith(known.digest):
+    if known.digest and digest != known.digest:
         raise CorruptError(
-            f"{known.url} is not the published file: its SHA-256 begins with {digest[:8]}, not {known.digest[:8]}",
+            f"{known.url} is not the published file: its SHA-256 is {digest}, not {known.digest}",
             "get the file elsewhere, and set evaluate.extractor_weights to its path or URL",
         )
     files.write_bytes(place, content)

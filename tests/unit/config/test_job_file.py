@@ -1,5 +1,6 @@
 """A job file is typed, completed and checked before anything starts; what is wrong is named with line and key."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ train:
   kimg: 1
   batch: 16
 """
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{b}: &{b} [{', '.join(10 * [f'*{a}'])}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.fixture
@@ -51,6 +55,19 @@ def test_every_shipped_job_is_valid_and_executable(path):
         (TRAIN + "seed: [\n", "job.yaml:8"),
         (TRAIN + "seed: ${NOT_SET_ANYWHERE}\n", "job.yaml:7: ${NOT_SET_ANYWHERE} is not set"),
         ("- a list\n", "holds no keys"),
+        (TRAIN + "seed: &seed [*seed]\n", "job.yaml:7: values are nested more than 20 deep"),
+        (TRAIN + "seed: &seed {again: *seed}\n", "nested more than 20 deep"),
+        (TRAIN + "seed: " + 5000 * "[" + "\n", "job.yaml:7: values are nested more than 20 deep"),
+        (TRAIN + BOMB, "more than 20,000 values"),
+        (TRAIN + "seed: " + "1" * 1_000_001, "longer than 1,000,000 characters"),
+        (TRAIN + "seed: " + "1" * 5_000, "job.yaml:7: '111"),
+        (TRAIN.replace("kimg: 1", "kimg: .inf"), "job.yaml:5: .inf is not a finite number"),
+        (TRAIN.replace("kimg: 1", "kimg: 1e309"), "job.yaml:5: 1e309 is not a finite number"),
+        (TRAIN.replace("kimg: 1", "kimg: 'inf'"), "job.yaml:5: train.kimg is 'inf'"),
+        (TRAIN + "optim: {lr_d: -.nan}\n", "job.yaml:7"),
+        (TRAIN + "optim: {lr_d: .nan}\n", "job.yaml:7: .nan is not a finite number"),
+        (TRAIN + "seed: 2001-99-99\n", "job.yaml:7"),
+        (TRAIN + "? [a, b]\n: 1\n", "job.yaml:7: a key is not a text"),
     ],
 )
 def test_mistakes_are_named_with_file_line_key_and_remedy(job, text, message):
@@ -91,3 +108,36 @@ def test_a_sweep_is_checked_down_to_the_keys_of_its_space(job, tmp_path):
     sweep.write_text("kind: tune\nname: s\nbase: job.yaml\nspace:\n  optim.lrd: {grid: [1.0e-3, 1.0e-4]}\n")
     with pytest.raises(ConfigError, match=r"optim\.lrd is not a key of mine\n.*did you mean optim\.lr_d"):
         load_job(sweep)
+
+
+def test_overrides_obey_the_same_rules(job):
+    for override, message in (
+        ("train.kimg=.inf", "override train.kimg:1: .inf is not a finite number"),
+        ("train.kimg=[1", "override train.kimg:1"),
+        ("train.kimg=&a [*a]", "nested more than 20 deep"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_job(job(TRAIN), parse_overrides([override]))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "seed: ${PW}",
+        "optim: {lr_d: '${PW}'}",
+        "evaluate: {extractor: classifier, resize: '${PW}'}",
+        "evaluate: {extractor: '${PW}', resize: clean}",
+        "evaluate: {extractor: ['${PW}']}",
+        "track: {uri: 'https://user:${PW}@host', experiment: [1]}",
+        "track: {experiment: ['https://user:${PW}@host']}",
+    ],
+)
+@pytest.mark.parametrize("secret", ["hunter2", "it's: [a\\b", "pa@ss w0rd", "&x *x"])
+def test_the_value_of_a_variable_is_never_quoted(job, monkeypatch, line, secret):
+    monkeypatch.setenv("PW", secret)
+    with pytest.raises(ConfigError) as refused:
+        load_job(job(f"{TRAIN}{line}\n"))
+    text = str(refused.value)
+    assert secret not in text
+    assert repr(secret)[1:-1] not in text
+    assert secret.split()[-1] not in text

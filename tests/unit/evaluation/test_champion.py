@@ -32,7 +32,11 @@ def test_a_version_names_everything_that_it_was_made_of(
     assert protocol == score.protocol
     manifest = file_sets.read_manifest(stored.url)
     assert manifest is not None
+    pulled = registry.pull(job.track.uri or "", f"models:/{job.name}@champion", tmp_path / "pulled")
+    files_manifest = file_sets.read_manifest(str(pulled))
+    assert files_manifest is not None
     assert tags == {
+        "files_sha256": files_manifest.digest,
         "metric": f"fd_classifier/{protocol.id8}",
         f"fd_classifier/{protocol.id8}": repr(score.value),
         "better": "lower",
@@ -44,5 +48,4 @@ def test_a_version_names_everything_that_it_was_made_of(
         "method_digest": "ab" * 32,
         "git_commit": commit,
     }
-    pulled = registry.pull(job.track.uri or "", f"models:/{job.name}@champion", tmp_path / "pulled")
     assert f"| git commit | {commit} |" in (pulled / "README.md").read_text()

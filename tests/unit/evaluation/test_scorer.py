@@ -135,7 +135,7 @@ def test_accuracy_is_left_out_where_the_extractor_knows_other_classes(
             return x, x[:, :10]
 
     torch.jit.script(Stranger()).save(f"{tmp_path}/stranger.ts")
-    section = SECTION.model_copy(update={"extractor": f"{tmp_path}/stranger.ts"})
+    section = SECTION.model_copy(update={"extractor": f"{tmp_path}/stranger.ts", "trust_extractor": True})
     assert set(values_of(model, digits, data, section)) == {"fd_stranger", "isc_stranger"}
     with pytest.raises(UsageError, match="stranger does not know the classes"):
         values_of(model, digits, data, section.model_copy(update={"score": "class_accuracy"}))
@@ -150,7 +150,8 @@ def test_metrics_of_logits_are_left_out_where_there_are_none(
             return x, x[:, :0]
 
     torch.jit.script(Mute()).save(f"{tmp_path}/mute.ts")
-    section = SECTION.model_copy(update={"extractor": f"{tmp_path}/mute.ts", "feature_metrics": True})
+    trusted = {"extractor": f"{tmp_path}/mute.ts", "trust_extractor": True}
+    section = SECTION.model_copy(update={**trusted, "feature_metrics": True})
     expected = {"fd_mute", *names(FEATURE_METRICS, "mute")}
     assert set(values_of(model, digits, data, section)) == expected
     for missing in ("isc_mute", "class_accuracy"):

@@ -109,7 +109,7 @@ def test_resnet56_on_cifar10_passes(test_data: Path | None, tmp_path: Path) -> N
         pytest.skip("real images are in the folder that SAGAN_TEST_DATA names")
     source = {"train": str(test_data / "cifar10-train-5000.tar")}
     collection = pack(str(tmp_path / "cifar10"), PackSection(source=source, resolution=32))
-    section = EvaluateSection(extractor=str(test_data / "resnet56-cifar10.ts"), samples=500)
+    section = EvaluateSection(extractor=str(test_data / "resnet56-cifar10.ts"), trust_extractor=True, samples=500)
     self_test.require_passed(self_test.self_test(section, collection.url))
 
 
@@ -120,7 +120,7 @@ def test_a_failure_is_an_exit_code_with_what_it_means(digits: Collection, tmp_pa
             return features, features
 
     torch.jit.script(Blind()).save(str(tmp_path / "blind.ts"))
-    extractor = ["--extractor", str(tmp_path / "blind.ts"), "--samples", "50"]
+    extractor = ["--extractor", str(tmp_path / "blind.ts"), "--trust-extractor", "--samples", "50"]
     arguments = ["evaluate", "--self-test", "--reference", digits.url, *extractor]
     with pytest.raises(SaganError, match="the self-test fails on noise 8") as caught:
         CliRunner().invoke(app, arguments, catch_exceptions=False)

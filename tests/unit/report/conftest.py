@@ -10,7 +10,7 @@ import torch
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.evaluation.score_checkpoints import score_checkpoint
-from pipeline.runs.records import RunRecord
+from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord
 from pipeline.runs.stored_run import StoredRun
 from tests.unit.evaluation.conftest import checkpoint, commit_checkpoint, data, digits, job, model, run_id, tracking
 
@@ -37,7 +37,7 @@ def run(job: TrainJob, run_id: str, digits: Collection, extractor: str) -> Calla
     """Makes a run's folder as training leaves it, with a score for each checkpoint; returns its URL."""
 
     def make(name: str, samples: int = 120) -> str:
-        section = job.evaluate.model_copy(update={"extractor": extractor, "samples": samples})
+        section = job.evaluate.model_copy(update={"extractor": extractor, "trust_extractor": True, "samples": samples})
         track = job.track.model_copy(update={"register_model": False})
         mine = job.model_copy(update={"name": name, "evaluate": section, "track": track})
         for images in (1000, 2000):
@@ -48,8 +48,8 @@ def run(job: TrainJob, run_id: str, digits: Collection, extractor: str) -> Calla
             name=name,
             method={"data.collection": digits.digest, "optim.lr_d": 4e-4},
             mlflow_run_id=run_id,
-            data=mine.data,
-            evaluate=section,
+            data=RecordedData.of(mine.data),
+            evaluate=RecordedEvaluation.of(section),
         )
         stored = StoredRun.of(mine)
         stored.write_record(record)

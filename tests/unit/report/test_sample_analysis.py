@@ -76,7 +76,7 @@ def test_classes_are_ranked_worst_first_and_small_ones_left_out() -> None:
 def test_copies_of_training_images_are_the_nearest(
     model: Model, digits: Collection, data: DataSection, extractor: str
 ) -> None:
-    section = EvaluateSection(extractor=extractor, samples=100)
+    section = EvaluateSection(extractor=extractor, trust_extractor=True, samples=100)
     beside = sample_analysis.compare_with_real(model, digits, data, section, samples=200, rows=3)
     assert beside.training_images == 200
     assert beside.heldout is not None

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.errors import UsageError
+from pipeline.config.schema import DataSection, TrainJob
+from pipeline.errors import CorruptError, UsageError
 from pipeline.report import html, write_report
+from pipeline.report.runs_and_models import Reader
 from pipeline.runs.records import SweepRecord, SweepSummary, SweepTrials, Trial
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep
@@ -39,19 +43,30 @@ PROTOCOL = ScoreProtocol(
 Run = Callable[..., str]
 
 
-def written(urls: list[str], tmp_path: Path, compared: int = 120) -> str:
-    out = tmp_path / "page" / "report.html"
-    size = write_report.write_report(urls, out, compared)
-    assert size == out.stat().st_size
-    return out.read_text()
+class Written(Protocol):
+    def __call__(self, urls: list[str], compared: int = 120, reader: Reader | None = None) -> str: ...
+
+
+@pytest.fixture
+def written(extractor: str, data: DataSection, tmp_path: Path) -> Written:
+    """Writes the page as somebody who trusts the extractor file, and returns its text."""
+
+    def write(urls: list[str], compared: int = 120, reader: Reader | None = None) -> str:
+        out = tmp_path / "page" / "report.html"
+        own = Reader({"cache": data.cache}, {"extractor": extractor, "trust_extractor": True})
+        size = write_report.write_report(urls, out, compared, own if reader is None else reader)
+        assert size == out.stat().st_size
+        return out.read_text()
+
+    return write
 
 
 def explored(text: str) -> list[dict]:
     return [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', text)]
 
 
-def test_the_page_of_a_run(run: Run, tmp_path: Path) -> None:
-    text = written([run("first")], tmp_path)
+def test_the_page_of_a_run(written: Written, run: Run, tmp_path: Path) -> None:
+    text = written([run("first")])
     titles = re.findall(r"<h2>(.*?)</h2>", text)
     parts = ["Summary", "Scores", "Samples", "Attention", "Interpolation", "Nearest real images", "Classes"]
     assert titles == [*parts, "Protocols", "Method"]
@@ -66,24 +81,26 @@ def test_the_page_of_a_run(run: Run, tmp_path: Path) -> None:
     assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", text))
 
 
-def test_scores_of_two_protocols_are_neither_compared_nor_drawn_together(run: Run, tmp_path: Path) -> None:
+def test_scores_of_two_protocols_are_neither_compared_nor_drawn_together(
+    written: Written, run: Run, tmp_path: Path
+) -> None:
     first, second, third = run("first"), run("second", samples=100), run("third")
-    apart = written([first, second], tmp_path)
+    apart = written([first, second])
     assert write_report.NOT_COMPARED in apart
     assert apart.count("<svg") == 2
-    together = written([first, third], tmp_path)
+    together = written([first, third])
     assert write_report.NOT_COMPARED not in together
     assert together.count("<svg") == 1
     assert together.count("<polyline") == 2
 
 
-def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(run: Run, tmp_path: Path) -> None:
+def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(written: Written, run: Run, tmp_path: Path) -> None:
     best = run("sweep-b")
     sweep = StoredSweep(str(tmp_path / "runs" / "sweep"))
     assert sweep.trial("sweep-b").url == best
     sweep.write_record(SweepRecord(name="sweep", mlflow_run_id="0"))
     with pytest.raises(UsageError, match="not ended"):
-        written([sweep.url], tmp_path)
+        written([sweep.url])
     trials = [
         Trial(name="sweep-a", point={"optim.lr_d": 1e-3}, score=None, kimg=1, outcome="diverged <early>"),
         Trial(name="sweep-b", point={"optim.lr_d": 4e-4}, score=12.5, kimg=2, outcome="finished"),
@@ -101,7 +118,7 @@ def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(run: Run, tmp_pat
         )
     )
     draw_plane(trials, [], "fd_pixels", Path(sweep.picture_url))
-    text = written([sweep.url], tmp_path)
+    text = written([sweep.url])
     assert text.index("sweep-b</th>") < text.index("sweep-a</th>")
     assert "diverged &lt;early&gt;" in text
     assert "2 trials. 0 of them were stopped early" in text
@@ -119,40 +136,70 @@ def test_a_model_alone_shows_the_generator_and_says_so(model: Model, tmp_path: P
     assert [layer["title"] for layer in data["layers"]] == ["generator, 16×16"]
 
 
-def test_what_cannot_be_compared_is_left_out_and_said(run: Run, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_left_out_and_said(written: Written, run: Run, tmp_path: Path) -> None:
     stored = StoredRun(run("first"))
     record = stored.record()
     assert record is not None
     gone = record.data.model_copy(update={"train": str(tmp_path / "gone")})
     stored.write_record(record.model_copy(update={"data": gone}))
-    text = written([stored.url], tmp_path)
+    text = written([stored.url])
     assert "comparison with real images is left out" in text
     assert "Classes" not in re.findall(r"<h2>(.*?)</h2>", text)
     stored.write_record(record.model_copy(update={"method": record.method | {"data.collection": "another"}}))
-    assert "another collection" in written([stored.url], tmp_path)
+    assert "another collection" in written([stored.url])
 
 
-def test_a_run_whose_scores_several_workers_took_needs_none_of_them(run: Run, tmp_path: Path) -> None:
-    stored = StoredRun(run("first"))
-    record = stored.record()
-    assert record is not None
-    section = record.evaluate.model_copy(update={"workers": 2})
-    stored.write_record(record.model_copy(update={"evaluate": section}))
-    assert "comparison with real images is left out" not in written([stored.url], tmp_path)
+def test_a_run_whose_scores_several_workers_took_needs_none_of_them(
+    run: Run, written: Written, job: TrainJob, extractor: str
+) -> None:
+    section = job.evaluate.model_copy(update={"extractor": extractor, "trust_extractor": True, "workers": 2})
+    reader = Reader.of(job.model_copy(update={"evaluate": section}))
+    assert "comparison with real images is left out" not in written([run("first")], reader=reader)
 
 
-def test_what_is_no_run_is_told_what_is_one(tmp_path: Path) -> None:
+def test_the_record_of_a_run_decides_nothing_on_the_readers_machine(
+    run: Run, extractor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    url = run("first")
+    record = json.loads(Path(url, "run.json").read_text())
+    assert record["evaluate"]["extractor"] == "pixels.ts"
+    assert not {"cache", "cache_gb"} & record["data"].keys()
+    out = tmp_path / "page.html"
+    report = ["report", url, "--out", str(out), "--samples", "60"]
+    CliRunner().invoke(app, report, catch_exceptions=False)
+    text = out.read_text()
+    assert "left out: the run was scored with the extractor file pixels.ts, which is a program" in text
+    assert "--extractor FILE --extractor-sha256" in text
+    digest = hashlib.sha256(Path(extractor).read_bytes()).hexdigest()
+    own = ["--extractor", extractor, "--cache", str(tmp_path / "cache")]
+    CliRunner().invoke(app, [*report, *own], catch_exceptions=False)
+    assert f"is a program, which runs with your rights. Its SHA-256 is {digest}" in out.read_text()
+    CliRunner().invoke(app, [*report, *own, "--extractor-sha256", digest], catch_exceptions=False)
+    assert "left out" not in out.read_text()
+    # Keys that a record of an older version had are refused, and not followed.
+    victim = tmp_path / "documents"
+    victim.mkdir()
+    (victim / "letter.txt").write_text("dear")
+    for planted in ({"data": record["data"] | {"cache": str(victim), "cache_gb": 1e-9}}, {"format": 2}):
+        Path(url, "run.json").write_text(json.dumps(record | planted))
+        with pytest.raises(CorruptError, match=r"run\.json"):
+            CliRunner().invoke(app, report, catch_exceptions=False)
+    assert [path.name for path in victim.iterdir()] == ["letter.txt"]
+
+
+def test_what_is_no_run_is_told_what_is_one(written: Written, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a run nor a sweep nor a model") as caught:
-        written([str(tmp_path)], tmp_path)
+        written([str(tmp_path)])
     assert "<checkpoint.root>/<name>" in caught.value.remedy
     with pytest.raises(UsageError, match="3 runs"):
         CliRunner().invoke(app, ["report", "a", "b", "c"], catch_exceptions=False)
 
 
-def test_few_images_of_a_class_are_not_ranked(run: Run, tmp_path: Path) -> None:
+def test_few_images_of_a_class_are_not_ranked(written: Written, run: Run, tmp_path: Path) -> None:
     url = run("first")
-    assert "With 48 features, it is noise for fewer than 96 generated or" in written([url], tmp_path, compared=400)
-    assert "no class has 10 of both" in written([url], tmp_path, compared=20)
+    assert "With 48 features, it is noise for fewer than 96 generated or" in written([url], compared=400)
+    assert "no class has 10 of both" in written([url], compared=20)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -171,13 +218,13 @@ def test_a_picture_is_exact_where_it_may_be_and_fits_where_it_must() -> None:
     assert sizes(large, 800_000)[1].size == large.size
 
 
-def test_the_largest_page_of_two_stays_below_its_bound(run: Run, tmp_path: Path) -> None:
+def test_the_largest_page_of_two_stays_below_its_bound(written: Written, run: Run, tmp_path: Path) -> None:
     """Runs whose grids are noise, and 128 px models of saturated noise with two attention layers."""
     runs = [run("first"), run("second")]
     for url in runs:
         for path in Path(url, "grids").iterdir():
             noise(960, 960).save(path)
-    of_runs = len(written(runs, tmp_path).encode())
+    of_runs = len(written(runs).encode())
     config = ModelConfig(resolution=128, num_classes=10, channels_g=4, channels_d=8, attention=(32, 64))
     folders = [tmp_path / "a", tmp_path / "b"]
     for seed, folder in enumerate(folders):
@@ -186,15 +233,15 @@ def test_the_largest_page_of_two_stays_below_its_bound(run: Run, tmp_path: Path)
         images = model.sample(n=2).float()
         assert images.std() > 60  # no compression makes little of it
         model.save(folder)
-    of_models = len(written([str(folder) for folder in folders], tmp_path).encode())
+    of_models = len(written([str(folder) for folder in folders]).encode())
     assert max(of_runs, of_models) < write_report.PAGE_BYTES
 
 
-def test_what_attention_takes_of_the_file_is_bounded(tmp_path: Path) -> None:
+def test_what_attention_takes_of_the_file_is_bounded(written: Written, tmp_path: Path) -> None:
     config = ModelConfig(resolution=128, num_classes=0, channels_g=8, channels_d=8, attention_form="icml")
     for name, networks in (("a", config), ("b", replace(config, attention=()))):
         Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32).save(tmp_path / name)
-    text = written([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
+    text = written([str(tmp_path / "a"), str(tmp_path / "b")])
     assert len(text) < write_report.PAGE_BYTES
     (data,) = explored(text)
     assert [(layer["queries"], layer["keys"]) for layer in data["layers"]] == [(32, 16)]

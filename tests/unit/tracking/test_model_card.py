@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
+from markdown_it import MarkdownIt
 
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.tracking.model_card import model_card
@@ -11,10 +14,10 @@ from sagan.train_state import TrainState
 NAMES = [f"name {i}" for i in range(12)]
 
 
-def card_of(weights: str, standing_images: int | None, num_classes: int = 12) -> str:
+def card_of(weights: str, standing_images: int | None, num_classes: int = 12, hostile: Sequence[str] = ()) -> str:
     """The card of an untrained model, as one line without Markdown's line breaks."""
     config = ModelConfig(resolution=32, num_classes=num_classes, z_dim=16, channels_g=8, channels_d=8)
-    names = NAMES[:num_classes]
+    names = [*hostile, *NAMES][:num_classes]
     state = TrainState(config, OptimConfig(), seed=0)
     model = Model.from_state(state, weights=weights, standing_images=standing_images, class_names=names)
     protocol = ScoreProtocol(
@@ -60,8 +63,8 @@ def test_a_card_states_score_protocol_and_origin() -> None:
 @pytest.mark.parametrize(
     ("num_classes", "said", "example"),
     [
-        (12, f"images of 12 classes ({', '.join(NAMES[:10])}, …).", "classes=['name 0']"),
-        (2, "images of 2 classes (name 0, name 1).", "classes=['name 0']"),
+        (12, f"images of 12 classes ({', '.join(f'`{name}`' for name in NAMES[:10])}, …).", "classes=['name 0']"),
+        (2, "images of 2 classes (`name 0`, `name 1`).", "classes=['name 0']"),
         (0, "32×32 images.", "classes=None"),
     ],
 )
@@ -69,3 +72,21 @@ def test_a_card_names_at_most_ten_classes(num_classes: int, said: str, example: 
     card = card_of("ema", 32, num_classes)
     assert said in card
     assert example in card
+
+
+def test_no_class_name_becomes_part_of_the_page() -> None:
+    hostile = [
+        "<script>alert(1)</script>",
+        "[click](https://evil.example)",
+        "https://evil.example",
+        "a\n\n# Heading",
+        "`<b>`",
+        "``` <img src=x>",
+        "\x1b[31mred\u202e",
+        "![](x)|",
+    ]
+    card = card_of("ema", 32, hostile=hostile)
+    page = MarkdownIt("commonmark", {"html": True}).enable(["table"]).render(card)
+    for tag in ("<script", "<a ", "<b>", '<img src="x', "<img src=x", "\x1b", "\u202e"):
+        assert tag not in page
+    assert page.count("<h1>") == 1

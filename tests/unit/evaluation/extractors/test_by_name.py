@@ -32,7 +32,7 @@ def test_a_section_names_a_network_a_file_or_the_classifier(
                 resize="clean",
                 extractor_dtype="float64",
             ),
-            EvaluateSection(extractor=str(tmp_path / "mean.ts")),
+            EvaluateSection(extractor=str(tmp_path / "mean.ts"), trust_extractor=True),
             EvaluateSection(extractor="classifier"),
         )
     )

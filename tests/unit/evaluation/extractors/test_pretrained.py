@@ -115,6 +115,7 @@ def test_vgg16_is_torch_fidelitys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "rn"])
 def test_clip_is_torch_fidelitys(kind: str, tmp_path: Path) -> None:
+    fidelity_networks.import_torch_fidelity()
     from torch_fidelity.feature_extractor_clip import CLIPVisual, FeatureExtractorCLIP
 
     layers: int | tuple[int, ...] = 2 if kind == "vit" else (1, 1, 1, 1)
@@ -259,7 +260,7 @@ def test_published_weights_are_downloaded_once_where_that_is_asked_for(
     server: Server, publish: Callable[[str], Path]
 ) -> None:
     digest = hashlib.sha256(server.content).hexdigest()
-    place = publish(digest[:8])
+    place = publish(digest)
     with pytest.raises(EnvironmentFault, match="no extractor file at ~/.cache/sagan/weights-inception.pth"):
         pretrained("inception", None)
     assert server.requests == 0
@@ -273,7 +274,7 @@ def test_published_weights_are_downloaded_once_where_that_is_asked_for(
 def test_a_download_that_breaks_off_leaves_nothing_and_can_be_repeated(
     server: Server, publish: Callable[[str], Path]
 ) -> None:
-    place = publish(hashlib.sha256(server.content).hexdigest()[:8])
+    place = publish(hashlib.sha256(server.content).hexdigest())
     server.breaks = True
     with pytest.raises(EnvironmentFault, match=f"{server.url}: the transfer broke off"):
         pretrained("inception", None, download=True)
@@ -284,7 +285,7 @@ def test_a_download_that_breaks_off_leaves_nothing_and_can_be_repeated(
 
 
 def test_what_is_not_the_published_file_is_not_kept(publish: Callable[[str], Path]) -> None:
-    place = publish("00000000")
+    place = publish(hashlib.sha256(b"another file").hexdigest())
     with pytest.raises(CorruptError, match="is not the published file"):
         pretrained("inception", None, download=True)
     assert not place.exists()
