@@ -1,8 +1,9 @@
 """Access to files by URL: a plain path, s3://bucket/key, or another URL that fsspec supports.
 
-No call uses a cached listing, and every call ends in bounded time. A call raises FileNotFoundError where the object
-does not exist, and EnvironmentFault where the storage cannot be reached or is full. It raises LastingFault, which is an
-EnvironmentFault, where the storage refuses access. s3fs is not fork-safe, so each process creates its own client.
+Every URL is taken literally: no character of a key is a pattern. No call uses a cached listing, and every call ends in
+bounded time. A call raises FileNotFoundError where the object does not exist, and EnvironmentFault where the storage
+cannot be reached or is full. It raises LastingFault, which is an EnvironmentFault, where the storage refuses access.
+s3fs is not fork-safe, so each process creates its own client.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +40,7 @@ _IDENTITY = (
 _CONNECT_S, _SILENCE_S = 5, 20  # seconds: limits for opening a connection, and for a server that sends nothing
 _SLOWEST = 50_000  # bytes per second: a slower download fails
 _ATTEMPTS = 4
+_DELETIONS = 8  # keys of a folder that are deleted at the same time
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -185,9 +188,17 @@ def download(
 
 
 def delete(url: str) -> None:
-    """Delete an object, or a folder and everything below it, where it exists. Raises EnvironmentFault."""
+    """Delete an object, or a folder and everything below it, where it exists. Raises EnvironmentFault.
+
+    The URL is taken literally. `rm` of fsspec takes `[`, `*` and `?` as a pattern, so each key is deleted by itself.
+    """
     with _storage(url) as (fs, path):
-        _missing_is_empty(fs.rm, path, recursive=True)
+        if isinstance(fs, LocalFileSystem):
+            _missing_is_empty(fs.rm, path, recursive=True)
+            return
+        keys = {path, *_missing_is_empty(fs.find, path)}
+        with ThreadPoolExecutor(_DELETIONS) as threads:
+            list(threads.map(lambda key: _missing_is_empty(fs.rm_file, key), keys))
 
 
 def check_writable(url: str) -> None:
