@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob
+from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob, absolute
 from pipeline.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -42,7 +42,7 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
         override(values, key, value)
     job = parse_job(values, str(path), lines)
     if isinstance(job, TuneJob):
-        job = job.model_copy(update={"base": str(path.parent / job.base)})
+        job = job.model_copy(update={"base": absolute(str(path.parent / job.base))})
         base = trial_job(job, {})  # a wrong key is found now and not in the first trial
         for key in job.space:
             _require_known(base, key, f"{path}: space")

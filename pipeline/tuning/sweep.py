@@ -23,7 +23,7 @@ from pipeline.runs.records import RunScores, SweepRecord, SweepSummary, SweepTri
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
-from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, train
+from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, start_tracking, train
 from pipeline.training.training_run import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.sweep_picture import draw_plane
@@ -124,8 +124,10 @@ def _find_or_start(sweep: TuneJob, base: TrainJob, stored: StoredSweep) -> str:
         artifacts=base.track.artifacts or artifact_location(base),
     )
     tracker.close(timeout_s=30)
-    if record is None:
-        stored.write_record(SweepRecord(name=sweep.name, mlflow_run_id=tracker.run_id))
+    earlier = record.earlier_mlflow_run_ids if record else []
+    if record and record.mlflow_run_id != tracker.run_id:
+        earlier = [*earlier, record.mlflow_run_id]
+    stored.write_record(SweepRecord(name=sweep.name, mlflow_run_id=tracker.run_id, earlier_mlflow_run_ids=earlier))
     return tracker.run_id
 
 
@@ -140,7 +142,7 @@ def _conclude(
     if ranked[0].score is None:
         reasons = sorted({trial.outcome for trial in trials})
         raise SaganError(f"all {len(trials)} trials of {sweep.name} failed: {'; '.join(reasons)}")
-    scores = _register(sweep, base, evaluation, ranked[0])
+    scores = _register(sweep, base, evaluation, ranked[0], run_id)
     assert scores.score is not None
     local = Path("runs") / sweep.name
     local.mkdir(parents=True, exist_ok=True)
@@ -176,13 +178,18 @@ def best_first(trials: list[Trial], higher_is_better: bool) -> list[Trial]:
     return scored + [trial for trial in trials if trial.score is None]
 
 
-def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial) -> RunScores:
+def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial, run_id: str) -> RunScores:
     """Register the model of the best trial under the name of the sweep, and return the scores of the trial."""
     job = complete_job(job_of_trial(base, best.name, best.point))
     track = job.track.model_copy(update={"model": sweep.name, "register_model": True})
-    record = StoredRun.of(job).record()
+    stored = StoredRun.of(job)
+    record = stored.record()
     assert record is not None
-    return evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
+    # The trial may have ended under another tracker.
+    record = start_tracking(job, stored, record, record.method, run_id)
+    scores = evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
+    MlflowRun(tracking_uri(base), record.mlflow_run_id).finish("FINISHED")
+    return scores
 
 
 def _print_table(sweep: TuneJob, trials: list[Trial]) -> None:

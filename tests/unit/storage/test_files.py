@@ -68,7 +68,23 @@ def test_an_unknown_kind_of_url_is_an_environment_fault() -> None:
         files.read_bytes("nosuch://bucket/x")
 
 
-ODD = ["exp[1]", "exp*", "exp?", "{exp}", "100%", "%41", "a#b", "a+b", "a&b", "two  words", "été", "a'b", "$HOME", "~x", "!e"]
+ODD = [
+    "exp[1]",
+    "exp*",
+    "exp?",
+    "{exp}",
+    "100%",
+    "%41",
+    "a#b",
+    "a+b",
+    "a&b",
+    "two  words",
+    "été",
+    "a'b",
+    "$HOME",
+    "~x",
+    "!e",
+]
 
 
 @pytest.mark.parametrize("name", ODD)
