@@ -9,26 +9,26 @@ import dataclasses
 import difflib
 import os
 import re
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob, absolute
+from pipeline.config.text_values import KeyPath, Text, fields, parts, typed
 from pipeline.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-KeyPath = tuple[str | int, ...]
 
 
 def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Job:
     """Read a job file, fill in environment variables, overrides and defaults, and validate it.
 
-    `${NAME}` and `${NAME:-default}` in values are replaced by environment variables.
+    `${NAME}` and `${NAME:-default}` in values are replaced by environment variables. The type of a key decides whether
+    a value is text or YAML (see `text_values`).
 
     Args:
         path: Path of the file.
@@ -38,8 +38,9 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
     """
     path = Path(path)
     values, lines = _read(path)
-    for key, value in (overrides or {}).items():
-        override(values, key, value)
+    if isinstance(values, dict):
+        for key, value in (overrides or {}).items():
+            override(values, key, value)
     job = parse_job(values, str(path), lines)
     if isinstance(job, TuneJob):
         job = job.model_copy(update={"base": absolute(str(path.parent / job.base))})
@@ -61,13 +62,16 @@ def trial_job(sweep: TuneJob, point: Mapping[str, Any]) -> TrainJob:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Parse overrides: `["train.workers=2"]` → `{"train.workers": 2}`. Values are YAML. Raises ConfigError."""
-    parsed = {}
+    """Split overrides: `["train.workers=2"]` → `{"train.workers": "2"}`. Raises ConfigError.
+
+    A value is a `Text`, which `load_job` takes verbatim or as YAML.
+    """
+    parsed: dict[str, Any] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key:
             raise ConfigError(f"{argument!r} is not an override", "write key=value, for example train.workers=2")
-        parsed[key] = yaml.safe_load(value) if value else None
+        parsed[key] = Text(value)
     return parsed
 
 
@@ -80,8 +84,12 @@ def parse_job(values: Any, source: str, lines: Mapping[KeyPath, int] | None = No
         place = _place(source, lines or {}, ("kind",))
         raise ConfigError(f"{place}kind is {kind!r}", f"write `kind:` with one of {', '.join(KINDS)}")
     schema = KINDS[kind]
+
+    def not_yaml(at: KeyPath, problem: str) -> ConfigError:
+        return ConfigError(f"{_place(source, lines or {}, at)}{'.'.join(map(str, at))}: {problem}", "correct the YAML")
+
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(typed(values, schema, not_yaml))
     except ValidationError as error:
         problems = [_explain(p, schema, source, lines or {}) for p in error.errors(include_url=False)]
         raise ConfigError("\n".join(problems), "`sagan config --schema` lists every key") from None
@@ -104,19 +112,21 @@ def _plain(value: Any) -> Any:
 def _read(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """Return the values of a YAML file and the line of each key. Raises ConfigError."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}", "save the file as UTF-8") from None
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         remedy = f"did you mean {path.parent / near[0]}?" if near else "give the path of a job file, e.g. jobs/…"
         raise ConfigError(f"{path} cannot be read: {error.strerror}", remedy) from None
+    lines: dict[KeyPath, int] = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return (_construct(node, (), path, lines) if node else None), lines
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: {getattr(error, 'problem', error)}", "correct the YAML") from None
-    lines: dict[KeyPath, int] = {}
-    return (_construct(node, (), path, lines) if node else None), lines
 
 
 def _construct(node: yaml.Node, at: KeyPath, path: Path, lines: dict[KeyPath, int]) -> Any:
@@ -133,12 +143,15 @@ def _construct(node: yaml.Node, at: KeyPath, path: Path, lines: dict[KeyPath, in
         return mapping
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, (*at, i), path, lines) for i, item in enumerate(node.value)]
-    constructor = yaml.SafeLoader("")
-    value = constructor.construct_object(node)
-    return _substitute(value, path, lines[at]) if isinstance(value, str) else value
+    assert isinstance(node, yaml.ScalarNode)
+    if yaml.SafeLoader("").construct_object(node) is None:
+        return None
+    if _VARIABLE.search(node.value):  # a variable may stand for a number
+        return Text(_substitute(node.value, path, lines[at]))
+    return Text(node.value) if node.style is None else node.value
 
 
-def _substitute(text: str, path: Path, line: int) -> Any:
+def _substitute(text: str, path: Path, line: int) -> str:
     """Return a text with environment variables filled in. Raises ConfigError where a variable is not set."""
 
     def value_of(match: re.Match[str]) -> str:
@@ -149,10 +162,7 @@ def _substitute(text: str, path: Path, line: int) -> Any:
             )
         return value
 
-    if not _VARIABLE.search(text):
-        return text
-    filled = _VARIABLE.sub(value_of, text)
-    return yaml.safe_load(filled) if filled else None  # a variable may stand for a number
+    return _VARIABLE.sub(value_of, text)
 
 
 def override(values: Any, dotted: str, value: Any) -> None:
@@ -239,27 +249,11 @@ def _place(source: str, lines: Mapping[KeyPath, int], at: KeyPath) -> str:
 def keys(schema: Any, prefix: str = "") -> list[str]:
     """Return every dotted key of a schema, including the names of sections."""
     dotted: list[str] = []
-    for name, annotation in _fields(schema).items():
+    for name, annotation in fields(schema).items():
         dotted.append(prefix + name)
-        for part in _parts(annotation):
+        for part in parts(annotation):
             dotted += keys(part, f"{prefix}{name}.")
     return dotted
-
-
-def _fields(schema: Any) -> dict[str, Any]:
-    """Return the types of a section's keys by name; empty where `schema` is not a section."""
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return {field.alias or name: field.annotation for name, field in schema.model_fields.items()}
-    if dataclasses.is_dataclass(schema):
-        return {field.name: None for field in dataclasses.fields(schema)}
-    return {}
-
-
-def _parts(annotation: Any) -> list[Any]:
-    """Return the members of a union, or the type itself."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return list(get_args(annotation))
-    return [annotation]
 
 
 def _require_known(job: TrainJob, key: str, place: str) -> None:
