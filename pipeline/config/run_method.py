@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from pipeline.config.schema import TrainJob
+from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import UsageError
 
 
@@ -40,6 +40,38 @@ def method_of(job: TrainJob, collection_digest: str) -> dict[str, Any]:
         **{f"optim.{k}": v for k, v in job.optim.to_dict().items()},
     }
     return json.loads(json.dumps(method))  # tuples become lists, as in a method that is read from run.json
+
+
+def sweep_method_of(sweep: TuneJob, base: TrainJob, collection_digest: str) -> dict[str, Any]:
+    """Return the method of a sweep, by dotted key: its space, its overrides and the method of its base job.
+
+    The number of trials is not part of it, because a larger number continues a sweep.
+
+    Args:
+        sweep: The sweep job.
+        base: A job of the sweep's trials. Its values of the keys in the space are ignored.
+        collection_digest: Digest of the base job's collection.
+    """
+    method = {
+        **{key: value for key, value in method_of(base, collection_digest).items() if key not in sweep.space},
+        **{f"overrides.{key}": value for key, value in sweep.overrides.items()},
+        **{f"space.{key}": choice.model_dump(exclude_none=True) for key, choice in sweep.space.items()},
+    }
+    return json.loads(json.dumps(method))
+
+
+def method_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Return a line for each key in which the method of a stored run differs from that of a job."""
+
+    def shown(method: dict[str, Any], key: str) -> str:
+        return repr(method[key]) if key in method else "absent"
+
+    keys = sorted(theirs.keys() | ours.keys())
+    return [
+        f"{key}: {shown(theirs, key)} in that run, {shown(ours, key)} in this job"
+        for key in keys
+        if shown(theirs, key) != shown(ours, key)
+    ]
 
 
 def digest_of(method: dict[str, Any]) -> str:

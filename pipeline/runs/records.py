@@ -91,6 +91,8 @@ class SweepRecord(Record):
     mlflow_run_id: str
     earlier_mlflow_run_ids: list[str] = []
     """Ids of MLflow runs that did not exist any more when the sweep was resumed, the oldest first."""
+    method: dict[str, Any]
+    """All values that decide which trials are run and what they give, except their number, by dotted key."""
 
 
 class CheckpointFacts(Record):
