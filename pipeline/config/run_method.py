@@ -19,6 +19,8 @@ def complete_model(job: TrainJob, resolution: int, num_classes: int) -> TrainJob
         model = job.model.for_collection(resolution, num_classes)
     except ValueError as error:
         remedy = "leave the key out to take the collection's value, or give another data.train"
+        if "but the collection has" not in str(error):
+            remedy = f"the images of the collection have {resolution} px: correct the key for networks of this size"
         if "num_classes" in str(error) and num_classes == 0:
             remedy = "the collection has no labels: leave model.num_classes out, or set model.num_classes=0"
         raise UsageError(str(error), remedy) from None

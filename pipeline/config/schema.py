@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -296,6 +297,8 @@ class TrainJob(Section):
         group = self.model.batch_norm_group
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")
+        if self.model.resolution is None and self.data.pack is not None and not self.data.pack.index_only:
+            replace(self.model, resolution=self.data.pack.resolution)  # raises where there is no such network
         groups = self.train.batch // (group or self.train.batch)
         passes(self.train.batch, self.train.workers, groups, self.train.micro_batch)  # raises where it is impossible
         return self
