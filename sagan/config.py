@@ -130,6 +130,22 @@ class ModelConfig:
                     f"model.attention has {sorted(unknown)}; at {self.resolution} px the feature maps have the sizes "
                     f"{sorted(sizes)}"
                 )
+            self._check_attention()
+
+    def _check_attention(self) -> None:
+        """Check that every feature map with self-attention has a multiple of 8 channels. Raises ValueError."""
+        attention, size = self.attention_sizes, self.known_resolution
+        maps = [(4 * 2**i, channels, "g") for i, channels in enumerate(self.widths_g) if i]
+        for channels, halves in self.widths_d:
+            size = size // 2 if halves else size
+            maps += [(size, channels, "d")] if halves else []
+        for size, channels, network in maps:
+            if size in attention and channels % 8:
+                raise ValueError(
+                    f"model.channels_{network} {getattr(self, f'channels_{network}')} gives {channels} channels at the "
+                    f"size {size}, where model.attention needs a multiple of 8; change model.channels_{network} or "
+                    f"model.multipliers_{network}, or leave {size} out of model.attention"
+                )
 
     def _check_widths(self, resolution: int) -> None:
         for name, table in (("multipliers_g", _WIDTHS_G[resolution]), ("multipliers_d", _WIDTHS_D[resolution])):

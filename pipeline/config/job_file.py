@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob
+from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob, absolute
+from pipeline.config.text_values import KeyPath, Text, fields, parts, typed
 from pipeline.errors import ConfigError
 
+_STANDARD_TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
-KeyPath = tuple[str | int, ...]
 
 # Most characters of a YAML text, its deepest nesting, and the most values. An alias counts as the values that it names.
 MOST_TEXT, MOST_DEPTH, MOST_VALUES = 1_000_000, 20, 20_000
@@ -62,7 +60,8 @@ class Origin:
 def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Job:
     """Read a job file, fill in environment variables, overrides and defaults, and validate it.
 
-    `${NAME}` and `${NAME:-default}` in values are replaced by environment variables.
+    `${NAME}` and `${NAME:-default}` in values are replaced by environment variables. The type of a key decides whether
+    a value is text or YAML (see `text_values`).
 
     Args:
         path: Path of the file.
@@ -72,11 +71,12 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
     """
     path = Path(path)
     values, origin = _read(path)
-    for key, value in (overrides or {}).items():
-        override(values, key, value)
+    if isinstance(values, dict):
+        for key, value in (overrides or {}).items():
+            override(values, key, value)
     job = parse_job(values, origin)
     if isinstance(job, TuneJob):
-        job = job.model_copy(update={"base": str(path.parent / job.base)})
+        job = job.model_copy(update={"base": absolute(str(path.parent / job.base))})
         base = trial_job(job, {})  # a wrong key is found now and not in the first trial
         for key in job.space:
             _require_known(base, key, f"{path}: space")
@@ -95,13 +95,16 @@ def trial_job(sweep: TuneJob, point: Mapping[str, Any]) -> TrainJob:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Parse overrides: `["train.workers=2"]` → `{"train.workers": 2}`. Values are YAML. Raises ConfigError."""
-    parsed = {}
+    """Split overrides: `["train.workers=2"]` → `{"train.workers": "2"}`. Raises ConfigError.
+
+    A value is a `Text`, which `load_job` takes verbatim or as YAML.
+    """
+    parsed: dict[str, Any] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key:
             raise ConfigError(f"{argument!r} is not an override", "write key=value, for example train.workers=2")
-        parsed[key] = _read_text(value, Origin(f"override {key}"))
+        parsed[key] = Text(value)
     return parsed
 
 
@@ -117,8 +120,12 @@ def parse_job(values: Any, origin: Origin | str) -> Job:
             f"write `kind:` with one of {', '.join(KINDS)}",
         )
     schema = KINDS[kind]
+
+    def not_yaml(at: KeyPath, problem: str) -> ConfigError:
+        return ConfigError(f"{origin.place(at)}{'.'.join(map(str, at))}: {problem}", "correct the YAML")
+
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(typed(values, schema, not_yaml))
     except ValidationError as error:
         problems = [_explain(problem, schema, origin) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(problems), "`sagan config --schema` lists every key") from None
@@ -149,7 +156,7 @@ def _read(path: Path) -> tuple[Any, Origin]:
         remedy = f"did you mean {path.parent / near[0]}?" if near else "give the path of a job file, e.g. jobs/…"
         raise ConfigError(f"{path} cannot be read: {error.strerror}", remedy) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text in UTF-8: {error.reason}", "give the path of a job file") from None
+        raise ConfigError(f"{path} is not UTF-8: {error.reason}", "save the file as UTF-8") from None
     return _read_text(text, origin), origin
 
 
@@ -215,23 +222,19 @@ class _Values:
         return mapping
 
     def _scalar(self, node: yaml.Node, line: int) -> Any:
-        """Return the value of a scalar. Raises ConfigError where a number is not finite or a variable is not set."""
-        try:
-            value = yaml.SafeLoader("").construct_object(node)
-        except (yaml.YAMLError, ValueError, OverflowError):
+        """Return the text of a scalar, whose meaning depends on its key; None for null. Raises ConfigError."""
+        assert isinstance(node, yaml.ScalarNode)
+        if not node.tag.startswith(_STANDARD_TAG):
             raise ConfigError(
                 f"{self.origin.name}:{line}: {_shortened(repr(node.value))} has no value", "correct the YAML"
-            ) from None
-        substituted = isinstance(value, str) and _VARIABLE.search(value)
-        if substituted:
-            value = self._substitute(value, line)
-        number = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-        if isinstance(number, float) and not math.isfinite(number):
-            shown = node.value if not substituted else self.origin.without_secrets(node.value)
-            raise ConfigError(f"{self.origin.name}:{line}: {shown} is not a finite number", "write a finite number")
-        return value
+            )
+        if node.tag == f"{_STANDARD_TAG}null":
+            return None
+        if _VARIABLE.search(node.value):  # a variable may stand for a number
+            return Text(self._substitute(node.value, line))
+        return Text(node.value) if node.style is None else node.value
 
-    def _substitute(self, text: str, line: int) -> Any:
+    def _substitute(self, text: str, line: int) -> str:
         """Return a text with environment variables filled in. Raises ConfigError where a variable is not set."""
 
         def value_of(match: re.Match[str]) -> str:
@@ -246,13 +249,9 @@ class _Values:
             return value
 
         filled = _VARIABLE.sub(value_of, text)
-        try:
-            value = yaml.safe_load(filled) if filled else None  # a variable may stand for a number
-        except (yaml.YAMLError, ValueError, RecursionError):
-            return filled
         if any(name in os.environ for name, _ in _VARIABLE.findall(text)):
-            self.origin.variables.setdefault(str(value), text)
-        return value
+            self.origin.variables.setdefault(filled, text)
+        return filled
 
 
 def override(values: Any, dotted: str, value: Any) -> None:
@@ -337,27 +336,11 @@ def _shortened(text: str) -> str:
 def keys(schema: Any, prefix: str = "") -> list[str]:
     """Return every dotted key of a schema, including the names of sections."""
     dotted: list[str] = []
-    for name, annotation in _fields(schema).items():
+    for name, annotation in fields(schema).items():
         dotted.append(prefix + name)
-        for part in _parts(annotation):
+        for part in parts(annotation):
             dotted += keys(part, f"{prefix}{name}.")
     return dotted
-
-
-def _fields(schema: Any) -> dict[str, Any]:
-    """Return the types of a section's keys by name; empty where `schema` is not a section."""
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return {field.alias or name: field.annotation for name, field in schema.model_fields.items()}
-    if dataclasses.is_dataclass(schema):
-        return {field.name: None for field in dataclasses.fields(schema)}
-    return {}
-
-
-def _parts(annotation: Any) -> list[Any]:
-    """Return the members of a union, or the type itself."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return list(get_args(annotation))
-    return [annotation]
 
 
 def _require_known(job: TrainJob, key: str, place: str) -> None:

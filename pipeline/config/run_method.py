@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from pipeline.config.schema import TrainJob
+from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import UsageError
 
 
@@ -19,6 +19,8 @@ def complete_model(job: TrainJob, resolution: int, num_classes: int) -> TrainJob
         model = job.model.for_collection(resolution, num_classes)
     except ValueError as error:
         remedy = "leave the key out to take the collection's value, or give another data.train"
+        if "but the collection has" not in str(error):
+            remedy = f"the images of the collection have {resolution} px: correct the key for networks of this size"
         if "num_classes" in str(error) and num_classes == 0:
             remedy = "the collection has no labels: leave model.num_classes out, or set model.num_classes=0"
         raise UsageError(str(error), remedy) from None
@@ -42,9 +44,22 @@ def method_of(job: TrainJob, collection_digest: str) -> dict[str, Any]:
     return json.loads(json.dumps(method))  # tuples become lists, as in a method that is read from run.json
 
 
-def digest_of(method: dict[str, Any]) -> str:
-    """Return the SHA-256 of a method in hex."""
-    return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
+def sweep_method_of(sweep: TuneJob, base: TrainJob, collection_digest: str) -> dict[str, Any]:
+    """Return the method of a sweep, by dotted key: its space, its overrides and the method of its base job.
+
+    The number of trials is not part of it, because a larger number continues a sweep.
+
+    Args:
+        sweep: The sweep job.
+        base: A job of the sweep's trials. Its values of the keys in the space are ignored.
+        collection_digest: Digest of the base job's collection.
+    """
+    method = {
+        **{key: value for key, value in method_of(base, collection_digest).items() if key not in sweep.space},
+        **{f"overrides.{key}": value for key, value in sweep.overrides.items()},
+        **{f"space.{key}": choice.model_dump(exclude_none=True) for key, choice in sweep.space.items()},
+    }
+    return json.loads(json.dumps(method))
 
 
 def method_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -59,3 +74,8 @@ def method_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str
         for key in keys
         if shown(theirs, key) != shown(ours, key)
     ]
+
+
+def digest_of(method: dict[str, Any]) -> str:
+    """Return the SHA-256 of a method in hex."""
+    return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +15,27 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from sagan.config import RESOLUTIONS, ModelConfig, OptimConfig
 from sagan.step import passes
 
+_LOCAL = re.compile(r"(sqlite(?:\+\w+)?:///|file://|file:)?(.+)", re.DOTALL)
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_TRACKERS = ("databricks", "databricks-uc", "uc")  # tracking URIs of MLflow that are names and not paths
 
-def _absolute(url: str) -> str:
-    """Make a relative path absolute, since workers run in other folders than the command."""
-    return url if "://" in url or not url else str(Path(url).expanduser().absolute())
+
+def absolute(location: str) -> str:
+    """Return a path, a URL or an SQLite URI with an absolute path. Workers run in other folders than the command."""
+    match = _LOCAL.fullmatch(location)
+    if match is None or (match[1] is None and _URI.match(location)):
+        return location
+    return (match[1] or "") + str(Path(match[2]).expanduser().absolute())
+
+
+def absolute_tracking_uri(uri: str) -> str:
+    """Return an MLflow tracking URI with an absolute path."""
+    return uri if uri in _TRACKERS else absolute(uri)
+
+
+def _absolute_on_each_node(path: str) -> str:
+    """Return an absolute path, or a path below the home folder, which each node expands for itself."""
+    return path if path.startswith("~") else absolute(path)
 
 
 def _is_file(extractor: str) -> bool:
@@ -24,7 +43,9 @@ def _is_file(extractor: str) -> bool:
     return bool(Path(extractor).suffix)
 
 
-Url = Annotated[str, AfterValidator(_absolute)]
+Url = Annotated[str, AfterValidator(absolute)]
+TrackingUri = Annotated[str, AfterValidator(absolute_tracking_uri)]
+NodePath = Annotated[str, AfterValidator(_absolute_on_each_node)]
 SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 """Names of splits. They are parts of the names of shards."""
 SplitName = Annotated[str, Field(pattern=f"^{SPLIT_NAME}$")]
@@ -98,7 +119,7 @@ class DataSection(Section):
     samples better. Workers read separate shards where the number of workers divides the number of lanes."""
     window: int = Field(2048, ge=1)
     """Number of consecutive samples of a lane that are permuted together."""
-    cache: str = "~/.cache/sagan/shards"
+    cache: NodePath = "~/.cache/sagan/shards"
     """Folder on each node for downloaded and verified shards."""
     cache_gb: float = Field(100.0, gt=0)
     """Greatest size of `data.cache` on each node, in units of 10⁹ bytes. The shard that was used longest ago is deleted
@@ -211,7 +232,7 @@ class EvaluateSection(Section):
     @field_validator("extractor")
     @classmethod
     def _file_is_absolute(cls, value: str) -> str:
-        return _absolute(value) if _is_file(value) else value
+        return absolute(value) if _is_file(value) else value
 
     @model_validator(mode="after")
     def _applies(self) -> EvaluateSection:
@@ -236,7 +257,7 @@ class EvaluateSection(Section):
 class TrackSection(Section):
     """Where metrics and models are stored."""
 
-    uri: str | None = None
+    uri: TrackingUri | None = None
     """MLflow tracking URI. Default: the environment variable MLFLOW_TRACKING_URI, or without it the SQLite file
     runs/mlflow.db in the folder where the job runs."""
     experiment: str = "sagan"
@@ -293,6 +314,8 @@ class TrainJob(Section):
         group = self.model.batch_norm_group
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")
+        if self.model.resolution is None and self.data.pack is not None and not self.data.pack.index_only:
+            replace(self.model, resolution=self.data.pack.resolution)  # raises where there is no such network
         groups = self.train.batch // (group or self.train.batch)
         passes(self.train.batch, self.train.workers, groups, self.train.micro_batch)  # raises where it is impossible
         return self
@@ -320,7 +343,7 @@ class EvaluateJob(Section):
     kind: Literal["evaluate"] = "evaluate"
     name: Name
     """Name of the job: at most 63 lower-case letters, digits, `.`, `_` and `-`, first a letter or a digit."""
-    model: str
+    model: Url
     """Model to score: a registry URI (models:/NAME@ALIAS), the URL of a checkpoint, or a folder that `sagan pull`
     wrote."""
     reference: Url

@@ -105,6 +105,8 @@ class RunRecord(Record):
     method: dict[str, Any]
     """All values that decide the numbers of the run, by dotted key."""
     mlflow_run_id: str
+    earlier_mlflow_run_ids: list[str] = []
+    """Ids of MLflow runs that did not exist any more when the run was resumed, the oldest first."""
     starts: int = 0
     """Number of worker-group starts."""
     images_lost: int = 0
@@ -120,6 +122,10 @@ class SweepRecord(Record):
     kind: Literal["tune"] = "tune"
     name: str
     mlflow_run_id: str
+    earlier_mlflow_run_ids: list[str] = []
+    """Ids of MLflow runs that did not exist any more when the sweep was resumed, the oldest first."""
+    method: dict[str, Any]
+    """All values that decide which trials are run and what they give, except their number, by dotted key."""
     format: int = 3
 
 

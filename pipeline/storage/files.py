@@ -1,9 +1,10 @@
 """Access to files by URL: a plain path, s3://bucket/key, or another URL that fsspec supports.
 
-No call uses a cached listing, and every call ends in bounded time. A call raises FileNotFoundError where the object
-does not exist, and EnvironmentFault where the storage cannot be reached or is full. It raises LastingFault, which is an
-EnvironmentFault, where the storage refuses access. A limit on the size of an object is enforced while its bytes arrive,
-since a server need not tell the truth about sizes. s3fs is not fork-safe, so each process creates its own client.
+Every URL is taken literally: no character of a key is a pattern. No call uses a cached listing, and every call ends in
+bounded time. A call raises FileNotFoundError where the object does not exist, and EnvironmentFault where the storage
+cannot be reached or is full. It raises LastingFault, which is an EnvironmentFault, where the storage refuses access. A
+limit on the size of an object is enforced while its bytes arrive, since a server need not tell the truth about sizes.
+s3fs is not fork-safe, so each process creates its own client.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from http import HTTPStatus
@@ -44,6 +46,7 @@ _CONNECT_S, _SILENCE_S = 5, 20  # seconds: limits for opening a connection, and 
 _SLOWEST = 50_000  # bytes per second: a slower download fails
 _ATTEMPTS = 4
 _PIECE = 2**20  # bytes of a local copy
+_DELETIONS = 8  # keys of a folder that are deleted at the same time
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -259,9 +262,17 @@ def download(
 
 
 def delete(url: str) -> None:
-    """Delete an object, or a folder and everything below it, where it exists. Raises EnvironmentFault."""
+    """Delete an object, or a folder and everything below it, where it exists. Raises EnvironmentFault.
+
+    The URL is taken literally. `rm` of fsspec takes `[`, `*` and `?` as a pattern, so each key is deleted by itself.
+    """
     with _storage(url) as (fs, path):
-        _missing_is_empty(fs.rm, path, recursive=True)
+        if isinstance(fs, LocalFileSystem):
+            _missing_is_empty(fs.rm, path, recursive=True)
+            return
+        keys = {path, *_missing_is_empty(fs.find, path)}
+        with ThreadPoolExecutor(_DELETIONS) as threads:
+            list(threads.map(lambda key: _missing_is_empty(fs.rm_file, key), keys))
 
 
 def check_writable(url: str) -> None:

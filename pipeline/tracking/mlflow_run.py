@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config.schema import TrainJob
+from pipeline.config.schema import TrainJob, absolute_tracking_uri
 from pipeline.errors import EnvironmentFault, shown_url
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ class Upload(NamedTuple):
 
 
 def default_uri() -> str:
-    """Return MLFLOW_TRACKING_URI, or without it the URI of `runs/mlflow.db` in the current directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    """Return MLFLOW_TRACKING_URI, or without it the URI of `runs/mlflow.db`. Paths are below the current directory."""
+    return absolute_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db")
 
 
 def tracking_uri(job: TrainJob) -> str:
@@ -97,6 +98,8 @@ class MlflowRun:
     ) -> MlflowRun:
         """Create a run, or resume the run `run_id`, and set its params and tags.
 
+        Where the run `run_id` does not exist or is deleted, a new run is created, and a message says so.
+
         Args:
             uri: Tracking URI.
             experiment: Name of the experiment. It is created where it does not exist.
@@ -114,7 +117,7 @@ class MlflowRun:
 
         try:
             mlflow = client(uri)
-            if run_id is None:
+            if run_id is None or not _can_resume(mlflow, run_id, uri):
                 experiment_id = _experiment(mlflow, experiment, artifacts)
                 run_id = str(mlflow.create_run(experiment_id, run_name=run_name).info.run_id)
             else:
@@ -141,6 +144,12 @@ class MlflowRun:
             time_ms: Unix time of the points in milliseconds.
         """
         self._put(*(Point(key, float(value), step, time_ms) for key, value in metrics.items()))
+
+    def replay(self, lines: str) -> None:
+        """Log every point of a `metrics.jsonl`."""
+        for line in lines.splitlines():
+            point = json.loads(line)
+            self.log(point["metrics"], point["step"], point["time_ms"])
 
     def log_file(self, local: Path, folder: str = "") -> None:
         """Upload a file into the folder `folder` of the run's artifacts. The thread reads the file later."""
@@ -260,8 +269,30 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError) or getattr(error, "error_code", "") in refusals
 
 
+def _can_resume(mlflow: Any, run_id: str, uri: str) -> bool:
+    """Return whether a run exists and is not deleted. Where it is not so, print why a new run begins."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if mlflow.get_run(run_id).info.lifecycle_stage == "active":
+            return True
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        problem = f"MLflow at {uri} has no run {run_id}"
+        remedy = "if the run is in another tracker, stop, and set track.uri or MLFLOW_TRACKING_URI to that tracker"
+    else:
+        problem = f"run {run_id} is deleted in MLflow at {uri}"
+        remedy = f"to have the deleted run beside it, run: mlflow runs restore --run-id {run_id}"
+    print(f"{problem}: a new MLflow run begins, with the metrics of the newest checkpoint; {remedy}", flush=True)
+    return False
+
+
 def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
-    """Return the id of the experiment, which is created where it does not exist."""
+    """Return the id of the experiment, which is created where it does not exist.
+
+    Raises EnvironmentFault where the experiment is deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     experiment = mlflow.get_experiment_by_name(name)
@@ -272,6 +303,12 @@ def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
             experiment = mlflow.get_experiment_by_name(name)
             if experiment is None:
                 raise
+    if experiment.lifecycle_stage != "active":
+        raise EnvironmentFault(
+            f"the MLflow experiment {name} is deleted",
+            f"run: mlflow experiments restore --experiment-id {experiment.experiment_id}; or choose another name with "
+            "track.experiment=NAME",
+        )
     return str(experiment.experiment_id)
 
 

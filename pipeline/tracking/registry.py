@@ -18,7 +18,6 @@ import logging
 import math
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,9 @@ from typing import Any
 
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
 from pipeline.storage import file_sets, files
+from pipeline.tracking import pulled_folder
 from pipeline.tracking.mlflow_run import client
+from sagan.sampling import Model
 
 log = logging.getLogger(__name__)
 
@@ -192,27 +193,25 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
     """Download the model `models:/NAME@ALIAS` or `models:/NAME/VERSION` into the folder `destination`.
 
     The folder then contains generator.safetensors, config.json, code/sagan/, README.md, samples.png and the files of
-    MLflow. A model that was pulled into it earlier is replaced.
+    MLflow. The model of an earlier pull is replaced after the download is complete. Other files are kept.
 
-    Returns `destination`. Raises UsageError, EnvironmentFault. Raises CorruptError where a file is not the one that was
+    Returns the absolute path of the folder. Raises UsageError where the folder holds files and no pulled model,
+    EnvironmentFault, and CorruptError where the version holds no complete model, where a file is not the one that was
     registered, or where the version does not say which files were registered.
     """
-    destination = Path(destination)
-    if destination.exists() and not (destination / "generator.safetensors").exists() and any(destination.iterdir()):
-        raise UsageError(f"{destination} is not empty and contains no model", "choose another folder")
-    with _errors_explained(uri):
+    destination = Path(destination).expanduser().absolute()
+    with pulled_folder.replacing(destination) as folder, _errors_explained(uri):
         from mlflow.artifacts import download_artifacts
 
         name, number = _resolve(uri, model_uri)
         registered = next(version.tags for version in versions(uri, name) if version.number == number)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".pull-", dir=destination.parent) as temp:
-            source = client(uri).get_model_version_download_uri(name, str(number))
-            folder = download_artifacts(source, dst_path=f"{temp}/model", tracking_uri=uri)
-            _require_registered(Path(folder), model_uri, registered)
-            if destination.exists():
-                shutil.rmtree(destination)
-            shutil.move(folder, destination)
+        source = client(uri).get_model_version_download_uri(name, str(number))
+        Path(download_artifacts(source, dst_path=f"{folder}.part", tracking_uri=uri)).rename(folder)
+        _require_registered(folder, model_uri, registered)
+        try:
+            Model.load(folder)
+        except Exception as error:  # any, because the bytes may be anything
+            raise CorruptError(f"{name} version {number} holds no complete model: {error}") from error
     return destination
 
 
@@ -238,11 +237,11 @@ def _require_registered(folder: Path, model_uri: str, tags: dict[str, str]) -> N
 def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
     """Download the checkpoint of a version, which is the whole training state, into the empty folder `destination`.
 
-    Returns `destination`. Raises UsageError, EnvironmentFault. Raises CorruptError where the checkpoint does not exist
-    any more or is not the one that was registered.
+    Returns the absolute path of the folder. Raises UsageError, EnvironmentFault. Raises CorruptError where the
+    checkpoint does not exist any more or is not the one that was registered.
     """
-    if destination.exists() and any(destination.iterdir()):
-        raise UsageError(f"{destination} is not empty", "choose another folder")
+    destination = Path(destination).expanduser().absolute()
+    pulled_folder.require_empty(destination)
     with _errors_explained(uri):
         name, number = _resolve(uri, model_uri)
         tags = next(version.tags for version in versions(uri, name) if version.number == number)

@@ -111,8 +111,28 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
     uri = tracking_uri(job)
     if record and (summary := stored.summary()) and summary.images >= 1000 * job.train.kimg:
         return TrainingRun(job, stored, uri, record, 0, summary)
+    record = start_tracking(job, stored, record, method, parent)
+    return TrainingRun(job, stored, uri, record, last_step(uri, record.mlflow_run_id, "loss_d"), None)
+
+
+def start_tracking(
+    job: TrainJob, stored: StoredRun, record: RunRecord | None, method: dict[str, Any], parent: str | None
+) -> RunRecord:
+    """Start the MLflow run of a training run or resume it, write the run's record and return it.
+
+    A tracker that does not have the MLflow run of `record` gets a new one with the metrics of the newest checkpoint.
+
+    Args:
+        job: The complete job.
+        stored: Folder of the run.
+        record: The run's record; None for a new run.
+        method: Method of the job.
+        parent: Id of the MLflow run of the sweep, if the run is a trial.
+
+    Raises EnvironmentFault.
+    """
     tracker = MlflowRun.start(
-        uri,
+        tracking_uri(job),
         job.track.experiment,
         job.name,
         record.mlflow_run_id if record else None,
@@ -126,18 +146,24 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
         artifacts=job.track.artifacts or artifact_location(job),
         parent=parent,
     )
+    earlier = record.earlier_mlflow_run_ids if record else []
+    if record and record.mlflow_run_id != tracker.run_id:
+        earlier = [*earlier, record.mlflow_run_id]
+        for checkpoint in stored.checkpoints()[-1:]:
+            tracker.replay(checkpoint.metrics().decode())
     tracker.close(timeout_s=30)
     record = RunRecord(
         name=job.name,
         method=method,
         mlflow_run_id=tracker.run_id,
+        earlier_mlflow_run_ids=earlier,
         starts=record.starts if record else 0,
         images_lost=record.images_lost if record else 0,
         data=RecordedData.of(job.data),
         evaluate=RecordedEvaluation.of(job.evaluate),
     )
     stored.write_record(record)
-    return TrainingRun(job, stored, uri, record, last_step(uri, tracker.run_id, "loss_d"), None)
+    return record
 
 
 def artifact_location(job: TrainJob) -> str | None:

@@ -151,9 +151,7 @@ class Worker:
     def _replay_metrics(self) -> None:
         """Pass every point of the checkpoint to the tracker. The tracker skips points that the MLflow run has."""
         if self.tracker is not None and self.metrics_file.exists():
-            for line in self.metrics_file.read_text().splitlines():
-                point = json.loads(line)
-                self.tracker.log(point["metrics"], point["step"], point["time_ms"])
+            self.tracker.replay(self.metrics_file.read_text())
 
     # --- around a step -----------------------------------------------------------------------------------------------
 

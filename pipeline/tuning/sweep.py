@@ -13,17 +13,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
 from pipeline.compute.devices import uses_gpu
 from pipeline.compute.resources import cluster_resources, release_placement_groups, require_resources
 from pipeline.config.job_file import override, parse_job, trial_job
+from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.errors import EnvironmentFault, SaganError, UsageError
 from pipeline.runs.records import RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
-from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, train
+from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, start_tracking, train
 from pipeline.training.training_run import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.sweep_picture import draw_plane
@@ -48,9 +50,10 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
     stored = StoredSweep.of(base, sweep.name)
     if fresh:
         stored.delete()
+    record, method = _own_record(sweep, base, stored)
     _require_room(sweep, base)
     evaluation.check(base)
-    run_id = _find_or_start(sweep, base, stored)
+    run_id = _find_or_start(sweep, base, stored, record, method)
     higher_is_better = evaluation.higher_is_better(base)
     run = ray_tune.with_parameters(
         run_trial, sweep=sweep.name, base=base, evaluation=evaluation, parent=run_id, higher_is_better=higher_is_better
@@ -111,9 +114,27 @@ def _require_room(sweep: TuneJob, base: TrainJob) -> None:
         raise EnvironmentFault(f"{trials} trials at once do not fit the cluster", remedy(0))
 
 
-def _find_or_start(sweep: TuneJob, base: TrainJob, stored: StoredSweep) -> str:
-    """Return the id of the sweep's MLflow run, which is created where the sweep has none."""
+def _own_record(sweep: TuneJob, base: TrainJob, stored: StoredSweep) -> tuple[SweepRecord | None, dict[str, Any]]:
+    """Return the record of the sweep of this name, None where there is none, and the method of this sweep.
+
+    Raises UsageError where the stored sweep has another method.
+    """
+    collection = Collection.open(base.data.train)
+    method = sweep_method_of(sweep, complete_job(base), collection.digest)
     record = stored.record()
+    if record is not None and (differences := method_differences(record.method, method)):
+        lines = "\n".join(f"    {line}" for line in differences)
+        raise UsageError(
+            f"a sweep named {sweep.name} exists under {base.checkpoint.root} with other keys:\n{lines}",
+            "give this sweep another name (name=…), or set the keys back to resume the existing sweep",
+        )
+    return record, method
+
+
+def _find_or_start(
+    sweep: TuneJob, base: TrainJob, stored: StoredSweep, record: SweepRecord | None, method: dict[str, Any]
+) -> str:
+    """Return the id of the sweep's MLflow run, which is created where the sweep has none."""
     tracker = MlflowRun.start(
         tracking_uri(base),
         base.track.experiment,
@@ -124,8 +145,12 @@ def _find_or_start(sweep: TuneJob, base: TrainJob, stored: StoredSweep) -> str:
         artifacts=base.track.artifacts or artifact_location(base),
     )
     tracker.close(timeout_s=30)
-    if record is None:
-        stored.write_record(SweepRecord(name=sweep.name, mlflow_run_id=tracker.run_id))
+    earlier = record.earlier_mlflow_run_ids if record else []
+    if record and record.mlflow_run_id != tracker.run_id:
+        earlier = [*earlier, record.mlflow_run_id]
+    stored.write_record(
+        SweepRecord(name=sweep.name, mlflow_run_id=tracker.run_id, earlier_mlflow_run_ids=earlier, method=method)
+    )
     return tracker.run_id
 
 
@@ -140,7 +165,7 @@ def _conclude(
     if ranked[0].score is None:
         reasons = sorted({trial.outcome for trial in trials})
         raise SaganError(f"all {len(trials)} trials of {sweep.name} failed: {'; '.join(reasons)}")
-    scores = _register(sweep, base, evaluation, ranked[0])
+    scores = _register(sweep, base, evaluation, ranked[0], run_id)
     assert scores.score is not None
     local = Path("runs") / sweep.name
     local.mkdir(parents=True, exist_ok=True)
@@ -176,13 +201,18 @@ def best_first(trials: list[Trial], higher_is_better: bool) -> list[Trial]:
     return scored + [trial for trial in trials if trial.score is None]
 
 
-def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial) -> RunScores:
+def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial, run_id: str) -> RunScores:
     """Register the model of the best trial under the name of the sweep, and return the scores of the trial."""
     job = complete_job(job_of_trial(base, best.name, best.point))
     track = job.track.model_copy(update={"model": sweep.name, "register_model": True})
-    record = StoredRun.of(job).record()
+    stored = StoredRun.of(job)
+    record = stored.record()
     assert record is not None
-    return evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
+    # The trial may have ended under another tracker.
+    record = start_tracking(job, stored, record, record.method, run_id)
+    scores = evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
+    MlflowRun(tracking_uri(base), record.mlflow_run_id).finish("FINISHED")
+    return scores
 
 
 def _print_table(sweep: TuneJob, trials: list[Trial]) -> None:

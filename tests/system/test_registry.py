@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import socket
 import socketserver
 import subprocess
@@ -248,6 +249,86 @@ def test_a_registered_model_is_found_pulled_and_sampled_without_this_system(
     expected = Model.load(folder).sample(["seven"], 4, 3, 0.7)
     assert torch.equal(load_file(out)["images"], expected)
     assert registry.pull(server.uri, f"models:/{name}/{version}", pulled) == pulled
+
+
+def pull(server: MlflowServer, *arguments: str) -> Any:
+    """`sagan pull ARGUMENTS`."""
+    return CliRunner(env={"MLFLOW_TRACKING_URI": server.uri}).invoke(app, ["pull", *arguments])
+
+
+def test_a_pull_into_the_current_folder_and_a_second_pull_replace_only_what_a_pull_wrote(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = registry.register(server.uri, name, folder, run_id, tags(1.0))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert pull(server, f"models:/{name}/{version}", ".").exit_code == 0
+    Model.load(tmp_path / "here")
+
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    (tmp_path / "here" / "code" / "mine.py").write_text("mine")
+    shorter = tmp_path / "shorter"
+    shutil.copytree(folder, shorter)
+    (shorter / "samples.png").unlink()
+    (shorter / "README.md").write_text("the second")
+    second = registry.register(server.uri, name, shorter, run_id, tags(2.0))
+    assert pull(server, f"models:/{name}/{second}", str(tmp_path / "here")).exit_code == 0
+    assert (tmp_path / "here" / "notes.txt").read_text() == (tmp_path / "here" / "code" / "mine.py").read_text()
+    assert (tmp_path / "here" / "README.md").read_text() == "the second"
+    assert not (tmp_path / "here" / "samples.png").exists(), "a file of the first model alone"
+    assert not [path for path in (tmp_path / "here").iterdir() if path.name.startswith(".pull-")]
+    Model.load(tmp_path / "here")
+
+
+def test_a_pull_is_refused_before_it_touches_files_of_others(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = registry.register(server.uri, name, folder, run_id, tags(1.0))
+    for path, text in {"own/letter.txt": "mine", "copy/generator.safetensors": "a model that no pull wrote"}.items():
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(text)
+        for options in ([], ["--checkpoint"]):
+            monkeypatch.chdir((tmp_path / path).parent)
+            result = pull(server, f"models:/{name}/{version}", ".", *options)
+            assert isinstance(result.exception, UsageError)
+            assert "is not empty" in str(result.exception)
+        assert [p.name for p in (tmp_path / path).parent.iterdir()] == [(tmp_path / path).name]
+        assert (tmp_path / path).read_text() == text
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in str(pull(server, f"models:/{name}/{version}", str(tmp_path / "file")).exception)
+
+    pulled = registry.pull(server.uri, f"models:/{name}/{version}", tmp_path / "pulled")
+    (pulled / "samples.png").unlink()
+    shorter = tmp_path / "shorter"
+    shutil.copytree(folder, shorter)
+    (shorter / "samples.png").unlink()
+    second = registry.register(server.uri, name, shorter, run_id, tags(2.0))
+    registry.pull(server.uri, f"models:/{name}/{second}", pulled)
+    (pulled / "samples.png").write_text("mine")
+    before = {path: path.read_bytes() for path in pulled.rglob("*") if path.is_file()}
+    result = pull(server, f"models:/{name}/{version}", str(pulled))
+    assert "samples.png" in str(result.exception)
+    assert {path: path.read_bytes() for path in pulled.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_version_or_none_leaves_the_folder_as_it_was(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path
+) -> None:
+    version = registry.register(server.uri, name, folder, run_id, tags(1.0))
+    pulled = registry.pull(server.uri, f"models:/{name}/{version}", tmp_path / "pulled")
+    before = {path: path.read_bytes() for path in pulled.rglob("*") if path.is_file()}
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (damaged / "generator.safetensors").write_bytes(b"not tensors")
+    second = registry.register(server.uri, name, damaged, run_id, tags(2.0))
+    with pytest.raises(CorruptError, match=f"{name} version {second}"):
+        registry.pull(server.uri, f"models:/{name}/{second}", pulled)
+    with pytest.raises(UsageError, match="not in the registry"):
+        registry.pull(server.uri, f"models:/{name}/99", pulled)
+    with pytest.raises(UsageError, match="not in the registry"):
+        registry.pull(server.uri, f"models:/{name}/99", tmp_path / "new")
+    assert {path: path.read_bytes() for path in pulled.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_card_of_a_pulled_model_shows_code_that_runs(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.collection.verify import verify_collection
 from pipeline.config.schema import DataSection, PackSection
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.packing.pack import pack
+from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.streaming.stream import Stream
 from sagan.world import World
@@ -162,6 +163,26 @@ def test_sets_are_committed_verified_and_removed(bucket: str, tmp_path: Path) ->
         file_sets.verify_set(url)
     file_sets.remove_set(url)
     assert file_sets.read_manifest(url) is None
+
+
+def test_packing_a_fresh_start_and_retention_delete_nothing_of_a_neighbour(bucket: str, tmp_path: Path) -> None:
+    """`set[1]` as a pattern names the folder `set1`, and not the folder `set[1]`."""
+    foreign = ["set1/.packing/x.json", "exp1/runs/tiny/run.json", "exp1/runs/tiny/checkpoints/1/manifest.json"]
+    for key in foreign:
+        files.write_bytes(files.join(bucket, key), b"foreign")
+    pack(f"{bucket}/set[1]", PackSection(source="digits", resolution=32, shard_images=1000))
+    packed = files.list_names(f"{bucket}/set[1]")
+    assert not [name for name in packed if name.startswith(".")], "receipts and probes are gone"
+    run = StoredRun(f"{bucket}/exp[1]/runs/tiny")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "state.bin").write_bytes(b"state")
+    for name in ("1", "2"):
+        file_sets.upload_set(tmp_path / "set", run.checkpoint(name).url)
+    file_sets.remove_set(run.checkpoint("1").url)  # retention
+    assert files.list_names(run.checkpoints_url) == ["2"]
+    run.delete()  # --fresh
+    assert files.list_names(f"{bucket}/exp[1]") == []
+    assert all(files.read_bytes(files.join(bucket, key)) == b"foreign" for key in foreign)
 
 
 class TestCollection:

@@ -48,6 +48,13 @@ def test_every_shipped_job_is_valid_and_executable(path):
         (TRAIN.replace("16", "many"), "job.yaml:6: train.batch is 'many': input should be a valid integer"),
         (TRAIN + "  workers: 17\n", "train.workers is 17, but train.batch has only 16 images"),
         (TRAIN + "optim: {lr_d: -1}\n", "job.yaml:7: optim.lr_d is -1"),
+        (TRAIN + "model: {resolution: 64, channels_d: 2}\n", "job.yaml:7: model.channels_d 2 gives 2 channels at"),
+        (
+            TRAIN.replace("somewhere", "x, pack: {source: y, resolution: 64}") + "model: {channels_d: 2}\n",
+            "model.channels_d 2 gives 2 channels at the size 32, where model.attention needs a multiple of 8",
+        ),
+        (TRAIN + "model: {batch_norm_group: 5}\n", "model.batch_norm_group 5 does not divide train.batch 16"),
+        (TRAIN + "  micro_batch: 4\n", "set model.batch_norm_group to at most 4"),
         (TRAIN + "model: {resolution: 33}\n", "job.yaml:7: model.resolution is 33"),
         (TRAIN.replace("kimg: 1", "log_kimg: 1"), "train.kimg is missing"),
         (TRAIN.replace("train\n", "trian\n", 1), "job.yaml:1: kind is 'trian'"),

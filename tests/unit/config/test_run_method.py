@@ -58,6 +58,9 @@ def test_a_job_that_contradicts_its_collection_is_refused_with_both_values():
     with pytest.raises(UsageError, match="model.num_classes is 10, but the collection has 0") as caught:
         complete_model(load_job(JOBS / "imagenet128.yaml", {"model.num_classes": 10}), 128, 0)
     assert "model.num_classes=0" in caught.value.remedy
+    with pytest.raises(UsageError, match="model.channels_d 2 gives 2 channels at the size 32") as caught:
+        complete_model(load_job(JOBS / "celeba64.yaml", {"model.channels_d": 2, "model.resolution": None}), 64, 0)
+    assert "64 px" in caught.value.remedy
 
 
 def test_a_key_that_only_one_method_has_is_a_difference():

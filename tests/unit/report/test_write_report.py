@@ -98,7 +98,7 @@ def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(written: Written,
     best = run("sweep-b")
     sweep = StoredSweep(str(tmp_path / "runs" / "sweep"))
     assert sweep.trial("sweep-b").url == best
-    sweep.write_record(SweepRecord(name="sweep", mlflow_run_id="0"))
+    sweep.write_record(SweepRecord(name="sweep", mlflow_run_id="0", method={}))
     with pytest.raises(UsageError, match="not ended"):
         written([sweep.url])
     trials = [

@@ -65,7 +65,7 @@ RECORDS: tuple[Record, ...] = (
         data=RecordedData.of(DataSection(train="/images")),
         evaluate=RecordedEvaluation.of(EvaluateSection(extractor="classifier")),
     ),
-    SweepRecord(name="sweep", mlflow_run_id="0"),
+    SweepRecord(name="sweep", mlflow_run_id="0", method={}),
     FACTS,
     ScoreRecord(checkpoint="000000002000-0", images=2000, score=SCORE, seconds=1.0, time_ms=1),
     TrainSummary(
@@ -155,7 +155,7 @@ def test_what_is_not_an_object_of_json_is_refused(text: str, tmp_path: Path) -> 
 
 def test_the_record_of_a_sweep_is_not_read_as_that_of_a_run(tmp_path: Path) -> None:
     url = str(tmp_path / "run.json")
-    SweepRecord(name="sweep", mlflow_run_id="0").write(url)
+    SweepRecord(name="sweep", mlflow_run_id="0", method={}).write(url)
     with pytest.raises(CorruptError, match="not a RunRecord: kind: "):
         RunRecord.read(url)
 

@@ -66,3 +66,57 @@ def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_url_is_an_environment_fault() -> None:
     with pytest.raises(EnvironmentFault, match="nosuch"):
         files.read_bytes("nosuch://bucket/x")
+
+
+ODD = [
+    "exp[1]",
+    "exp*",
+    "exp?",
+    "{exp}",
+    "100%",
+    "%41",
+    "a#b",
+    "a+b",
+    "a&b",
+    "two  words",
+    "été",
+    "a'b",
+    "$HOME",
+    "~x",
+    "!e",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("root", ["folder", "bucket"])
+def test_a_name_is_taken_literally(request: pytest.FixtureRequest, tmp_path: Path, root: str, name: str) -> None:
+    """No call takes a name as a pattern. A pattern would find the neighbours, or nothing at all."""
+    base = str(tmp_path / "root") if root == "folder" else request.getfixturevalue("s3").bucket()
+    neighbours = ["exp1/x", "expand/x", "exp/x", "A/x", "a/x", "100/x", f"{name}beside"]
+    for neighbour in neighbours:
+        files.write_bytes(files.join(base, neighbour), b"foreign")
+    url = files.join(base, name)
+    assert not files.exists(url)
+    assert files.list_files(url) == files.list_names(url) == []
+    files.delete(url)
+
+    files.write_bytes(files.join(url, "one", name), b"own")
+    (tmp_path / "local").write_bytes(b"other")
+    files.upload(tmp_path / "local", files.join(url, "two"))
+    assert files.exists(files.join(url, "two"))
+    assert files.size(files.join(url, "two")) == 5
+    assert files.list_files(url) == [f"one/{name}", "two"]
+    assert files.list_names(url) == ["one", "two"]
+    assert files.read_bytes(files.join(url, "one", name), 1, 3) == b"wn"
+    files.download(files.join(url, "one", name), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"own"
+    with files.reading(files.join(url, "two")) as file:
+        assert file.read() == b"other"
+
+    files.delete(files.join(url, "one", name))
+    assert files.list_files(url) == ["two"]
+    files.check_writable(url)
+    assert files.list_files(url) == ["two"]
+    files.delete(url)
+    assert not files.exists(url)
+    assert files.list_files(base) == sorted(neighbours)

@@ -1,0 +1,83 @@
+"""A run whose MLflow run is not there any more goes on in a new one, with every point that its checkpoints hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.collection.manifest import Collection
+from pipeline.config.job_file import parse_job
+from pipeline.config.schema import TrainJob
+from pipeline.errors import EnvironmentFault
+from pipeline.job_runner import _evaluation
+from pipeline.runs.stored_run import StoredRun
+from pipeline.tracking.mlflow_run import client
+from pipeline.training.driver import find_or_start
+from tests.unit.evaluation.conftest import commit_checkpoint
+
+POINTS = [{"step": step, "time_ms": step, "metrics": {"loss_d": step / 2}} for step in (16, 32)]
+
+
+def job_in(collection: Collection, folder: Path, root: Path, **track: str) -> TrainJob:
+    values = {
+        "kind": "train",
+        "name": "moved",
+        "data": {"train": collection.url},
+        "train": {"kimg": 1, "batch": 16},
+        "checkpoint": {"root": str(root)},
+        "evaluate": {"extractor": "classifier"},
+        "track": {"uri": f"sqlite:///{folder}/mlflow.db", **track},
+    }
+    job = parse_job(values, "test")
+    assert isinstance(job, TrainJob)
+    return job
+
+
+def points(job: TrainJob, run_id: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in client(job.track.uri or "").get_metric_history(run_id, "loss_d")]
+
+
+def test_a_run_goes_on_where_its_mlflow_run_is_not(
+    packed: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = job_in(packed, tmp_path / "here", tmp_path / "runs")
+    first = find_or_start(here, _evaluation()).mlflow_run_id
+    commit_checkpoint(here, 32, points=POINTS)
+    assert find_or_start(here, _evaluation()).mlflow_run_id == first
+    assert points(here, first) == [], "the workers send them"
+    assert not capsys.readouterr().out
+
+    elsewhere = job_in(packed, tmp_path / "elsewhere", tmp_path / "runs")  # the default tracker of another folder
+    moved = find_or_start(elsewhere, _evaluation())
+    said = capsys.readouterr().out
+    assert f"has no run {first}: a new MLflow run begins" in said
+    assert "MLFLOW_TRACKING_URI" in said
+    assert points(elsewhere, moved.mlflow_run_id) == [(16, 8), (32, 16)]
+    assert moved.reached == 32
+    params = client(elsewhere.track.uri or "").get_run(moved.mlflow_run_id).data.params
+    assert params["train.batch"] == "16"
+
+    client(elsewhere.track.uri or "").delete_run(moved.mlflow_run_id)
+    third = find_or_start(elsewhere, _evaluation())
+    assert f"mlflow runs restore --run-id {moved.mlflow_run_id}" in capsys.readouterr().out
+    assert points(elsewhere, third.mlflow_run_id) == [(16, 8), (32, 16)]
+    record = StoredRun.of(here).record()
+    assert record is not None
+    assert record.mlflow_run_id == third.mlflow_run_id
+    assert record.earlier_mlflow_run_ids == [first, moved.mlflow_run_id]
+    assert find_or_start(elsewhere, _evaluation()).mlflow_run_id == third.mlflow_run_id
+
+
+def test_a_deleted_experiment_is_named_with_what_to_do(packed: Collection, tmp_path: Path) -> None:
+    job = job_in(packed, tmp_path, tmp_path / "runs", experiment="mine")
+    find_or_start(job, _evaluation())
+    mlflow = client(job.track.uri or "")
+    number = mlflow.get_experiment_by_name("mine").experiment_id
+    mlflow.delete_experiment(number)
+    with pytest.raises(EnvironmentFault, match="the MLflow experiment mine is deleted") as caught:
+        find_or_start(job, _evaluation())
+    assert f"mlflow experiments restore --experiment-id {number}" in caught.value.remedy
+    assert "track.experiment=" in caught.value.remedy
+    other = job_in(packed, tmp_path, tmp_path / "runs", experiment="another")
+    assert find_or_start(other, _evaluation()).mlflow_run_id
