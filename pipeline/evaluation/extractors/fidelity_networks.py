@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.evaluation.extractors.dinov2 import dinov2
+from pipeline.storage import files
 
 Resize = Literal["fidelity", "clean"]
 
