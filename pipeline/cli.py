@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config.job_file import job_schema, load_job, parse_overrides, to_yaml
-from pipeline.errors import SaganError, UsageError, printable, shown_url
+from pipeline.errors import EnvironmentFault, SaganError, UsageError, printable, shown_url
 from pipeline.runs.score_protocol import ScoreProtocol
 
 if TYPE_CHECKING:
@@ -453,7 +454,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def main() -> None:
     """Run a command. A failure prints one message and ends with the exit code of its kind."""
     signal.signal(signal.SIGTERM, _as_interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without `→` or `é` must not end a command
     try:
+        _require_home()
         app(standalone_mode=True)
     except SaganError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -461,6 +466,17 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _require_home() -> None:
+    """Check that there is a home folder, since libraries keep files below it. Raises EnvironmentFault."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise EnvironmentFault(
+            "the home folder is unknown: HOME is not set, and this system does not know the user",
+            "set HOME to a folder that is writable: export HOME=/tmp/home",
+        ) from None
 
 
 def _as_interrupt(number: int, frame: Any) -> None:

@@ -15,13 +15,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from json import dumps, load
 from pathlib import Path
 from typing import Literal
-from urllib.parse import SplitResult, unquote, urlsplit
 
 from pipeline.config.schema import DataSection
 from pipeline.errors import EnvironmentFault, printable, shown_url
@@ -155,41 +153,24 @@ def _storage() -> Check:
 
 
 def _tracking() -> Check:
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        try:
-            urllib.request.urlopen(_health(uri, parts), timeout=5).close()
-        except urllib.error.HTTPError as error:
-            return _warn(
-                f"{uri} answers with HTTP status {error.code}",
-                "check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    from pipeline.tracking.mlflow_run import check_tracker, default_uri
+
+    uri = default_uri()
+    shown = shown_url(uri)
+    named = shown if "MLFLOW_TRACKING_URI" in os.environ else f"{shown}, because MLFLOW_TRACKING_URI is not set"
+    database = Path(uri.partition(":///")[2])
+    if uri.startswith("sqlite:") and not database.exists():  # a job creates it
+        if not os.access(_existing(database), os.W_OK):
+            return _fail(
+                f"{shown}: {_existing(database)} is not writable",
+                "set MLFLOW_TRACKING_URI to a server, or to a file in a folder that is writable",
             )
-        except OSError as error:
-            return _fail(f"{uri} does not answer: {error}", "start the server, or correct MLFLOW_TRACKING_URI")
-        return _ok(f"{uri} answers")
-    if parts.scheme not in ("sqlite", "file", ""):
-        return _warn(f"{uri} is not checked here", "start a job, which checks the tracker before it trains")
-    path = Path(parts.path[1:] if parts.scheme == "sqlite" else parts.path)
-    if not os.access(_existing(path), os.W_OK):
-        return _fail(
-            f"{uri}: {_existing(path)} is not writable",
-            "set MLFLOW_TRACKING_URI to a server, or to a file in a folder that is writable",
-        )
-    return _ok(
-        uri
-        if "MLFLOW_TRACKING_URI" in os.environ
-        else f"{uri} in the folder where a job runs (MLFLOW_TRACKING_URI is not set)"
-    )
-
-
-def _health(uri: str, parts: SplitResult) -> urllib.request.Request:
-    """Return the request for the health of an MLflow server. urllib does not read user and password from a URL."""
-    headers = {}
-    if parts.username is not None:
-        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        headers = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
-    return urllib.request.Request(f"{shown_url(uri).rstrip('/')}/health", headers=headers)
+        return _ok(f"{named}; the first job creates it")
+    try:
+        check_tracker(uri)
+    except EnvironmentFault as fault:
+        return _fail(fault.message, fault.remedy)
+    return _ok(f"{named} answers")
 
 
 def _disk() -> Check:

@@ -122,7 +122,8 @@ def parse_job(values: Any, origin: Origin | str) -> Job:
     schema = KINDS[kind]
 
     def not_yaml(at: KeyPath, problem: str) -> ConfigError:
-        return ConfigError(f"{origin.place(at)}{'.'.join(map(str, at))}: {problem}", "correct the YAML")
+        key = ".".join(map(str, at))
+        return ConfigError(f"{origin.place(at)}{key}: {origin.without_secrets(problem)}", "correct the YAML")
 
     try:
         return schema.model_validate(typed(values, schema, not_yaml))

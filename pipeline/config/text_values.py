@@ -102,12 +102,13 @@ def _meaning(text: Text, kinds: Sequence[Any], at: KeyPath, fail: Fail) -> Any:
         return str(text)
     try:
         value = yaml.safe_load(text)
+        is_finite = _is_finite(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if others and not takes_text:
             raise fail(at, getattr(error, "problem", None) or "it is not YAML") from None
         return str(text)
-    if others and not takes_text and not _is_finite(value):
-        raise fail(at, "it has a number that is not finite")
+    if others and not takes_text and not is_finite:
+        raise fail(at, f"{text} is not a finite number")
     if takes_text:
         return value if text[0] in "[{" and any(_fits(value, kind) for kind in others) else str(text)
     return str(text) if isinstance(value, str) else value

@@ -64,6 +64,44 @@ def client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def check_tracker(uri: str) -> None:
+    """Ask MLflow for an experiment, as a job does at its start. Raises EnvironmentFault where MLflow cannot be used."""
+    try:
+        client(uri).search_experiments(max_results=1)
+    except mlflow_errors() as error:
+        raise _unusable(uri, error) from error
+
+
+def mlflow_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions with which MLflow reports that a server or a database cannot be used."""
+    from alembic.util.exc import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, OSError, SQLAlchemyError, CommandError
+
+
+def _unusable(uri: str, error: Exception) -> EnvironmentFault:
+    """Return the EnvironmentFault that describes an exception of MLflow, with its remedy."""
+    text = str(error)
+    if "out-of-date database schema" in text:
+        remedy = f"stop all programs that use the database, then run: mlflow db upgrade {uri}"
+    elif "DatabaseError" in text or "no such" in text or "locate revision" in text:
+        remedy = f"this is no database of this version of MLflow: try mlflow db upgrade {uri}, or give another file"
+    elif "filesystem tracking backend" in text:
+        remedy = "use a database: set track.uri or MLFLOW_TRACKING_URI to sqlite:///FILE or to a server"
+    elif "Invalid Host" in text:
+        remedy = "start the server with `mlflow server --allowed-hosts HOST:PORT`, or use a host name that it allows"
+    elif "401" in text or "403" in text:
+        remedy = "check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    else:
+        remedy = (
+            "start the server (mlflow server …), or correct track.uri or MLFLOW_TRACKING_URI; track.uri=sqlite:///FILE "
+            "needs no server"
+        )
+    return EnvironmentFault(f"MLflow at {uri} cannot be used: {_first_line(error)}", remedy)
+
+
 class MlflowRun:
     """Sends metrics, pictures and files to one MLflow run. A thread sends them in the order of the calls.
 
@@ -113,7 +151,6 @@ class MlflowRun:
         Raises EnvironmentFault where MLflow cannot be reached or refuses a call.
         """
         from mlflow.entities import Param, RunTag
-        from mlflow.exceptions import MlflowException
 
         try:
             mlflow = client(uri)
@@ -127,12 +164,8 @@ class MlflowRun:
             all_tags = {**tags, **({PARENT_RUN: parent} if parent else {})}
             for i in range(0, max(len(new), 1), 100):  # MLflow accepts at most 100 params in one call
                 mlflow.log_batch(run_id, params=new[i : i + 100], tags=[RunTag(k, str(v)) for k, v in all_tags.items()])
-        except (MlflowException, OSError) as error:
-            raise EnvironmentFault(
-                f"MLflow at {uri} cannot be used: {_first_line(error)}",
-                "start the server (mlflow server …), or correct track.uri or MLFLOW_TRACKING_URI; "
-                "track.uri=sqlite:///FILE needs no server",
-            ) from error
+        except mlflow_errors() as error:
+            raise _unusable(uri, error) from error
         return cls(uri, run_id)
 
     def log(self, metrics: dict[str, float], step: int, time_ms: int) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
 from pipeline.storage import file_sets, files
 from pipeline.tracking import pulled_folder
-from pipeline.tracking.mlflow_run import client
+from pipeline.tracking.mlflow_run import client, mlflow_errors
 from sagan.sampling import Model
 
 log = logging.getLogger(__name__)
@@ -386,11 +386,9 @@ def _requirements() -> list[str]:
 @contextmanager
 def _errors_explained(uri: str) -> Iterator[None]:
     """Raise EnvironmentFault where MLflow raises an error inside the `with` block."""
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except mlflow_errors() as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise EnvironmentFault(
             f"the model registry at {uri} cannot be used: {reason}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,3 +153,26 @@ def test_too_few_devices(sagan):
     code, printed = sagan("run", JOB, "resources.device=cuda")
     assert code == 3
     assert "2 workers need 2 GPUs; the cluster has 0" in printed
+
+
+def test_an_ascii_terminal_ends_no_command(tmp_path):
+    command = [sys.executable, "-m", "pipeline", "config", str(tmp_path / "été.yaml")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(JOB.parents[1])}
+    missing = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert missing.returncode == 2
+    assert "\\xe9t\\xe9.yaml cannot be read" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    (tmp_path / "été.yaml").write_text("kind: pack\nname: p\ndestination: s3://b/été\npack: {source: digits}\n")
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "destination: s3://b/\\xe9t\\xe9" in shown.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user that the system does not know")
+def test_a_user_without_a_home_is_told():
+    script = "import os, sys; from pipeline import cli; os.setuid(54321); sys.argv = ['sagan', 'config']; cli.main()"
+    environment = {k: v for k, v in os.environ.items() if k != "HOME"} | {"PYTHONPATH": str(JOB.parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 3, done.stderr
+    assert "export HOME=" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from infra.local.server_process import BIN, CHECKOUT
 from infra.local.servers import S3, Credentials, MlflowServer, Ray
 from pipeline import doctor
 from pipeline.errors import EnvironmentFault
+from pipeline.tracking.mlflow_run import MlflowRun, default_uri
 
 pytestmark = pytest.mark.system
 
@@ -209,6 +213,42 @@ def test_doctor_does_not_wait_for_what_never_answers(monkeypatch):
         found = {check.name: check for check in doctor.checks()}
     assert found["MLflow"].status == "fail"
     assert found["disk"].status in ("ok", "warn")
+
+
+@pytest.mark.parametrize("place", ["mlruns", "old schema", "a text"])
+def test_doctor_asks_mlflow_as_a_job_does(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns" if place == "mlruns" else "sqlite:///given.db")
+    if place == "old schema":
+        MlflowRun.start(f"sqlite:///{tmp_path}/new.db", "e", "r", None, {}, {}, None).close(10)
+        shutil.copy("new.db", "given.db")
+        with closing(sqlite3.connect("given.db")) as database, database:
+            database.execute("update alembic_version set version_num = '451aebb31d03'")
+    if place == "a text":
+        Path("given.db").write_text("not a database, " * 100)
+    found = finding("MLflow")
+    assert found.status == "fail"
+    assert ("sqlite:///FILE" if place == "mlruns" else "mlflow db upgrade") in found.remedy, found
+    with pytest.raises(EnvironmentFault) as caught:
+        MlflowRun.start(default_uri(), "e", "r", None, {}, {}, None)
+    assert caught.value.message.partition(" (")[0] == found.found.partition(" (")[0], "a job says the same"
+
+
+def test_doctor_makes_no_database(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert finding("MLflow").status == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_names_a_host_that_the_server_refuses(mlflow_server, monkeypatch):
+    port = mlflow_server.uri.rpartition(":")[2]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{socket.gethostname()}.example:{port}")
+    monkeypatch.setenv("http_proxy", mlflow_server.uri)  # every name leads to the server
+    monkeypatch.setenv("no_proxy", "")
+    found = finding("MLflow")
+    assert found.status == "fail"
+    assert "--allowed-hosts" in found.remedy, found
 
 
 def test_mlflow_server_keeps_runs_and_answers_the_doctor(mlflow_server, monkeypatch):
