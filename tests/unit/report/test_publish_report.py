@@ -13,16 +13,16 @@ from pipeline.tracking.mlflow_run import client
 
 
 def test_a_run_that_ends_leaves_its_page_and_its_grids_in_motion(
-    run: Callable[..., str], job: TrainJob, run_id: str, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., str], job: TrainJob, run_id: str, extractor: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = StoredRun(run("first"))
-    record = stored.record()
-    assert record is not None
-    job = job.model_copy(update={"name": "first", "evaluate": record.evaluate})
+    section = job.evaluate.model_copy(update={"extractor": extractor, "trust_extractor": True})
+    job = job.model_copy(update={"name": "first", "evaluate": section})
     publish_report(job, run_id)
     assert stored.report_url in capsys.readouterr().out
     page, grids = Path(stored.report_url), Path(stored.animation_url)
     assert "Nearest real images" in page.read_text()
+    assert "left out" not in page.read_text()
     with Image.open(grids) as moving:
         assert (moving.format, len(ImageSequence.all_frames(moving))) == ("GIF", 2)
     logged = client(job.track.uri or "").list_artifacts(run_id)
