@@ -226,8 +226,9 @@ class _Values:
         """Return the text of a scalar, whose meaning depends on its key; None for null. Raises ConfigError."""
         assert isinstance(node, yaml.ScalarNode)
         if not node.tag.startswith(_STANDARD_TAG):
+            tag = _shortened(repr(node.tag))
             raise ConfigError(
-                f"{self.origin.name}:{line}: {_shortened(repr(node.value))} has no value", "correct the YAML"
+                f"{self.origin.name}:{line}: could not determine a constructor for the tag {tag}", "correct the YAML"
             )
         if node.tag == f"{_STANDARD_TAG}null":
             return None

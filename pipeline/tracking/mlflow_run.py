@@ -83,11 +83,11 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
 
 def _unusable(uri: str, error: Exception) -> EnvironmentFault:
     """Return the EnvironmentFault that describes an exception of MLflow, with its remedy."""
-    text = str(error)
+    text, shown = str(error), shown_url(uri)
     if "out-of-date database schema" in text:
-        remedy = f"stop all programs that use the database, then run: mlflow db upgrade {uri}"
+        remedy = f"stop all programs that use the database, then run: mlflow db upgrade {shown}"
     elif "DatabaseError" in text or "no such" in text or "locate revision" in text:
-        remedy = f"this is no database of this version of MLflow: try mlflow db upgrade {uri}, or give another file"
+        remedy = f"this is no database of this version of MLflow: try mlflow db upgrade {shown}, or give another file"
     elif "filesystem tracking backend" in text:
         remedy = "use a database: set track.uri or MLFLOW_TRACKING_URI to sqlite:///FILE or to a server"
     elif "Invalid Host" in text:
@@ -99,7 +99,7 @@ def _unusable(uri: str, error: Exception) -> EnvironmentFault:
             "start the server (mlflow server …), or correct track.uri or MLFLOW_TRACKING_URI; track.uri=sqlite:///FILE "
             "needs no server"
         )
-    return EnvironmentFault(f"MLflow at {uri} cannot be used: {_first_line(error)}", remedy)
+    return EnvironmentFault(f"MLflow at {shown} cannot be used: {_first_line(error)}", remedy)
 
 
 class MlflowRun:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.extractors.extractor import Extractor
-from pipeline.evaluation.extractors.fidelity_networks import import_torch_fidelity
+from pipeline.evaluation.extractors.fidelity_networks import FILES, import_torch_fidelity
 from pipeline.evaluation.metrics import (
     METRICS,
     class_accuracy,
@@ -96,7 +96,7 @@ def test_density_and_coverage_tell_truth_from_variety() -> None:
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-PUBLISHED_INCEPTION = "6726825d"
+PUBLISHED_INCEPTION, PUBLISHED_VGG16 = (str(FILES[name].digest) for name in ("inception", "vgg16"))
 
 
 def extractor(name: str, digest: str = "1234abcd", resize: str = "none") -> Extractor:
@@ -120,7 +120,7 @@ def names_under(extractor: Extractor, *metrics: str) -> list[str]:
             "clean-bicubic-299",
             [f"{m}_inception_1234abcd_clean" for m in ("fid", "isc", "kid")],
         ),
-        ("vgg16", "397923af", "tf1-bilinear-224", [f"{m}_vgg16" for m in ("fd", "isc", "kid")]),
+        ("vgg16", PUBLISHED_VGG16, "tf1-bilinear-224", [f"{m}_vgg16" for m in ("fd", "isc", "kid")]),
         ("vgg16", "6726825d", "tf1-bilinear-224", [f"{m}_vgg16_6726825d" for m in ("fd", "isc", "kid")]),
         (
             "clip-vit-b-32",
