@@ -14,6 +14,7 @@ The message says what is wrong and where. The remedy says what to do. The user s
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 _URL = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/]*@)?(?P<rest>[^\s?#'\"<>]*)(?P<query>[?#][^\s'\"<>]*)?"
@@ -29,6 +30,14 @@ def shown_url(text: str) -> str:
     return _URL.sub(
         lambda url: url["scheme"] + url["rest"] + (url["query"] or "" if url["scheme"] in _BUCKETS else ""), text
     )
+
+
+def without_secrets_of(url: str, text: str) -> str:
+    """Return a text, such as the message of a library about a URL, without the URL's password and query."""
+    parts = urlsplit(url)
+    for secret in filter(None, (parts.query, parts.password)):
+        text = text.replace(secret, "…")
+    return text
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.schema import TrainJob, absolute_tracking_uri
-from pipeline.errors import EnvironmentFault, shown_url
+from pipeline.errors import EnvironmentFault, shown_url, without_secrets_of
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _unusable(uri: str, error: Exception) -> EnvironmentFault:
             "start the server (mlflow server …), or correct track.uri or MLFLOW_TRACKING_URI; track.uri=sqlite:///FILE "
             "needs no server"
         )
-    return EnvironmentFault(f"MLflow at {shown} cannot be used: {_first_line(error)}", remedy)
+    return EnvironmentFault(f"MLflow at {shown} cannot be used: {first_line(error, uri)}", remedy)
 
 
 class MlflowRun:
@@ -217,7 +217,9 @@ class MlflowRun:
         try:
             client(self.uri).set_terminated(self.run_id, status)
         except Exception as error:
-            log.warning("the status of run %s could not be set to %s: %s", self.run_id, status, _first_line(error))
+            log.warning(
+                "the status of run %s could not be set to %s: %s", self.run_id, status, first_line(error, self.uri)
+            )
 
     def _put(self, *items: Point | Upload) -> None:
         """Append the items to the queue. Items beyond MOST_WAITING are dropped and counted as lost."""
@@ -240,14 +242,14 @@ class MlflowRun:
                     log.warning(
                         "MLflow refused %s, which is dropped: %s",
                         items[0] if len(items) == 1 else f"{len(items)} points",
-                        _first_line(error),
+                        first_line(error, self.uri),
                     )
                 else:
                     if not failing:
                         log.warning(
                             "MLflow at %s fails; points wait in memory and are sent again: %s",
                             shown_url(self.uri),
-                            _first_line(error),
+                            first_line(error, self.uri),
                         )
                     failing = True
                     self._pause()
@@ -345,8 +347,10 @@ def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
     return str(experiment.experiment_id)
 
 
-def _first_line(error: Exception) -> str:
-    return shown_url((str(error).splitlines() or [type(error).__name__])[0])[:300]
+def first_line(error: BaseException, uri: str) -> str:
+    """Return the first line of a message of MLflow, without the secrets of the tracking URI."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return shown_url(without_secrets_of(uri, line))[:300]
 
 
 def last_step(uri: str, run_id: str, key: str) -> int:

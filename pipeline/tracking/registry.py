@@ -28,7 +28,7 @@ from typing import Any
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
 from pipeline.storage import file_sets, files
 from pipeline.tracking import pulled_folder
-from pipeline.tracking.mlflow_run import client, mlflow_errors
+from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors
 from sagan.sampling import Model
 
 log = logging.getLogger(__name__)
@@ -389,8 +389,7 @@ def _errors_explained(uri: str) -> Iterator[None]:
     try:
         yield
     except mlflow_errors() as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise EnvironmentFault(
-            f"the model registry at {uri} cannot be used: {reason}",
+            f"the model registry at {uri} cannot be used: {first_line(error, uri)}",
             "check that MLflow and its artifact store can be reached; check track.uri or MLFLOW_TRACKING_URI",
         ) from error
