@@ -33,7 +33,7 @@ def test_a_collection_packs_the_same_from_a_tar_and_a_folder(
     if test_data is None:
         pytest.skip("SAGAN_TEST_DATA names no folder with real collections")
     with tarfile.open(test_data / archive) as tar:
-        tar.extractall(tmp_path / "unpacked")
+        tar.extractall(tmp_path / "unpacked", filter="data")
     index = test_data / "imagenet_class_index.json"
     (tmp_path / index.name).write_bytes(index.read_bytes())  # beside the folder, as it stands beside the tar
     name_of = dict(json.loads(index.read_text()).values())
