@@ -53,11 +53,17 @@ class CachedShard:
         self._fd, self.sha256, self._keep = fd, sha256, keep
 
     def close(self) -> None:
-        """Return the file to the cache, which may give it to another thread."""
+        """Return the file to the cache, which closes it or gives it to another thread. It cannot be read afterwards."""
         self._keep(self)
 
+    def release(self) -> None:
+        """Close the file, also while variables still refer to this object: the file of an evicted shard takes room."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def __del__(self) -> None:
-        os.close(self._fd)
+        self.release()
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from byte `offset` on."""
@@ -130,12 +136,14 @@ class ShardCache:
 
     def close_idle(self) -> None:
         """Close the files that are kept open for the next reader. Call this regularly where reading may pause."""
-        with self._lock:
-            self._idle.clear()
+        with self._lock, suppress(KeyError):
+            while True:
+                self._idle.popitem()[1].release()  # one by one: a reader may take one at the same moment
 
     def close(self) -> None:
-        """Close the kept files. Downloads that wait raise EnvironmentFault."""
-        self._closed.set()
+        """Close the kept files, and keep none from now on. Downloads that wait raise EnvironmentFault."""
+        with self._lock:
+            self._closed.set()
         self.close_idle()
 
     def _kept(self, shard: Shard) -> CachedShard | None:
@@ -166,17 +174,19 @@ class ShardCache:
 
     def _keep(self, cached: CachedShard) -> None:
         with self._lock:
-            if not self._waiting:
-                self._idle[cached.sha256] = cached
-                if len(self._idle) > _KEPT:
-                    del self._idle[next(iter(self._idle))]
+            if self._waiting or self._closed.is_set() or cached.sha256 in self._idle:
+                cached.release()
+                return
+            self._idle[cached.sha256] = cached
+            if len(self._idle) > _KEPT:
+                self._idle.pop(next(iter(self._idle))).release()
 
     @contextmanager
     def _nothing_idle(self) -> Iterator[None]:
         """Close the kept files, and keep none open inside this context."""
         with self._lock:
             self._waiting += 1
-            self._idle.clear()
+        self.close_idle()
         try:
             yield
         finally:

@@ -453,6 +453,31 @@ class TestBound:
         del reading
         assert files_open_in(folder) == []
 
+    def test_a_file_given_back_is_closed_while_the_cache_waits_for_another(self, origin: Origin, folder: Path) -> None:
+        """Variables of a waiting thread still refer to it, so that counting references would not close it."""
+        mine = cache(folder, shards=1)
+        given_back = mine.open(origin.of(0), shard(0))
+        given_back.close()
+        assert files_open_in(folder) == [folder / shard(0).sha256], "it is kept for the next reader"
+        _later = mine.open(origin.of(1), shard(1))
+        assert [path.name for path in files_open_in(folder)] == [shard(1).sha256]
+
+    def test_a_closed_cache_keeps_no_file_that_is_given_back_later(self, origin: Origin, folder: Path) -> None:
+        """Reading threads end after the cache is closed. Their files would take room until Python collects garbage."""
+        mine = cache(folder)
+        read_meanwhile = mine.open(origin.of(0), shard(0))
+        mine.close()
+        read_meanwhile.close()
+        assert files_open_in(folder) == []
+
+    def test_of_two_open_files_of_a_shard_one_is_kept(self, origin: Origin, folder: Path) -> None:
+        mine = cache(folder)
+        first, second = mine.open(origin.of(0), shard(0)), mine.open(origin.of(0), shard(0))
+        first.close()
+        second.close()
+        assert files_open_in(folder) == [folder / shard(0).sha256]
+        assert mine.open(origin.of(0), shard(0)).read(0, SIZE) == contents(0)
+
     def test_foreign_files_are_neither_counted_nor_deleted(self, origin: Origin, folder: Path) -> None:
         digest = shard(9).sha256
         names = [
