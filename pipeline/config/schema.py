@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -381,6 +382,22 @@ class Choice(Section):
         """One of the values, for checks that have the same result for every value."""
         return next(iter(self.model_dump(exclude_none=True).values()))[0]
 
+    def value_of(self, given: Any) -> Any:
+        """Return a given value as this space has it. Raises ValueError where it is not a value of this space."""
+        if bounds := self.loguniform or self.uniform:
+            try:
+                value = float(given)
+            except (TypeError, ValueError):
+                value = math.nan
+            if isinstance(given, bool) or not bounds[0] <= value <= bounds[1]:
+                raise ValueError(f"{given!r} is not a number from {bounds[0]} to {bounds[1]}")
+            return value
+        values = self.grid if self.grid is not None else self.choice or []
+        for value in values:
+            if value == given and isinstance(value, bool) == isinstance(given, bool):
+                return value
+        raise ValueError(f"{given!r} is not one of {values}")
+
 
 class SearchSection(Section):
     """Number of trials, and the algorithm that chooses their points."""
@@ -423,6 +440,27 @@ class TuneJob(Section):
     search: SearchSection = SearchSection()
     schedule: ScheduleSection | None = None
     """When trials are stopped early. Default: every trial runs to its end."""
+
+    @model_validator(mode="after")
+    def _in_the_space(self) -> TuneJob:
+        for i, point in enumerate(self.search.initial_points):
+            try:
+                self.point_of(point)
+            except ValueError as error:
+                raise ValueError(f"search.initial_points.{i}: {error}") from None
+        return self
+
+    def point_of(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return a point, or a part of one, with values as the space has them. Raises ValueError that names the key."""
+        point = {}
+        for key, value in given.items():
+            if key not in self.space:
+                raise ValueError(f"{key} is not a key of the space")
+            try:
+                point[key] = self.space[key].value_of(value)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+        return point
 
     @property
     def example(self) -> dict[str, Any]:
