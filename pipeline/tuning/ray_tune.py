@@ -76,7 +76,7 @@ def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, 
                 num_samples=resumed + started,
                 max_concurrent_trials=sweep.search.max_concurrent,
                 search_alg=searcher,
-                scheduler=_scheduler(sweep, base, stored, records, higher_is_better),
+                scheduler=make_scheduler(sweep, base, stored, records, higher_is_better),
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=RunConfig(name=sweep.name, storage_path=str(folder), verbose=1),
@@ -84,7 +84,7 @@ def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, 
         return searcher.conclude(tuner.fit())
 
 
-def _scheduler(
+def make_scheduler(
     sweep: TuneJob, base: TrainJob, stored: StoredSweep, records: Iterable[TrialRecord], higher_is_better: bool
 ) -> Any:
     """Return ASHA, which knows the scores of the trials that have ended already; None without a schedule."""

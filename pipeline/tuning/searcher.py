@@ -46,6 +46,7 @@ class RecordedSearcher(Searcher):
         else:
             return Searcher.FINISHED
         self._names[trial_id] = record.trial.name
+        print(f"trial {record.trial.name} starts at {record.trial.point}", flush=True)
         return {"run": record.trial.name, "point": record.trial.point}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -55,6 +56,7 @@ class RecordedSearcher(Searcher):
         kimg = float(result.get("kimg", 0.0))
         outcome = result.get("failure") or (FINISHED if kimg >= self._base.train.kimg else STOPPED_EARLY)
         record = self._records[self._names[trial_id]]
+        print(f"trial {record.trial.name} has ended at {kimg:g} kimg: {outcome}", flush=True)
         try:
             self._write(_with(record, ended=True, score=result.get("score"), kimg=kimg, outcome=outcome))
         except EnvironmentFault as fault:
