@@ -403,14 +403,16 @@ class SearchSection(Section):
     """Number of trials, and the algorithm that chooses their points."""
 
     trials: int = Field(12, ge=1)
-    """Number of trials. It is ignored where the space has a grid: each combination of the grids is then tried once."""
+    """Number of trials. A larger number adds trials to a sweep that exists. The number is ignored where the space has a
+    grid: each combination of the grids is then tried once."""
     max_concurrent: int = Field(2, ge=1)
     """Greatest number of trials that run at the same time."""
     algorithm: Literal["optuna", "random"] = "optuna"
     """Search algorithm: `optuna` is Optuna's TPE, `random` draws points at random. A space with a grid always uses
     `random`."""
     initial_points: list[dict[str, Any]] = []
-    """Points that are tried first, by dotted key: [{optim.lr_d: 4.0e-4, optim.lr_g: 1.0e-4}]."""
+    """Points that are tried first, by dotted key: [{optim.lr_d: 4.0e-4, optim.lr_g: 1.0e-4}]. They must be in the
+    space. Keys that a point lacks are drawn."""
     seed: int = Field(0, ge=0)
     """Seed of the search algorithm."""
 

@@ -207,22 +207,16 @@ class Trial(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str
+    name: PlainName
+    """Name of the trial's run."""
     point: dict[str, Any]
     """Value of each key of the sweep's space."""
     score: float | None
     """Last score of the trial; None where its images were not finite or where it failed."""
-    kimg: float
+    kimg: float = Field(ge=0)
     """Position of the last report."""
     outcome: str
     """`running`, `finished`, `stopped early`, or the reason of the failure."""
-
-
-class StoredTrial(Trial):
-    """Result of one trial, with a name that is a plain name of a folder."""
-
-    name: PlainName
-    kimg: float = Field(ge=0)
 
 
 class TrialRecord(Record):
@@ -235,7 +229,7 @@ class TrialRecord(Record):
     """Number of the trial in its sweep, from 0. The point of a trial that is drawn depends on it."""
     ended: bool = Field(strict=True)
     """Whether the trial has a result. A trial that has not ended is resumed by the next driver, also after an error."""
-    trial: StoredTrial
+    trial: Trial
 
 
 class SweepTrials(Record):

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config.schema import Choice, TuneJob
 from pipeline.errors import CorruptError
-from pipeline.runs.records import RUNNING, StoredTrial, TrialRecord
+from pipeline.runs.records import RUNNING, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 
 WORST = 1e9
@@ -90,9 +90,7 @@ def start(sweep: TuneJob, records: Sequence[TrialRecord], name: str, higher_is_b
     number = next(number for number in count() if number not in numbers)
     drawn = _draw(sweep, records, number, higher_is_better)
     point = {**drawn, **to_start(sweep, records)[0]}
-    trial = StoredTrial(
-        name=name, point={key: point[key] for key in sweep.space}, score=None, kimg=0.0, outcome=RUNNING
-    )
+    trial = Trial(name=name, point={key: point[key] for key in sweep.space}, score=None, kimg=0.0, outcome=RUNNING)
     return TrialRecord(number=number, ended=False, trial=trial)
 
 

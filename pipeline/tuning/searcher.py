@@ -56,11 +56,12 @@ class RecordedSearcher(Searcher):
         kimg = float(result.get("kimg", 0.0))
         outcome = result.get("failure") or (FINISHED if kimg >= self._base.train.kimg else STOPPED_EARLY)
         record = self._records[self._names[trial_id]]
-        print(f"trial {record.trial.name} has ended at {kimg:g} kimg: {outcome}", flush=True)
         try:
             self._write(_with(record, ended=True, score=result.get("score"), kimg=kimg, outcome=outcome))
         except EnvironmentFault as fault:
             self._fault = fault  # Ray Tune would take an exception for a failure of the trial
+            return
+        print(f"trial {record.trial.name} has ended at {kimg:g} kimg: {outcome}", flush=True)
 
     def conclude(self, results: Any) -> list[Trial]:
         """Return the trials of the sweep, given the results of Ray Tune.
@@ -72,7 +73,7 @@ class RecordedSearcher(Searcher):
         failed = set()
         for result in results:
             if result.error is not None:
-                record = self._records[result.config["run"]]
+                record = self._records[self._names[result.metrics["trial_id"]]]
                 reason = printable(shown_url(str(result.error).strip().splitlines()[-1]))
                 score, kimg = result.metrics.get("score"), float(result.metrics.get("kimg", 0.0))
                 self._write(_with(record, ended=False, score=score, kimg=kimg, outcome=f"failed: {reason}"))

@@ -16,7 +16,6 @@ from pipeline.runs.records import (
     RegisteredModel,
     RunRecord,
     ScoreRecord,
-    StoredTrial,
     SweepRecord,
     SweepSummary,
     SweepTrials,
@@ -83,8 +82,8 @@ RECORDS: tuple[Record, ...] = (
         images_lost=0,
         **CONCLUSION,
     ),
-    TrialRecord(number=0, ended=True, trial=StoredTrial(**TRIAL.model_dump())),
-    SweepTrials(trials=[TRIAL, Trial(name="", point={}, score=None, kimg=0.0, outcome="diverged")]),
+    TrialRecord(number=0, ended=True, trial=TRIAL),
+    SweepTrials(trials=[TRIAL, Trial(name="sweep-b", point={}, score=None, kimg=0.0, outcome="diverged")]),
     SweepSummary(
         name="sweep", trials=2, stopped_early=0, best=TRIAL, mlflow_run_id="0", picture="plane.png", **CONCLUSION
     ),
@@ -178,7 +177,7 @@ def test_what_is_not_an_object_of_json_is_refused(text: str, tmp_path: Path) -> 
     ],
 )
 def test_a_foreign_record_of_a_trial_is_validated(change: dict[str, Any], field: str, tmp_path: Path) -> None:
-    values = TrialRecord(number=0, ended=True, trial=StoredTrial(**TRIAL.model_dump())).to_dict()
+    values = TrialRecord(number=0, ended=True, trial=TRIAL).to_dict()
     changed = values | change | {"trial": values["trial"] | change.get("trial", {})}
     with pytest.raises(CorruptError, match=f"is not a TrialRecord: {field}"):
         TrialRecord.parse(json.dumps(changed).encode(), "trials/sweep-a.json")
@@ -189,7 +188,7 @@ def test_the_records_of_trials_are_read_by_number_and_under_their_own_name(tmp_p
     assert sweep.trial_records() == []
     values = TRIAL.model_dump()
     records = [
-        TrialRecord(number=number, ended=False, trial=StoredTrial(**(values | {"name": f"sweep-{name}"})))
+        TrialRecord(number=number, ended=False, trial=Trial(**(values | {"name": f"sweep-{name}"})))
         for number, name in enumerate("ba")
     ]
     for record in records:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.schema import TuneJob
 from pipeline.errors import CorruptError
-from pipeline.runs.records import FINISHED, RUNNING, STOPPED_EARLY, StoredTrial, TrialRecord
+from pipeline.runs.records import FINISHED, RUNNING, STOPPED_EARLY, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.tuning.points import read_records, start, to_resume, to_start
 
@@ -20,7 +20,7 @@ def sweep(space: dict[str, Any] | None = None, **search: Any) -> TuneJob:
 
 
 def record(number: int, point: dict[str, Any], score: float | None = 1.0, outcome: str = FINISHED) -> TrialRecord:
-    trial = StoredTrial(name=f"s-{number}", point=point, score=score, kimg=1.0, outcome=outcome)
+    trial = Trial(name=f"s-{number}", point=point, score=score, kimg=1.0, outcome=outcome)
     return TrialRecord(number=number, ended=outcome != RUNNING, trial=trial)
 
 

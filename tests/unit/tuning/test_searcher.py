@@ -81,8 +81,8 @@ def test_a_trial_that_failed_for_its_values_has_ended_and_one_that_raised_has_no
     first.on_trial_complete("b", error=True)
     error = RuntimeError("Traceback …\nEnvironmentFault: s3://u:p@host/x cannot be reached")
     results = [
-        SimpleNamespace(error=None, config=configs["a"], metrics={}),
-        SimpleNamespace(error=error, config=configs["b"], metrics={"score": 3.0, "kimg": 2.0}),
+        SimpleNamespace(error=None, metrics={"trial_id": "a"}),
+        SimpleNamespace(error=error, metrics={"trial_id": "b", "score": 3.0, "kimg": 2.0}),
     ]
     trials = first.conclude(results)
     assert [(t.score, t.outcome) for t in trials] == [
