@@ -18,6 +18,8 @@ from pipeline.runs.stored_run import StoredSweep
 WORST = 1e9
 """Magnitude of the value that ranks a trial without a score. Searchers and schedulers cannot learn from NaN."""
 
+_ATTEMPTS = 50  # draws of a point until it differs from those of all other trials; a space may have too few points
+
 Point = dict[str, Any]
 
 
@@ -88,8 +90,11 @@ def start(sweep: TuneJob, records: Sequence[TrialRecord], name: str, higher_is_b
     """
     numbers = {record.number for record in records}
     number = next(number for number in count() if number not in numbers)
-    drawn = _draw(sweep, records, number, higher_is_better)
-    point = {**drawn, **to_start(sweep, records)[0]}
+    given = to_start(sweep, records)[0]
+    for attempt in range(_ATTEMPTS):
+        point = {**_draw(sweep, records, [number, attempt], higher_is_better), **given}
+        if not any(_includes(record.trial.point, point) for record in records):
+            break
     trial = Trial(name=name, point={key: point[key] for key in sweep.space}, score=None, kimg=0.0, outcome=RUNNING)
     return TrialRecord(number=number, ended=False, trial=trial)
 
@@ -102,10 +107,15 @@ def _includes(point: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
     return all(key in point and point[key] == value for key, value in part.items())
 
 
-def _draw(sweep: TuneJob, records: Sequence[TrialRecord], number: int, higher_is_better: bool) -> Point:
+def _draw(sweep: TuneJob, records: Sequence[TrialRecord], key: list[int], higher_is_better: bool) -> Point:
     """Return values of the keys without a grid.
 
-    The seed of a draw depends on the number of the trial, so that no state of a random-number generator has to be kept.
+    Args:
+        sweep: The sweep job.
+        records: Records of all trials so far.
+        key: Number of the trial and of the attempt. The seed of the draw is made of it and of the sweep's seed, so that
+            no state of a random-number generator has to be kept.
+        higher_is_better: Direction of the score.
     """
     import numpy as np
     import optuna
@@ -113,7 +123,7 @@ def _draw(sweep: TuneJob, records: Sequence[TrialRecord], number: int, higher_is
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {key: choice for key, choice in sweep.space.items() if choice.grid is None}
     distributions = {key: _distribution(choice) for key, choice in space.items()}
-    seed = int(np.random.SeedSequence([sweep.search.seed, number]).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([sweep.search.seed, *key]).generate_state(1)[0])
     learns = sweep.search.algorithm == "optuna" and not _grids(sweep)
     sampler = optuna.samplers.TPESampler(seed=seed) if learns else optuna.samplers.RandomSampler(seed=seed)
     study = optuna.create_study(sampler=sampler, direction="maximize" if higher_is_better else "minimize")

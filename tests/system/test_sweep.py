@@ -80,7 +80,7 @@ class Planted:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_sweep_whose_driver_was_killed_goes_on_from_its_records(s3, ray_cluster, tmp_path):
-    """SIGKILL to the driver when one trial has ended. The next command asks for one trial more."""
+    """SIGKILL to the driver when one trial has ended. The next commands ask for one trial more; one is interrupted."""
     bucket, canary = s3.bucket(), tmp_path / "canary"
     env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}
     sweep = {
@@ -106,9 +106,14 @@ def test_a_sweep_whose_driver_was_killed_goes_on_from_its_records(s3, ray_cluste
     before = {record.trial.name: record.trial.point for record in stored.trial_records()}
     starts = stored.trial(ended).record()
 
-    second = drive(**{"search.trials": 4})
-    assert second.end() == 0, second.output
-    assert f"trial {ended} starts" not in second.output
+    stopped = drive(**{"search.trials": 4})
+    stopped.until(" starts at ")
+    stopped.signal(signal.SIGINT)
+    assert stopped.end() == 130, stopped.output
+
+    last = drive(**{"search.trials": 4})
+    assert last.end() == 0, last.output
+    assert f"trial {ended} starts" not in stopped.output + last.output
     assert stored.trial(ended).record().starts == starts.starts
     records = stored.trial_records()
     assert all(record.ended and record.trial.score is not None for record in records)

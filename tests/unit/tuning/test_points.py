@@ -110,6 +110,14 @@ def test_every_combination_of_the_grids_is_tried_once() -> None:
     assert len(to_start(job, unfinished)) == 3
 
 
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_no_point_of_a_finite_space_is_tried_twice_while_there_are_others(algorithm: str) -> None:
+    space = {"seed": {"choice": [0, 1, 2]}, "train.batch": {"choice": [16, 32]}}
+    records = complete(sweep(space, trials=8, algorithm=algorithm), [])
+    assert len({str(point) for point in points(records[:6])}) == 6
+    assert len(records) == 8, "the sweep ends with the number of trials that it asks for"
+
+
 def test_an_initial_point_is_tried_once_and_its_missing_keys_are_drawn() -> None:
     space = {**LR, "model.multipliers_g": {"choice": [[4, 2], [2, 1], None, True]}}
     given = {"optim.lr_d": 2.0e-4}
