@@ -119,8 +119,8 @@ def _collection_facts(job: TrainJob) -> CollectionFacts | None:
 
 def _evaluation() -> Evaluation:
     """Return the functions of evaluation that training calls."""
-    from pipeline.evaluation.final_score import finalise
+    from pipeline.evaluation.final_score import finalise, score_due
     from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
     from pipeline.training.training_run import Evaluation
 
-    return Evaluation(check_scores, score_checkpoint, higher_is_better, finalise)
+    return Evaluation(check_scores, score_checkpoint, higher_is_better, score_due, finalise)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -381,19 +382,37 @@ class Choice(Section):
         """One of the values, for checks that have the same result for every value."""
         return next(iter(self.model_dump(exclude_none=True).values()))[0]
 
+    def value_of(self, given: Any) -> Any:
+        """Return a given value as this space has it. Raises ValueError where it is not a value of this space."""
+        if bounds := self.loguniform or self.uniform:
+            try:
+                value = float(given)
+            except (TypeError, ValueError):
+                value = math.nan
+            if isinstance(given, bool) or not bounds[0] <= value <= bounds[1]:
+                raise ValueError(f"{given!r} is not a number from {bounds[0]} to {bounds[1]}")
+            return value
+        values = self.grid if self.grid is not None else self.choice or []
+        for value in values:
+            if value == given and isinstance(value, bool) == isinstance(given, bool):
+                return value
+        raise ValueError(f"{given!r} is not one of {values}")
+
 
 class SearchSection(Section):
     """Number of trials, and the algorithm that chooses their points."""
 
     trials: int = Field(12, ge=1)
-    """Number of trials. It is ignored where the space has a grid: each combination of the grids is then tried once."""
+    """Number of trials. A larger number adds trials to a sweep that exists. The number is ignored where the space has a
+    grid: each combination of the grids is then tried once."""
     max_concurrent: int = Field(2, ge=1)
     """Greatest number of trials that run at the same time."""
     algorithm: Literal["optuna", "random"] = "optuna"
     """Search algorithm: `optuna` is Optuna's TPE, `random` draws points at random. A space with a grid always uses
     `random`."""
     initial_points: list[dict[str, Any]] = []
-    """Points that are tried first, by dotted key: [{optim.lr_d: 4.0e-4, optim.lr_g: 1.0e-4}]."""
+    """Points that are tried first, by dotted key: [{optim.lr_d: 4.0e-4, optim.lr_g: 1.0e-4}]. They must be in the
+    space. Keys that a point lacks are drawn."""
     seed: int = Field(0, ge=0)
     """Seed of the search algorithm."""
 
@@ -423,6 +442,27 @@ class TuneJob(Section):
     search: SearchSection = SearchSection()
     schedule: ScheduleSection | None = None
     """When trials are stopped early. Default: every trial runs to its end."""
+
+    @model_validator(mode="after")
+    def _in_the_space(self) -> TuneJob:
+        for i, point in enumerate(self.search.initial_points):
+            try:
+                self.point_of(point)
+            except ValueError as error:
+                raise ValueError(f"search.initial_points.{i}: {error}") from None
+        return self
+
+    def point_of(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return a point, or a part of one, with values as the space has them. Raises ValueError that names the key."""
+        point = {}
+        for key, value in given.items():
+            if key not in self.space:
+                raise ValueError(f"{key} is not a key of the space")
+            try:
+                point[key] = self.space[key].value_of(value)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+        return point
 
     @property
     def example(self) -> dict[str, Any]:

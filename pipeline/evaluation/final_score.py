@@ -32,6 +32,26 @@ def finalise(job: TrainJob, run_id: str) -> RunScores:
     return _finalise(job, run_id)
 
 
+def score_due(job: TrainJob, run_id: str) -> None:
+    """Score the checkpoints that are due and have no score. The function runs where `finalise` runs.
+
+    Raises UsageError, EnvironmentFault, CorruptError.
+    """
+    run = StoredRun.of(job)
+    if all(run.score(checkpoint) for checkpoint in run.checkpoints_to_score()):
+        return
+    if job.evaluate.gpus and job.evaluate.workers == 1:
+        run_as_task(_score_due, job, run_id, cpus=job.evaluate.cpus, gpus=job.evaluate.gpus)
+    else:
+        _score_due(job, run_id)
+
+
+def _score_due(job: TrainJob, run_id: str) -> None:
+    with open_job_scorer(job, job.evaluate.seed) as scorer:
+        for checkpoint in StoredRun.of(job).checkpoints_to_score():
+            score_and_record(job, checkpoint, run_id, scorer)
+
+
 def _finalise(job: TrainJob, run_id: str) -> RunScores:
     run = StoredRun.of(job)
     with open_job_scorer(job, job.evaluate.seed) as scorer:

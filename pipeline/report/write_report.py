@@ -78,7 +78,7 @@ def _sweep(sweep: StoredSweep) -> Section:
     metric = summary.score.metric
     space = list(summary.best.point)
     rows = [
-        [trial.name or "–", *(trial.point[key] for key in space), trial.score, trial.kimg, trial.outcome]
+        [trial.name, *(trial.point[key] for key in space), trial.score, trial.kimg, trial.outcome]
         for trial in best_first(record.trials, summary.score.higher_is_better)
     ]
     with Image.open(io.BytesIO(files.read_bytes(sweep.picture_url))) as plane:

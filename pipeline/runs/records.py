@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score, better_first, comparable
-from pipeline.storage import files
+from pipeline.storage import files, stored_json
+from pipeline.storage.stored_json import PlainName
+
+RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped early"
+"""Outcomes of a trial that did not fail."""
 
 
 class Record(BaseModel):
-    """A JSON file in storage. It is always written as a whole."""
+    """A JSON file in storage. It is always written as a whole. Somebody else may have written it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,7 +28,7 @@ class Record(BaseModel):
     def read(cls, url: str) -> Self | None:
         """Return the record at `url`; None where there is no such file. Raises CorruptError, EnvironmentFault."""
         try:
-            return cls.parse(files.read_bytes(url), url)
+            return cls.parse(stored_json.read(url), url)
         except FileNotFoundError:
             return None
 
@@ -35,23 +38,16 @@ class Record(BaseModel):
 
         Raises CorruptError where `data` is not such a record. The message names the wrong field.
         """
-        try:
-            values = json.loads(data)
-        except ValueError as error:
-            raise CorruptError(f"{url} is not JSON: {error}") from error
-        version = values.get("format", 1) if isinstance(values, dict) else None
+        what = f"a {cls.__name__}"
+        values = stored_json.parse(data, url, what)
+        version = values.get("format", 1)
         known = cls.model_fields["format"].default
         if version != known:
             raise CorruptError(
-                f"{url} has format {version}; this version reads format {known}",
+                f"{url} has format {str(version)[:20]}; this version reads format {known}",
                 "use the version of sagan that wrote the file, or give the run another name",
             )
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            field = ".".join(map(str, problem["loc"]))
-            raise CorruptError(f"{url} is not a {cls.__name__}: {field}: {problem['msg']}") from error
+        return stored_json.validate(cls, values, url, what)
 
     def write(self, url: str) -> None:
         """Write the record to `url`. Raises EnvironmentFault."""
@@ -209,17 +205,31 @@ class TrainSummary(RunScores):
 class Trial(BaseModel):
     """Result of one trial of a sweep."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str
+    name: PlainName
+    """Name of the trial's run."""
     point: dict[str, Any]
     """Value of each key of the sweep's space."""
     score: float | None
     """Last score of the trial; None where its images were not finite or where it failed."""
-    kimg: float
+    kimg: float = Field(ge=0)
     """Position of the last report."""
     outcome: str
-    """`finished`, `stopped early`, or the reason of the failure."""
+    """`running`, `finished`, `stopped early`, or the reason of the failure."""
+
+
+class TrialRecord(Record):
+    """`trials/<name>.json` of a sweep. It is written when the trial starts, and again when it ends.
+
+    These records are all that a later driver needs in order to go on with the search.
+    """
+
+    number: int = Field(strict=True, ge=0, lt=2**31)
+    """Number of the trial in its sweep, from 0. The point of a trial that is drawn depends on it."""
+    ended: bool = Field(strict=True)
+    """Whether the trial has a result. A trial that has not ended is resumed by the next driver, also after an error."""
+    trial: Trial
 
 
 class SweepTrials(Record):

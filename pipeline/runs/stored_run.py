@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.schema import TrainJob
+from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints
 from pipeline.runs.records import (
     RunRecord,
@@ -13,6 +14,7 @@ from pipeline.runs.records import (
     SweepSummary,
     SweepTrials,
     TrainSummary,
+    TrialRecord,
 )
 from pipeline.storage import files
 
@@ -147,6 +149,26 @@ class StoredSweep:
 
     def write_trials(self, trials: SweepTrials) -> None:
         trials.write(files.join(self.url, "trials.json"))
+
+    def trial_url(self, name: str) -> str:
+        """Return the URL of the record of a trial. It need not exist."""
+        return files.join(self.url, "trials", f"{name}.json")
+
+    def trial_records(self) -> list[TrialRecord]:
+        """Return the records of the trials that have started, by number. Raises CorruptError, EnvironmentFault."""
+        names = [name.removesuffix(".json") for name in files.list_names(files.join(self.url, "trials"))]
+        records = [self._trial_record(name) for name in names if name.startswith(f"{self.name}-")]
+        return sorted(filter(None, records), key=lambda record: (record.number, record.trial.name))
+
+    def _trial_record(self, name: str) -> TrialRecord | None:
+        url = self.trial_url(name)
+        record = TrialRecord.read(url)
+        if record is not None and record.trial.name != name:
+            raise CorruptError(f"{url} is the record of another trial: {record.trial.name}", "delete the file")
+        return record
+
+    def write_trial_record(self, record: TrialRecord) -> None:
+        record.write(self.trial_url(record.trial.name))
 
     @property
     def picture_url(self) -> str:

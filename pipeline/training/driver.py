@@ -51,7 +51,7 @@ def train(
         on_score: Called with (position in images, value) after each score. The value is None where the model generates
             images that are not finite.
         final: Whether to compute a final score at the end and to register the best model. False for a trial, because a
-            sweep chooses its champion among all trials.
+            sweep chooses its champion among all trials; the checkpoints that are due are scored then, too.
         on_end: Called with (job, MLflow run id) after the summary is stored and before the MLflow run ends.
 
     Raises UsageError, EnvironmentFault or SaganError. Raises InterruptedRun after SIGINT or SIGTERM; the checkpoint
@@ -63,7 +63,11 @@ def train(
     status = "FAILED"
     try:
         snapshot = _train(run, evaluation, on_score)
-        scores = evaluation.finalise(run.job, run.mlflow_run_id) if final else RunScores()
+        scores = RunScores()
+        if final:
+            scores = evaluation.finalise(run.job, run.mlflow_run_id)
+        else:
+            evaluation.score_due(run.job, run.mlflow_run_id)
         summary = _summary(run, snapshot, scores)
         _write_summary(run, summary)
         if on_end is not None:

@@ -24,6 +24,8 @@ class Evaluation:
     """Scores one checkpoint for the MLflow run of an id, records and logs the score, and registers the run's best."""
     higher_is_better: Callable[[TrainJob], bool]
     """Whether a higher value of the score that ranks the job's checkpoints is better."""
+    score_due: Callable[[TrainJob, str], None]
+    """Scores the checkpoints that are due and have no score."""
     finalise: Callable[[TrainJob, str], RunScores]
     """Scores the checkpoints that are due, moves the champion and computes the final score."""
 

@@ -1,19 +1,21 @@
-"""Ray Tune: search space, search algorithm, scheduler, and the results of trials."""
+"""Ray Tune: it runs the trials of a sweep, and its scheduler stops the worse ones early."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
-from pipeline.compute.cluster import ray_storage
-from pipeline.config.schema import Choice, TrainJob, TuneJob
-from pipeline.runs.records import Trial
+from pipeline.config.schema import TrainJob, TuneJob
+from pipeline.runs.records import Trial, TrialRecord
+from pipeline.runs.stored_run import StoredSweep
+from pipeline.storage import files
+from pipeline.tuning.points import ranked, read_records, to_resume, to_start
 
 TRIAL_CPUS = 0.01  # reserved for the function that drives a trial; its Ray Train workers reserve their own CPUs
-FINISHED, STOPPED_EARLY = "finished", "stopped early"
 
-_RANKED = "ranked"  # the metric by which Ray Tune ranks trials: the score, or ±_WORST without a score
-_WORST = 1e9  # value for a trial without a score, because searchers cannot learn from NaN
+_RANKED = "ranked"  # the metric by which the scheduler ranks trials
 
 
 def with_parameters(function: Callable[..., None], **parameters: Any) -> Any:
@@ -23,18 +25,10 @@ def with_parameters(function: Callable[..., None], **parameters: Any) -> Any:
     return tune.with_parameters(function, **parameters)
 
 
-def trial_id() -> str:
-    """Return the id of the trial in which this process runs."""
-    from ray import tune
-
-    return str(tune.get_context().get_trial_id())
-
-
-def report(run: str, score: float | None, kimg: float, higher_is_better: bool, failure: str | None = None) -> None:
+def report(score: float | None, kimg: float, higher_is_better: bool, failure: str | None = None) -> None:
     """Report a score of the current trial to Ray Tune.
 
     Args:
-        run: Name of the trial's run.
         score: Value of the score; None without one.
         kimg: Position of the score.
         higher_is_better: Direction of the score.
@@ -42,103 +36,75 @@ def report(run: str, score: float | None, kimg: float, higher_is_better: bool, f
     """
     from ray import tune
 
-    ranked = score if score is not None else (-_WORST if higher_is_better else _WORST)
-    tune.report({_RANKED: ranked, "score": score, "kimg": kimg, "run": run, "failure": failure})
+    tune.report({_RANKED: ranked(score, higher_is_better), "score": score, "kimg": kimg, "failure": failure})
 
 
-def search(sweep: TuneJob, base: TrainJob, run_trial: Any, higher_is_better: bool) -> list[Trial]:
-    """Run the trials of the sweep until all have ended. A sweep of this name in storage is resumed.
+def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, higher_is_better: bool) -> list[Trial]:
+    """Run the trials of the sweep until all have ended. Trials that have ended already are not run again.
+
+    Ray Tune keeps its own state, which it pickles, in a temporary folder of this machine. It is never read.
 
     Args:
         sweep: The sweep job.
         base: Base job of the trials.
-        run_trial: Function that runs one trial, given its point.
+        run_trial: Function that runs one trial, given the name of its run ("run") and its point ("point").
+        stored: Folder of the sweep.
         higher_is_better: Direction of the score.
+
+    Raises CorruptError, EnvironmentFault. Raises InterruptedRun where the search was stopped.
     """
+    records = read_records(sweep, stored)
+    resumed, started = len(to_resume(sweep, records)), len(to_start(sweep, records))
+    if records:
+        ended = sum(record.ended for record in records)
+        print(f"sweep {sweep.name}: {ended} trials have ended, {resumed} go on, {started} are new", flush=True)
+    if not resumed + started:
+        return [record.trial for record in records if record.ended]
+
     from ray import tune
     from ray.tune import RunConfig, TuneConfig, Tuner
 
-    filesystem, path = ray_storage(base.checkpoint.root)
-    storage = f"{path}/{sweep.name}/tune"
-    trainable = tune.with_resources(run_trial, {"CPU": TRIAL_CPUS})
-    if Tuner.can_restore(f"{storage}/{sweep.name}", storage_filesystem=filesystem):
-        print(f"resuming sweep {sweep.name}", flush=True)
-        tuner = Tuner.restore(
-            f"{storage}/{sweep.name}", trainable=trainable, storage_filesystem=filesystem, resume_errored=True
-        )
-    else:
+    from pipeline.tuning.searcher import RecordedSearcher
+
+    # Ray Tune would end normally after SIGINT, and would say that its own state resumes the sweep.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    searcher = RecordedSearcher(sweep, base, stored, records, higher_is_better)
+    with files.temporary_folder("sweep") as folder:
         tuner = Tuner(
-            trainable,
-            param_space={key: _domain(choice) for key, choice in sweep.space.items()},
+            tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),
             tune_config=TuneConfig(
-                num_samples=1 if _is_grid(sweep) else sweep.search.trials,  # every point of a grid is one trial
+                num_samples=resumed + started,
                 max_concurrent_trials=sweep.search.max_concurrent,
-                search_alg=_searcher(sweep),
-                scheduler=_scheduler(sweep, base),
-                metric=_RANKED,
-                mode="max" if higher_is_better else "min",
+                search_alg=searcher,
+                scheduler=make_scheduler(sweep, base, stored, records, higher_is_better),
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
-            run_config=RunConfig(name=sweep.name, storage_path=storage, storage_filesystem=filesystem, verbose=1),
+            run_config=RunConfig(name=sweep.name, storage_path=str(folder), verbose=1),
         )
-    return [_trial(sweep, base, result) for result in tuner.fit()]
+        return searcher.conclude(tuner.fit())
 
 
-def _domain(choice: Choice) -> Any:
-    """Return the values of one key as a search space of Ray Tune."""
-    from ray import tune
-
-    if choice.grid is not None:
-        return tune.grid_search(choice.grid)
-    if choice.choice is not None:
-        return tune.choice(choice.choice)
-    if choice.loguniform is not None:
-        return tune.loguniform(*choice.loguniform)
-    assert choice.uniform is not None
-    return tune.uniform(*choice.uniform)
-
-
-def _is_grid(sweep: TuneJob) -> bool:
-    return any(choice.grid is not None for choice in sweep.space.values())
-
-
-def _searcher(sweep: TuneJob) -> Any:
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-    from ray.tune.search.optuna import OptunaSearch
-
-    points = sweep.search.initial_points or None
-    if sweep.search.algorithm == "random" or _is_grid(sweep):
-        return BasicVariantGenerator(points_to_evaluate=points, random_state=sweep.search.seed)
-    return OptunaSearch(points_to_evaluate=points, seed=sweep.search.seed)
-
-
-def _scheduler(sweep: TuneJob, base: TrainJob) -> Any:
+def make_scheduler(
+    sweep: TuneJob, base: TrainJob, stored: StoredSweep, records: Iterable[TrialRecord], higher_is_better: bool
+) -> Any:
+    """Return ASHA, which knows the scores of the trials that have ended already; None without a schedule."""
     from ray.tune.schedulers import ASHAScheduler
 
     if sweep.schedule is None:
         return None
-    return ASHAScheduler(
+    scheduler = ASHAScheduler(
+        metric=_RANKED,
+        mode="max" if higher_is_better else "min",
         time_attr="kimg",
         max_t=base.train.kimg,
         grace_period=sweep.schedule.grace_kimg,
         reduction_factor=sweep.schedule.reduction,
     )
-
-
-def _trial(sweep: TuneJob, base: TrainJob, result: Any) -> Trial:
-    """Return the record of a trial from its Ray Tune result."""
-    metrics = result.metrics or {}
-    kimg = float(metrics.get("kimg", 0.0))
-    if result.error is not None:
-        outcome = f"failed: {str(result.error).strip().splitlines()[-1]}"
-    elif metrics.get("failure"):
-        outcome = metrics["failure"]
-    else:
-        outcome = FINISHED if kimg >= base.train.kimg else STOPPED_EARLY
-    return Trial(
-        name=metrics.get("run", ""),
-        point={key: result.config[key] for key in sweep.space},
-        score=metrics.get("score"),
-        kimg=kimg,
-        outcome=outcome,
-    )
+    for record in records:
+        if record.ended:
+            trial = SimpleNamespace(trial_id=record.trial.name)
+            scheduler.on_trial_add(None, trial)
+            for score in stored.trial(record.trial.name).scores():
+                value = ranked(score.score.value, higher_is_better)
+                scheduler.on_trial_result(None, trial, {_RANKED: value, "kimg": score.images / 1000})
+    return scheduler

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.collection.manifest import Collection
@@ -20,8 +21,8 @@ from pipeline.compute.resources import cluster_resources, release_placement_grou
 from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.errors import EnvironmentFault, SaganError, UsageError
-from pipeline.runs.records import RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError, printable
+from pipeline.runs.records import STOPPED_EARLY, RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
@@ -34,7 +35,8 @@ from pipeline.tuning.sweep_picture import draw_plane
 def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> SweepSummary:
     """Run the trials, register the model of the best trial, draw the plane and return the summary.
 
-    The same command resumes a sweep whose driver died. Trials that ended are kept; the others resume.
+    The same command resumes a sweep whose driver died. Trials that ended are kept; the others resume. A larger
+    `search.trials` adds trials to a sweep.
 
     Args:
         sweep: The sweep job.
@@ -56,9 +58,9 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
     run_id = _find_or_start(sweep, base, stored, record, method)
     higher_is_better = evaluation.higher_is_better(base)
     run = ray_tune.with_parameters(
-        run_trial, sweep=sweep.name, base=base, evaluation=evaluation, parent=run_id, higher_is_better=higher_is_better
+        run_trial, base=base, evaluation=evaluation, parent=run_id, higher_is_better=higher_is_better
     )
-    trials = ray_tune.search(sweep, base, run, higher_is_better)
+    trials = ray_tune.search(sweep, base, run, stored, higher_is_better)
     release_placement_groups()
     return _conclude(sweep, base, stored, evaluation, run_id, trials)
 
@@ -78,24 +80,35 @@ def job_of_trial(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJo
 
 
 def run_trial(
-    point: dict[str, Any], *, sweep: str, base: TrainJob, evaluation: Evaluation, parent: str, higher_is_better: bool
+    trial: dict[str, Any], *, base: TrainJob, evaluation: Evaluation, parent: str, higher_is_better: bool
 ) -> None:
     """Train one trial inside Ray Tune and report each score.
 
+    Args:
+        trial: Name of the trial's run ("run") and its point ("point").
+        base: Base job of the trials.
+        evaluation: Computes the scores.
+        parent: Id of the MLflow run of the sweep.
+        higher_is_better: Direction of the score.
+
     Raises EnvironmentFault. Other errors of training are reported as the failure of the trial.
     """
-    name = f"{sweep}-{ray_tune.trial_id()}".lower().replace("_", "-")
-    job = job_of_trial(base, name, point)
+    job = job_of_trial(base, trial["run"], trial["point"])
+    reported = [-1]
 
     def report(images: int, score: float | None) -> None:
-        ray_tune.report(name, score, images / 1000, higher_is_better)
+        reported.append(images)
+        ray_tune.report(score, images / 1000, higher_is_better)
 
     try:
         train(job, evaluation, parent=parent, on_score=report, final=False)
+        for last in StoredRun.of(job).scores()[-1:]:
+            if last.images > reported[-1]:  # it was computed by an earlier driver, or when training had ended
+                report(last.images, last.score.value)
     except EnvironmentFault:
-        raise  # the values of the point are not the cause, so Ray Tune may run the trial again
+        raise  # the values of the point are not the cause, so the trial does not end and can be resumed
     except SaganError as error:
-        ray_tune.report(name, None, job.train.kimg, higher_is_better, failure=error.message)
+        ray_tune.report(None, job.train.kimg, higher_is_better, failure=error.message)
 
 
 def _require_room(sweep: TuneJob, base: TrainJob) -> None:
@@ -179,7 +192,7 @@ def _conclude(
     summary = SweepSummary(
         name=sweep.name,
         trials=len(trials),
-        stopped_early=sum(trial.outcome == ray_tune.STOPPED_EARLY for trial in trials),
+        stopped_early=sum(trial.outcome == STOPPED_EARLY for trial in trials),
         best=ranked[0],
         mlflow_run_id=run_id,
         picture=str(picture),
@@ -207,7 +220,11 @@ def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Tria
     track = job.track.model_copy(update={"model": sweep.name, "register_model": True})
     stored = StoredRun.of(job)
     record = stored.record()
-    assert record is not None
+    if record is None:
+        raise CorruptError(
+            f"{stored.record_url} is missing, but {best.name} is the best trial of {sweep.name}",
+            f"delete {StoredSweep.of(base, sweep.name).trial_url(best.name)}; the trial is then run again",
+        )
     # The trial may have ended under another tracker.
     record = start_tracking(job, stored, record, record.method, run_id)
     scores = evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
@@ -224,5 +241,5 @@ def _print_table(sweep: TuneJob, trials: list[Trial]) -> None:
     for trial in trials:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.point.values()]
         score = "–" if trial.score is None else f"{trial.score:.4g}"
-        table.add_row(*values, score, f"{trial.kimg:.1f}", trial.outcome)
+        table.add_row(*values, score, f"{trial.kimg:.1f}", escape(printable(trial.outcome)))
     Console(width=100).print(table)

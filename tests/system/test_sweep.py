@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import ray
+import yaml
 from mlflow import MlflowClient
 from ray.util.placement_group import placement_group, placement_group_table
 
 from infra.local.server_process import BIN
 from pipeline.compute.resources import release_placement_groups
 from pipeline.report.write_report import write_report
+from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
+from tests.system.driving import JOBS, TINY, Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 
@@ -59,3 +65,66 @@ def test_the_digits_sweep(s3, ray_cluster, tmp_path):
     listing = [str(BIN / "ray"), "list", "placement-groups", "--format=json"]
     groups = json.loads(subprocess.run(listing, env=environment, capture_output=True, text=True, check=True).stdout)
     assert [group for group in groups if group["state"] != "REMOVED"] == []
+
+
+class Planted:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_sweep_whose_driver_was_killed_goes_on_from_its_records(s3, ray_cluster, tmp_path):
+    """SIGKILL to the driver when one trial has ended. The next commands ask for one trial more; one is interrupted."""
+    bucket, canary = s3.bucket(), tmp_path / "canary"
+    env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}
+    sweep = {
+        "kind": "tune",
+        "name": "small",
+        "base": str(JOBS / "quickstart.yaml"),
+        "overrides": {**TINY, "train.kimg": 0.64, "train.workers": 1, "evaluate.cpus": 0.5},
+        "space": {"optim.lr_d": {"loguniform": [1.0e-4, 1.0e-3]}},
+        "search": {"trials": 3, "max_concurrent": 2},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(sweep).replace("'[", "[").replace("]'", "]"))
+    for place in ("tuner.pkl", "tune/small/tuner.pkl"):  # Ray Tune's state was in the second place
+        files.write_bytes(f"{bucket}/runs/small/{place}", pickle.dumps(Planted(canary)))
+
+    def drive(**overrides):
+        return Driver(tmp_path, env, job=tmp_path / "small.yaml", tiny=False, **overrides)
+
+    first = drive()
+    ended = first.until(" has ended").split()[1]
+    first.signal(signal.SIGKILL)
+    first.end()
+    stored = StoredSweep(f"{bucket}/runs/small")
+    before = {record.trial.name: record.trial.point for record in stored.trial_records()}
+    starts = stored.trial(ended).record()
+
+    stopped = drive(**{"search.trials": 4})
+    stopped.until(" starts at ")
+    stopped.signal(signal.SIGINT)
+    assert stopped.end() == 130, stopped.output
+
+    last = drive(**{"search.trials": 4})
+    assert last.end() == 0, last.output
+    assert f"trial {ended} starts" not in stopped.output + last.output
+    assert stored.trial(ended).record().starts == starts.starts
+    records = stored.trial_records()
+    assert all(record.ended and record.trial.score is not None for record in records)
+    after = {record.trial.name: record.trial.point for record in records}
+    assert before.items() <= after.items()
+    assert len(after) == len({point["optim.lr_d"] for point in after.values()}) == 4
+    assert stored.summary().trials == 4
+
+    other = drive(space='{"optim.lr_d": {"uniform": [0.0001, 0.001]}}')
+    assert other.end() == 2, other.output
+    assert "space.optim.lr_d" in other.output
+    assert not canary.exists()
+    rays = [name for name in files.list_files(f"{bucket}/runs/small") if name.endswith((".pkl", ".pickle"))]
+    assert rays == ["tune/small/tuner.pkl", "tuner.pkl"], "only those that were planted"

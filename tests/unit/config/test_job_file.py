@@ -109,6 +109,32 @@ def test_a_resolved_job_shows_every_default_and_resolves_to_itself(job, tmp_path
     assert load_job(again) == resolved
 
 
+SPACE = "{optim.lr_d: {loguniform: [1e-4, 1e-3]}, seed: {grid: [1, 2]}, data.flip: {choice: [true, false]}}"
+
+
+@pytest.mark.parametrize(
+    ("point", "problem"),
+    [
+        ("{optim.lr_d: 1e-2}", "optim.lr_d: '1e-2' is not a number from 0.0001 to 0.001"),
+        ("{seed: 3}", "seed: 3 is not one of [1, 2]"),
+        ("{seed: true}", "seed: True is not one of [1, 2]"),
+        ("{data.flip: 1}", "data.flip: 1 is not one of [True, False]"),
+        ("{optim.lr_g: 1e-4}", "optim.lr_g is not a key of the space"),
+    ],
+)
+def test_an_initial_point_is_in_the_space(job, tmp_path, point, problem):
+    job(TRAIN)
+    sweep = tmp_path / "sweep.yaml"
+    head = f"kind: tune\nname: s\nbase: job.yaml\nspace: {SPACE}\nsearch:\n  initial_points: "
+    sweep.write_text(f"{head}[{{optim.lr_d: 1e-3, seed: 2, data.flip: true}}, {{optim.lr_d: 2e-4}}]\n")
+    given = [load_job(sweep).point_of(point) for point in load_job(sweep).search.initial_points]
+    assert given == [{"optim.lr_d": 1e-3, "seed": 2, "data.flip": True}, {"optim.lr_d": 2e-4}]
+    sweep.write_text(f"{head}[{point}]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_job(sweep)
+    assert f"search.initial_points.0: {problem}" in caught.value.message
+
+
 def test_a_sweep_is_checked_down_to_the_keys_of_its_space(job, tmp_path):
     job(TRAIN)
     sweep = tmp_path / "sweep.yaml"

@@ -21,9 +21,12 @@ from pipeline.runs.records import (
     SweepTrials,
     TrainSummary,
     Trial,
+    TrialRecord,
     best_score,
 )
 from pipeline.runs.score_protocol import Score, ScoreProtocol
+from pipeline.runs.stored_run import StoredSweep
+from pipeline.storage import files
 
 PROTOCOL = ScoreProtocol(
     extractor="x",
@@ -79,7 +82,8 @@ RECORDS: tuple[Record, ...] = (
         images_lost=0,
         **CONCLUSION,
     ),
-    SweepTrials(trials=[TRIAL, Trial(name="", point={}, score=None, kimg=0.0, outcome="diverged")]),
+    TrialRecord(number=0, ended=True, trial=TRIAL),
+    SweepTrials(trials=[TRIAL, Trial(name="sweep-b", point={}, score=None, kimg=0.0, outcome="diverged")]),
     SweepSummary(
         name="sweep", trials=2, stopped_early=0, best=TRIAL, mlflow_run_id="0", picture="plane.png", **CONCLUSION
     ),
@@ -145,12 +149,55 @@ def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
         CheckpointFacts.read(changed(tmp_path, surprise=1))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"text"', "null"])
+DEEP = '{"class_names": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '"text"', "null", "\xff", DEEP, "[" * 100_000], ids=lambda text: text[:9]
+)
 def test_what_is_not_an_object_of_json_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.json"
     path.write_text(text)
     with pytest.raises(CorruptError, match="checkpoint.json"):
         CheckpointFacts.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"number": -1}, "number"),
+        ({"number": True}, "number"),
+        ({"ended": "yes"}, "ended"),
+        ({"trial": {"name": "../other"}}, "trial.name"),
+        ({"trial": {"score": float("nan")}}, "trial.score"),
+        ({"trial": {"kimg": -1}}, "trial.kimg"),
+        ({"trial": {"kimg": float("inf")}}, "trial.kimg"),
+        ({"trial": {"point": []}}, "trial.point"),
+        ({"trial": {"outcome": None}}, "trial.outcome"),
+    ],
+)
+def test_a_foreign_record_of_a_trial_is_validated(change: dict[str, Any], field: str, tmp_path: Path) -> None:
+    values = TrialRecord(number=0, ended=True, trial=TRIAL).to_dict()
+    changed = values | change | {"trial": values["trial"] | change.get("trial", {})}
+    with pytest.raises(CorruptError, match=f"is not a TrialRecord: {field}"):
+        TrialRecord.parse(json.dumps(changed).encode(), "trials/sweep-a.json")
+
+
+def test_the_records_of_trials_are_read_by_number_and_under_their_own_name(tmp_path: Path) -> None:
+    sweep = StoredSweep(f"{tmp_path}/sweep")
+    assert sweep.trial_records() == []
+    values = TRIAL.model_dump()
+    records = [
+        TrialRecord(number=number, ended=False, trial=Trial(**(values | {"name": f"sweep-{name}"})))
+        for number, name in enumerate("ba")
+    ]
+    for record in records:
+        sweep.write_trial_record(record)
+    (tmp_path / "sweep" / "trials" / ".sweep-c.json.0123").write_text("a write that was interrupted")
+    assert sweep.trial_records() == records
+    files.upload(Path(sweep.trial_url("sweep-a")), sweep.trial_url("sweep-c"))
+    with pytest.raises(CorruptError, match=r"sweep-c.json is the record of another trial: sweep-a"):
+        sweep.trial_records()
 
 
 def test_the_record_of_a_sweep_is_not_read_as_that_of_a_run(tmp_path: Path) -> None:
