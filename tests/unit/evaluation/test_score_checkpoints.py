@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.collection.manifest import Collection
-from pipeline.config.schema import PackSection, TrainJob
+from pipeline.config.schema import PackSection, TrainJob, sqlite_uri
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.evaluation.final_score import finalise
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
@@ -19,7 +22,8 @@ from pipeline.runs.records import RegisteredModel, RunScores
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
-from pipeline.tracking.mlflow_run import client
+from pipeline.tracking.mlflow_run import MlflowRun, client
+from pipeline.tracking.open_model import open_model
 from pipeline.training.retention import protected
 from sagan.train_state import TrainState
 from tests.unit.evaluation.conftest import commit_checkpoint
@@ -278,3 +282,31 @@ def test_one_held_out_image_has_no_distance_to_the_others(
     found = finalise(with_section(few, samples=8), run_id)
     assert found.final is not None
     assert found.fd_classifier_real is None
+
+
+# --- odd characters --------------------------------------------------------------------------------------------------
+
+ODD = "[a]*?#%20+&'\"$X@!{b} é\n"
+
+
+def test_odd_characters_in_every_path_of_a_run(
+    job: TrainJob, digits: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, champion and pulled model of a run whose folders and experiment have such names."""
+    here = tmp_path / ODD
+    shutil.copytree(digits.url, here / "set", ignore=shutil.ignore_patterns("evaluation"))
+    data = job.data.model_copy(update={"train": f"{here}/set", "cache": f"{here}/cache"})
+    track = job.track.model_copy(update={"uri": sqlite_uri(here / "mlflow.db"), "experiment": ODD})
+    root = job.checkpoint.model_copy(update={"root": f"{here}/runs"})
+    job = job.model_copy(update={"data": data, "track": track, "checkpoint": root})
+    assert track.uri is not None
+    tracker = MlflowRun.start(track.uri, ODD, job.name, None, {}, {}, f"{here}/artifacts")
+    tracker.close(timeout_s=60)
+    commit_checkpoint(job, 1000)
+    found = finalise(job, tracker.run_id)
+    assert found.registered is not None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", track.uri)
+    monkeypatch.chdir(here)
+    pulled = CliRunner().invoke(app, ["pull", f"models:/{job.name}@champion", "pulled"], catch_exceptions=False)
+    assert pulled.exit_code == 0
+    assert open_model(f"{here}/pulled").config == open_model(found.checkpoint or "", section=job.evaluate).config
