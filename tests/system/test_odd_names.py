@@ -193,6 +193,7 @@ REFUSED = {  # place → what is refused there; everything else comes back
     "name of a run": ODD - {"a..b"},
 }
 SECONDS_EACH = {"key of a collection", "folder of checkpoints", "key of checkpoints", "current folder"}
+SECONDS_EACH |= {"folder of artifacts", "key of artifacts", "folder of a model"}
 PLACES = [
     "folder of a collection",
     "key of a collection",
