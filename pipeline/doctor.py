@@ -21,7 +21,7 @@ from json import dumps, load
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.schema import DataSection
+from pipeline.config.schema import DataSection, sqlite_database
 from pipeline.errors import EnvironmentFault, printable, shown_url
 
 PATIENCE_S = 15.0  # time limit of a check
@@ -158,8 +158,8 @@ def _tracking() -> Check:
     uri = default_uri()
     shown = shown_url(uri)
     named = shown if "MLFLOW_TRACKING_URI" in os.environ else f"{shown}, because MLFLOW_TRACKING_URI is not set"
-    database = Path(uri.partition(":///")[2])
-    if uri.startswith("sqlite:") and not database.exists():  # a job creates it
+    database = sqlite_database(uri)
+    if database and not database.exists():  # a job creates it
         if not os.access(_existing(database), os.W_OK):
             return _fail(
                 f"{shown}: {_existing(database)} is not writable",

@@ -9,6 +9,8 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pipeline.storage.stored_json import printable
+
 LEAST_TILE = 64  # least pixels per side; smaller images are enlarged by an integer factor
 GAP, MARGIN, TEXT = 4, 16, 15
 INK, PAPER, FAINT = (32, 32, 32), (255, 255, 255), (110, 110, 110)
@@ -25,7 +27,10 @@ def grid(images: Tensor, labels: Sequence[str] | None = None, columns: int = 8, 
         labels: One text per image.
         columns: Images per row.
         title: Text above the grid.
+
+    Letters that cannot be printed are escaped.
     """
+    title, labels = printable(title), None if labels is None else [printable(label) for label in labels]
     # Pillow's own font has only Latin letters; matplotlib's font also has Greek, Cyrillic, Arabic and others.
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
     factor = max(1, -(-LEAST_TILE // images.shape[-1]))

@@ -22,6 +22,7 @@ from rich.table import Table
 from infra.local.server_process import BIN, CHECKOUT
 from infra.local.servers import Ray
 from infra.local.state_folder import BUCKET, TRACKING_DB, end_on_sigterm, local_s3
+from pipeline.config.schema import sqlite_uri
 from pipeline.errors import InterruptedRun, SaganError
 
 JOB = "jobs/quickstart.yaml"
@@ -38,7 +39,7 @@ def main() -> int:
         with local_s3() as s3:
             s3.bucket(BUCKET)
             TRACKING_DB.parent.mkdir(exist_ok=True)
-            env = s3.env | {"MLFLOW_TRACKING_URI": f"sqlite:///{TRACKING_DB}"}
+            env = s3.env | {"MLFLOW_TRACKING_URI": sqlite_uri(TRACKING_DB)}
             with Ray(env=env) as ray:
                 out.print(f"S3 {s3.url}, Ray {ray.address}; submitting {JOB}", highlight=False)
                 submit(ray)

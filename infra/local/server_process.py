@@ -27,7 +27,7 @@ class Server(ABC):
     """One program that ends with its parent. Subclasses define its command and when it is ready."""
 
     name: str
-    starting_s = 120.0  # time limit for the start; a start usually takes seconds, and longer on a busy machine
+    starting_s = 120.0  # longest silence at the start; a start usually takes seconds, and longer on a busy machine
     leaving_s = 30.0  # time limit for the end; Ray needs up to 20 s
 
     def __init__(self, *, port: int | None = None, env: dict[str, str] | None = None) -> None:
@@ -123,19 +123,21 @@ class Server(ABC):
     def _wait(self) -> bool:
         """Wait until the program answers. Return False if it ends before that.
 
-        Raises EnvironmentFault where the program does not answer within `starting_s` seconds.
+        Raises EnvironmentFault where the program neither answers nor writes a line for `starting_s` seconds.
         """
         assert self._guardian
-        deadline = time.monotonic() + self.starting_s
+        written, deadline = 0, time.monotonic() + self.starting_s
         while time.monotonic() < deadline:
+            if (size := self.log.stat().st_size) != written:
+                written, deadline = size, time.monotonic() + self.starting_s
             if self._guardian.poll() is not None:
                 return False
             if self.ready():
                 return True
             time.sleep(0.05)
         raise EnvironmentFault(
-            f"{self.name} did not answer within {self.starting_s:.0f} s. The last lines of its output are:\n"
-            f"{self._last_lines()}",
+            f"{self.name} neither answered nor wrote a line for {self.starting_s:.0f} s. "
+            f"The last lines of its output are:\n{self._last_lines()}",
             "check whether the machine is overloaded, then start it again",
         )
 

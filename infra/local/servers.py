@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
+from pipeline.config.schema import sqlite_uri
 from pipeline.errors import UsageError
 
 
@@ -131,7 +132,7 @@ class MlflowServer(Server):
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def command(self) -> list[str]:
-        store = f"sqlite:///{self.folder / 'mlflow.db'}"
+        store = sqlite_uri(self.folder / "mlflow.db")
         serving = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         stores = ["--backend-store-uri", store, "--no-serve-artifacts", "--default-artifact-root", self.artifacts]
         return [str(BIN / "mlflow"), "server", *serving, *stores]

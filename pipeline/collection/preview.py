@@ -59,6 +59,5 @@ def _tile(collection: Collection, i: int) -> np.ndarray:
 
 
 def _short(name: str) -> str:
-    """Return a class name without unprintable letters, cut to _NAME_LENGTH letters."""
-    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    """Return a class name, cut to _NAME_LENGTH letters."""
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

@@ -8,6 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from pipeline.compute.devices import visible_gpus
+from pipeline.compute.root_cause import result
 
 _QUEUED = 2  # calls that wait at each actor, so that an actor is not idle while a result is fetched
 
@@ -30,7 +31,7 @@ class ActorPool:
     def map(self, method: str, shared: Any, items: Sequence[Any], **options: Any) -> Iterator[Any]:
         """Yield `object.method(shared, item, **options)` for each of `items`, in order.
 
-        `shared` is sent to each actor once.
+        `shared` is sent to each actor once. Raises the exceptions of the method.
         """
         import ray
 
@@ -40,9 +41,9 @@ class ActorPool:
         for actor, item in zip(cycle(self._actors), items, strict=False):
             pending.append(actor.call.remote(method, reference, item, options))
             if len(pending) > _QUEUED * len(self._actors):
-                yield ray.get(pending.popleft())
+                yield result(pending.popleft())
         while pending:
-            yield ray.get(pending.popleft())
+            yield result(pending.popleft())
 
     def stop(self) -> None:
         """End the actors' processes."""

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+
+def result(reference: Any) -> Any:
+    """Return the result of a task. Raises the exception of the task's function, without Ray's wrapper."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
 
 def root_cause(error: BaseException) -> BaseException:
     """Return the exception that a worker raised, without the exceptions that Ray wrapped around it."""

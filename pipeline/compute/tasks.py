@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pipeline.compute.devices import visible_gpus
 from pipeline.compute.resources import cluster_resources
+from pipeline.compute.root_cause import result
 from pipeline.compute.threads import map_ahead
 
 T = TypeVar("T")
@@ -47,9 +48,9 @@ def map_parallel(
         for item in items:
             pending.append(task.remote(function, item, references))
             if len(pending) > 2 * cpus:
-                yield _result(pending.popleft())
+                yield result(pending.popleft())
         while pending:
-            yield _result(pending.popleft())
+            yield result(pending.popleft())
     finally:
         for reference in pending:
             ray.cancel(reference)
@@ -62,8 +63,8 @@ def run_as_task(function: Callable[..., R], *arguments: Any, cpus: float, gpus: 
     """
     import ray
 
-    result: R = _result(ray.remote(num_cpus=cpus, **visible_gpus(gpus))(function).remote(*arguments))
-    return result
+    value: R = result(ray.remote(num_cpus=cpus, **visible_gpus(gpus))(function).remote(*arguments))
+    return value
 
 
 def _run(function: Callable[..., R], item: T, references: tuple[Any, ...]) -> R:
@@ -76,13 +77,3 @@ def _fetched(references: tuple[Any, ...]) -> list[Any]:
     import ray
 
     return list(ray.get(list(references)))
-
-
-def _result(reference: Any) -> Any:
-    """Return the result of a task. Raises the exception of the function, without Ray's wrapper."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None

@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -26,7 +27,30 @@ def absolute(location: str) -> str:
     match = _LOCAL.fullmatch(location)
     if match is None or (match[1] is None and _URI.match(location)):
         return location
-    return (match[1] or "") + str(Path(match[2]).expanduser().absolute())
+    prefix, path = match[1] or "", match[2]
+    if not prefix.startswith("sqlite"):
+        return prefix + str(Path(path).expanduser().absolute())
+    folder, below = Path.cwd(), path
+    if path.startswith("~"):
+        home, _, below = path.partition("/")
+        folder = Path(home).expanduser()
+    return prefix + str(Path(_quoted(folder), below))
+
+
+def sqlite_uri(database: Path) -> str:
+    """Return the URI of an SQLite database."""
+    return f"sqlite:///{_quoted(database)}"
+
+
+def sqlite_database(uri: str) -> Path | None:
+    """Return the path of the database of an SQLite URI; None for another URI."""
+    scheme, _, path = uri.partition(":///")
+    return Path(unquote(path.partition("?")[0])) if scheme.partition("+")[0] == "sqlite" else None
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a part of an SQLite URI, in which `%` begins an escape and `?` begins parameters."""
+    return str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def absolute_tracking_uri(uri: str) -> str:

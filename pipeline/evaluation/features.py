@@ -19,6 +19,7 @@ from pipeline.collection.manifest import Collection
 from pipeline.compute.actors import ActorPool
 from pipeline.compute.resources import require_resources
 from pipeline.config.schema import DataSection, EvaluateSection
+from pipeline.errors import UsageError
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.moments import Moments
 from pipeline.streaming.read_images import read_images
@@ -28,6 +29,10 @@ from sagan.sampling import Model
 # About 50 chunks keep any number of workers busy. Summing a chunk of 1 024 images costs less than extracting its
 # features. Chunk sizes are multiples of 64, the default batch size.
 CHUNKS, LEAST_CHUNK, LARGEST_CHUNK = 50, 64, 1024
+
+
+class NotFinite(UsageError):
+    """An extractor gives features or logits that are not finite."""
 
 
 class ImageSet(Protocol):
@@ -139,12 +144,21 @@ def extract(
         batch: Largest number of images per forward pass.
         keep: Whether the result keeps the features as `rows`.
         advance: Called with the number of images after each batch.
+
+    Raises NotFinite.
     """
     rows, logits, labels = [], [], []
     for pixels, y in images.batches(part, batch, extractor.device):
         features, scores = extractor(pixels)
         rows.append(features.cpu())
         logits.append(scores.cpu())
+        if not (rows[-1].isfinite().all() and logits[-1].isfinite().all()):
+            raise NotFinite(
+                f"the extractor {extractor.name} gives features or logits that are not finite (NaN or infinity): it "
+                "overflows, or its parameters are damaged",
+                "set evaluate.extractor, or the file of its parameters, to another one; "
+                "`sagan evaluate --self-test` tests an extractor",
+            )
         labels.append(y)
         advance(len(y))
     joined = torch.cat(rows)

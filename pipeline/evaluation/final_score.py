@@ -95,7 +95,8 @@ def _final_scores(job: TrainJob, model: Model) -> RunScores:
         if scorer.classes_match(model):
             generated = scorer.features(Generated(model, seed, range(ACCURACY_SAMPLES)), "samples")
             accuracy = metrics.class_accuracy(generated.logits, generated.labels)
-        if section.extractor == "classifier" and "heldout" in splits:
+        enough = "heldout" in splits and scorer.collection.size("heldout") >= metrics.FRECHET_DISTANCE.least_images
+        if section.extractor == "classifier" and enough:
             heldout, real = scorer.reference("heldout"), scorer.reference(section.split)
             between_real = frechet_distance(heldout.moments, real.moments)
     return RunScores(

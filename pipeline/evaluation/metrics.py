@@ -75,6 +75,8 @@ class Metric:
     compute: Callable[[Images], float]
     by_extractor: bool = True
     """Whether the extractor is part of the name, as in `fd_vgg16`."""
+    least_images: int = 1
+    """Least number of generated images, and of real images, from which the metric can be computed."""
     inception_name: str = ""
     """Name under Inception where it differs from `name`; otherwise empty."""
 
@@ -156,14 +158,16 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 METRICS = (
-    Metric("fd", False, "moments", lambda i: frechet_distance(i.generated, i.real), inception_name="fid"),
+    Metric(
+        "fd", False, "moments", lambda i: frechet_distance(i.generated, i.real), least_images=2, inception_name="fid"
+    ),
     Metric("isc", True, "logits", lambda i: inception_score(i.logits)),
     Metric("class_accuracy", True, "class labels", lambda i: class_accuracy(i.logits, i.labels), by_extractor=False),
-    Metric("kid", False, "features", lambda i: kernel_distance(*i.features)),
-    Metric("precision", True, "features", lambda i: i.precision_recall[0], by_extractor=False),
-    Metric("recall", True, "features", lambda i: i.precision_recall[1], by_extractor=False),
-    Metric("density", True, "features", lambda i: i.density_coverage[0], by_extractor=False),
-    Metric("coverage", True, "features", lambda i: i.density_coverage[1], by_extractor=False),
+    Metric("kid", False, "features", lambda i: kernel_distance(*i.features), least_images=2),
+    Metric("precision", True, "features", lambda i: i.precision_recall[0], False, PRECISION_NEIGHBOURS + 1),
+    Metric("recall", True, "features", lambda i: i.precision_recall[1], False, PRECISION_NEIGHBOURS + 1),
+    Metric("density", True, "features", lambda i: i.density_coverage[0], False, DENSITY_NEIGHBOURS + 1),
+    Metric("coverage", True, "features", lambda i: i.density_coverage[1], False, DENSITY_NEIGHBOURS + 1),
 )
 FRECHET_DISTANCE = next(metric for metric in METRICS if metric.name == "fd")
 """The metric that `evaluate.score: auto` selects."""

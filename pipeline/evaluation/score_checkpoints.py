@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import AbstractContextManager
 
+import numpy as np
 from PIL import Image
 
 from pipeline.collection.manifest import Collection
@@ -15,6 +16,7 @@ from pipeline.evaluation import champion, metrics
 from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.classifier import Classifier, require_classes
 from pipeline.evaluation.extractors.extractor import Extractor
+from pipeline.evaluation.features import Real
 from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.checkpoints import StoredCheckpoint
@@ -27,13 +29,15 @@ from sagan.sampling import Model, statistics_name
 
 log = logging.getLogger(__name__)
 
+_TRIED = 16  # real images on which an extractor is tried before training
+
 
 def check_scores(job: TrainJob) -> None:
     """Check before training that the checkpoints can be scored.
 
     Raises:
-        UsageError: The split or the score does not exist, the collection has no classes for the classifier, or the file
-            is not an extractor.
+        UsageError: The split or the score does not exist, there are too few images for a metric, the collection has no
+            classes for the classifier, the file is not an extractor, or its features of real images are not finite.
         EnvironmentFault: The extractor file or the extractor's parameters do not exist.
     """
     collection = Collection.open(job.data.train)
@@ -45,7 +49,12 @@ def check_scores(job: TrainJob) -> None:
         extractor = Extractor("classifier", "", untrained)
     else:
         extractor = load_extractor(job.evaluate, collection, job.data, job.evaluate.seed)
-    Scorer(job.evaluate, collection, job.data, extractor, None).ranking_metric()
+    scorer = Scorer(job.evaluate, collection, job.data, extractor, None)
+    scorer.ranking_metric()
+    for samples in (job.evaluate.samples, job.evaluate.final_samples or job.evaluate.samples):
+        scorer.require_enough_images(samples)
+    first = np.asarray(collection.ids(job.evaluate.split)[:_TRIED])  # neighbours, which lie in one shard
+    scorer.features(Real(collection, first, job.data), "first real images")
 
 
 def higher_is_better(job: TrainJob) -> bool:

@@ -82,6 +82,7 @@ class Scorer:
         score of a model with non-finite parameters has no values. Raises UsageError, EnvironmentFault.
         """
         ranking = self.ranking_metric()
+        self.require_enough_images(protocol.samples)
         metric, higher_is_better = ranking.name_under(self.extractor), ranking.higher_is_better
         if not is_finite(model):
             return Score.of(protocol, metric, higher_is_better, {})
@@ -113,6 +114,23 @@ class Scorer:
                 f"choose auto or one of: {', '.join(names)}{hint}",
             )
         return names[score]
+
+    def require_enough_images(self, samples: int) -> None:
+        """Raise UsageError where a metric needs more than `samples` generated images, or more real images."""
+        split = self.section.split
+        for metric in self._available():
+            name, least = metric.name_under(self.extractor), metric.least_images
+            if self.collection.size(split) < least:
+                raise UsageError(
+                    f"{name} needs at least {least} real images, but split {split!r} of {self.collection.url} has "
+                    f"{self.collection.size(split)}",
+                    "set evaluate.split to a larger split, or pack a larger collection",
+                )
+            if samples < least:
+                raise UsageError(
+                    f"{name} needs at least {least} generated images, but there are {samples}",
+                    f"set evaluate.samples and evaluate.final_samples to {least} or more",
+                )
 
     def compute_metrics(self, generated: Features, *, classes_match: bool) -> dict[str, float]:
         """Compute every metric of generated features against the features of the real images. Return them by name.
@@ -161,6 +179,8 @@ class Scorer:
             images: The images.
             what: What the progress bar calls them.
             keep: Whether the result keeps the features as `rows`.
+
+        Raises NotFinite, EnvironmentFault, CorruptError.
         """
         parts, batch = chunks_of(len(images)), self.section.batch
         with progress(what, len(images)) as advance:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection
-from pipeline.errors import SaganError
-from pipeline.evaluation.features import Real
+from pipeline.errors import SaganError, UsageError
+from pipeline.evaluation.features import ImageSet, NotFinite, Real
 from pipeline.evaluation.moments import Moments, frechet_distance
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from sagan.random import Purpose, draw_latents
@@ -23,6 +23,7 @@ from sagan.random import Purpose, draw_latents
 NOISE = (8.0, 16.0, 32.0, 64.0)  # standard deviations of Gaussian noise, for pixel values 0 … 255
 BLUR = (1 / 64, 1 / 32, 1 / 16, 1 / 8)  # radii of a Gaussian blur, as fractions of the image side
 ROUNDING = 1e-4  # largest change of a distance by other batches, as a fraction of the variance
+LEAST_IMAGES = 4  # a Fréchet distance of halves needs two images in each half
 CHANCE = 0.5  # largest distance of halves, as a fraction of the distance at the strongest noise or blur, the smaller
 
 
@@ -76,24 +77,30 @@ def self_test(section: EvaluateSection, reference: str) -> list[Finding]:
         section: Extractor, split and number of images.
         reference: URL of the collection.
 
-    Raises UsageError, EnvironmentFault.
+    Raises UsageError, also where the split has fewer than four images, and EnvironmentFault.
     """
     collection, data = Collection.open(reference), DataSection(train=reference)
     images = Real(collection, collection.evenly_spaced_ids(section.split, section.samples), data)
+    if len(images) < LEAST_IMAGES:
+        raise UsageError(
+            f"the self-test needs at least {LEAST_IMAGES} images, but there are {len(images)}",
+            f"set --samples to {LEAST_IMAGES} or more, and name a split that has as many images",
+        )
     with open_scorer(section, collection, data, section.seed) as scorer:
         return examine(scorer, images)
 
 
 def examine(scorer: Scorer, images: Real) -> list[Finding]:
     """Compare at least four real images with the same images in other batches, their halves, noise and blur."""
-    rows = scorer.features(images, "real images", keep=True).rows
-    assert rows is not None
-    if not rows.isfinite().all():
+    try:
+        rows = scorer.features(images, "real images", keep=True).rows
+    except NotFinite:
         return [Finding("real images", None, "finite features", _NOT_FINITE)]
+    assert rows is not None
     real = Moments.of(rows)
     batch = scorer.section.batch // 2 + 1
     other = replace(scorer, section=scorer.section.model_copy(update={"batch": batch}))
-    repeated = other.features(images, "the same images, in other batches").moments
+    repeated = _moments(other, images, "the same images, in other batches")
     same = _finding("the same images", real, repeated, _RANDOM, most=_rounding(real))
     noise = _increasing(scorer, images, real, "noise", NOISE)
     blur = _increasing(scorer, images, real, "blur", [fraction * scorer.collection.resolution for fraction in BLUR])
@@ -109,10 +116,18 @@ def _increasing(
     findings: list[Finding] = []
     weaker = _rounding(real)
     for strength in strengths:
-        degraded = scorer.features(Degraded(images, kind, strength), f"{kind} {strength:g}").moments
+        degraded = _moments(scorer, Degraded(images, kind, strength), f"{kind} {strength:g}")
         findings.append(_finding(f"{kind} {strength:g}", real, degraded, _BLIND, above=weaker))
         weaker = findings[-1].distance or inf
     return findings
+
+
+def _moments(scorer: Scorer, images: ImageSet, what: str) -> Moments | None:
+    """Return the moments of the features of images; None where a feature is not finite."""
+    try:
+        return scorer.features(images, what).moments
+    except NotFinite:
+        return None
 
 
 def _rounding(real: Moments) -> float:
@@ -127,10 +142,12 @@ def require_passed(findings: list[Finding]) -> None:
         raise SaganError(f"the self-test fails on {', '.join(failed)}", "; ".join(dict.fromkeys(failed.values())))
 
 
-def _finding(what: str, a: Moments, b: Moments, failure: str, *, above: float = -inf, most: float = inf) -> Finding:
+def _finding(
+    what: str, a: Moments, b: Moments | None, failure: str, *, above: float = -inf, most: float = inf
+) -> Finding:
     """Compare `a` with `b`. The distance should be above `above` and at most `most`. Exactly one limit is passed."""
     expected = f"at most {most:.3g}" if above == -inf else f"more than {above:.3g}"
-    if not b.scatter.isfinite().all():
+    if b is None:
         return Finding(what, None, expected, _NOT_FINITE)
     distance = frechet_distance(a, b)
     return Finding(what, distance, expected, "" if above < distance <= most else failure)

@@ -7,21 +7,24 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import threading
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from pipeline.config.schema import TrainJob, absolute_tracking_uri
-from pipeline.errors import EnvironmentFault, shown_url, without_secrets_of
+from pipeline.config.schema import TrainJob, absolute_tracking_uri, sqlite_database
+from pipeline.errors import EnvironmentFault, UsageError, shown_url, without_secrets_of
 
 log = logging.getLogger(__name__)
 
 BATCH = 1000  # MLflow accepts at most this many metrics in one call
 MOST_WAITING = 200_000  # points and files that may wait in memory during an outage
 RETRY_S = 5.0  # seconds between two attempts during an outage
+_PLAIN_IN_PATHS = " !\"$&'()*+,-./:;<=>@[\\]^_`{|}~"  # printable ASCII without `#`, `%` and `?`
 PARENT_RUN = "mlflow.parentRunId"
 
 
@@ -52,15 +55,24 @@ def tracking_uri(job: TrainJob) -> str:
 
 
 def client(uri: str) -> Any:
-    """Return an MlflowClient that stops waiting for a silent server after seconds instead of minutes."""
+    """Return an MlflowClient that stops waiting for a silent server after seconds instead of minutes.
+
+    Raises UsageError where a `?` in the path of an SQLite URI would begin parameters.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()))
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if database := sqlite_database(uri):
+        _, mark, parameters = uri.partition("?")
+        if mark and "=" not in parameters:
+            raise UsageError(
+                f"the tracking URI {uri.replace('?', '%3F')} has a question mark, which begins parameters",
+                "write %3F for a question mark in the path of an SQLite URI, and %25 for a per cent sign",
+            )
+        database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -84,10 +96,11 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
 def _unusable(uri: str, error: Exception) -> EnvironmentFault:
     """Return the EnvironmentFault that describes an exception of MLflow, with its remedy."""
     text, shown = str(error), shown_url(uri)
+    upgrade = f"mlflow db upgrade {shlex.quote(shown)}"
     if "out-of-date database schema" in text:
-        remedy = f"stop all programs that use the database, then run: mlflow db upgrade {shown}"
+        remedy = f"stop all programs that use the database, then run: {upgrade}"
     elif "DatabaseError" in text or "no such" in text or "locate revision" in text:
-        remedy = f"this is no database of this version of MLflow: try mlflow db upgrade {shown}, or give another file"
+        remedy = f"this is no database of this version of MLflow: try {upgrade}, or give another file"
     elif "filesystem tracking backend" in text:
         remedy = "use a database: set track.uri or MLFLOW_TRACKING_URI to sqlite:///FILE or to a server"
     elif "Invalid Host" in text:
@@ -333,7 +346,7 @@ def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(mlflow.create_experiment(name, artifact_location=artifacts))
+            return str(mlflow.create_experiment(name, artifact_location=artifacts and _artifact_uri(artifacts)))
         except MlflowException:  # another process may have created it in the meantime
             experiment = mlflow.get_experiment_by_name(name)
             if experiment is None:
@@ -345,6 +358,12 @@ def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
             "track.experiment=NAME",
         )
     return str(experiment.experiment_id)
+
+
+def _artifact_uri(location: str) -> str:
+    """Return a URL as it is, and a path with escapes. MLflow decodes a path like a URI, and cuts it at `?` and `#`."""
+    is_uri = "://" in location or location.startswith("file:")
+    return location if is_uri else quote(location, safe=_PLAIN_IN_PATHS)
 
 
 def first_line(error: BaseException, uri: str) -> str:

@@ -14,7 +14,7 @@ from pipeline.collection.manifest import MANIFEST, Collection
 from pipeline.compute.cluster import join_named_cluster
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
-from pipeline.config.schema import TrainJob
+from pipeline.config.schema import TrainJob, sqlite_database
 from pipeline.errors import InterruptedRun, SaganError, UsageError, shown_url
 from pipeline.packing.pack import pack
 from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
@@ -175,7 +175,7 @@ def artifact_location(job: TrainJob) -> str | None:
 
     A tracking database has no artifact store, so artifacts go to `<checkpoint.root>/mlflow`.
     """
-    return files.join(job.checkpoint.root, "mlflow") if (job.track.uri or "").startswith("sqlite:") else None
+    return files.join(job.checkpoint.root, "mlflow") if sqlite_database(job.track.uri or "") else None
 
 
 def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> RunRecord | None:

@@ -40,6 +40,7 @@ from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.packing.pack import pack
 from pipeline.streaming.read_images import read_images
 from tests.benchmarks.turns import Figures, Server, serve
+from tests.real_data import real_file
 
 import_torch_fidelity()
 
@@ -61,6 +62,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures as one object")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for name in (TAR, NETWORK):
+        real_file(name)
     if given.serve:
         serve_torch_fidelity(given.serve)
         return
@@ -79,9 +82,9 @@ def main() -> None:
 
 def compare(folder: Path, rounds: int) -> dict[str, float]:
     """All figures."""
-    with tarfile.open(test_data(TAR)) as tar:
+    with tarfile.open(real_file(TAR)) as tar:
         tar.extractall(folder, filter="data")
-    packed = PackSection(source=str(test_data(TAR)), resolution=32)
+    packed = PackSection(source=str(real_file(TAR)), resolution=32)
     collection = pack(str(folder / "shards"), packed)
     made = changed(collection, folder)
     torch.save(made.images, folder / "made.pt")
@@ -97,14 +100,10 @@ def compare(folder: Path, rounds: int) -> dict[str, float]:
     return figures
 
 
-def test_data(name: str) -> Path:
-    return Path(os.environ["SAGAN_TEST_DATA"], name)
-
-
 def scorer_with(collection: Collection, folder: Path, workers: int) -> AbstractContextManager[Scorer]:
     data = DataSection(train=collection.url, cache=str(folder / "cache"))
     section = EvaluateSection(
-        extractor=str(test_data(NETWORK)), trust_extractor=True, workers=workers, feature_metrics=True
+        extractor=str(real_file(NETWORK)), trust_extractor=True, workers=workers, feature_metrics=True
     )
     return open_scorer(section, collection, data, 0)
 
@@ -232,7 +231,7 @@ class Listed(torch.utils.data.Dataset[Tensor]):
 class Resnet56(FeatureExtractorBase):
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         super().__init__(name, features_list)
-        self.network = torch.jit.load(str(test_data(NETWORK)))
+        self.network = torch.jit.load(str(real_file(NETWORK)))
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from pipeline.evaluation.scorer import open_scorer
 from pipeline.packing.pack import pack
 from pipeline.streaming.read_images import read_images
 from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
+from tests.real_data import real_file
 
 BATCH = 32
 MODEL = {
@@ -75,14 +76,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write all results as one object")
     arguments = parser.parse_args()
-    if not (images := os.environ.get("SAGAN_TEST_DATA")):
-        sys.exit("set SAGAN_TEST_DATA to the folder with cifar10-train-5000.tar and resnet56-cifar10.ts")
+    images, network = str(real_file("cifar10-train-5000.tar")), str(real_file("resnet56-cifar10.ts"))
     os.environ.update(ALLOCATOR["cpu"] | {"OMP_NUM_THREADS": "1"})
     results: dict[str, list[dict[str, float]]] = {name: [{}] * arguments.seeds for name in ARMS}
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(arguments.processes) as pool:
-        pack(folder, PackSection(source=f"{images}/cifar10-train-5000.tar", resolution=32))
+        pack(folder, PackSection(source=images, resolution=32))
         runs = {
-            pool.submit(train, name, seed, arguments.kimg, folder, f"{images}/resnet56-cifar10.ts"): (name, seed)
+            pool.submit(train, name, seed, arguments.kimg, folder, network): (name, seed)
             for seed in range(arguments.seeds)
             for name in ARMS
         }

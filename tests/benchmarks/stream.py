@@ -54,8 +54,10 @@ from sagan.world import World
 from tests.benchmarks import _readers
 from tests.benchmarks._readers import BATCH, SIDE, Batches
 from tests.faults.proxy import fault_proxy
+from tests.real_data import real_file
 
 IMAGES, PER_SHARD, THREADS = 8192, 512, 2
+PHOTOS = "imagenette128-train-1500.tar"
 LARGE = 4  # times as many, for what needs longer to be seen
 PATTERN = f"train-{{00000..{IMAGES // PER_SHARD - 1:05d}}}.tar"
 PEERS = {"webdataset": "webdataset==1.0.2", "litdata": "litdata==0.2.76", "mosaicml": "mosaicml-streaming==0.13.0"}
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures as one object")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    real_file(PHOTOS)
     torch.set_num_threads(1)
     if given.serve:
         _readers.serve(OURS[given.serve])
@@ -335,7 +338,7 @@ def write_collection(folder: Path, images: Sequence[tuple[int, bytes]]) -> None:
 def crops() -> Iterator[tuple[int, bytes]]:
     """(label, JPEG) of random crops of real photographs, no two alike."""
     photos = []
-    with tarfile.open(Path(os.environ["SAGAN_TEST_DATA"], "imagenette128-train-1500.tar")) as tar:
+    with tarfile.open(real_file(PHOTOS)) as tar:
         names = [member.name for member in tar if member.isfile()]
         classes = sorted({name.split("/")[1] for name in names})
         for name in names:

@@ -10,7 +10,7 @@ from pipeline.storage import files
 from tests.faults.proxy import fault_proxy
 from tests.system.driving import Driver
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
 def test_a_run_whose_storage_fails_at_random_ends_in_the_same_state(s3, ray_cluster, test_data, tmp_path):

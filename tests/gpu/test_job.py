@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(400)
 def test_the_digits_train_on_the_device(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: the whole job was not run")
     overrides = [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runs.score_protocol import Score
+from tests.silence import progress_seen
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -60,6 +61,7 @@ class Driver:
         """Read until a line holds `text`; that line."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            progress_seen()
             self.output += line
             if text in line:
                 return line
@@ -67,8 +69,12 @@ class Driver:
 
     def end(self) -> int:
         """Read to the end; the exit code."""
-        self.output += self.process.communicate()[0]
-        return self.process.returncode
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            for line in output:
+                progress_seen()
+                self.output += line
+        return self.process.wait()
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

@@ -175,7 +175,6 @@ def test_two_ranks_equal_one_process_and_the_comparison_sees_mistakes(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("size", "names"), [(2, tuple(SYSTEMS)), (3, EVERYWHERE), (4, EVERYWHERE)])
 def test_every_system_on_every_number_of_ranks(trained, size, names):
     """2 × 16; 3 ranks with 11, 11 and 10 images; 4 × 8, and 4 ranks with 8, 8, 7 and 7."""
@@ -185,7 +184,6 @@ def test_every_system_on_every_number_of_ranks(trained, size, names):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_micro_batches_on_four_ranks(trained):
     alone, together = trained(1, tuple(MICRO)), trained(4, tuple(MICRO))
     require_equal(alone["micro-batches"][0], together["micro-batches"])

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import cli
 
 JOB = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.system]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.errors import EnvironmentFault
-from pipeline.evaluation.features import Features, Generated, Real
+from pipeline.evaluation.features import Features, Generated, NotFinite, Real
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.packing.pack import pack
 from sagan.config import ModelConfig, OptimConfig
@@ -160,6 +160,26 @@ def test_workers_that_find_no_room_are_refused(extractor: str, digits: Collectio
         pass
 
 
+class Infinite(Small):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.convolution(images.float()).relu().mean((2, 3))
+        return features / 0, self.head(features)
+
+
+def test_an_error_of_a_worker_is_the_error_of_one_process(digits: Collection, model: Model, tmp_path: Path) -> None:
+    torch.jit.script(Infinite()).save(str(tmp_path / "infinite.ts"))
+    errors = []
+    for workers in (1, 2):
+        with (
+            pytest.raises(NotFinite) as caught,
+            scorer_with(str(tmp_path / "infinite.ts"), digits, tmp_path, workers) as scorer,
+        ):
+            both(scorer, model)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+    assert "Traceback" not in errors[0]
+
+
 @pytest.mark.parametrize("what", ["self-test", "score"])
 def test_the_command_starts_what_its_workers_need(
     what: str, extractor: str, digits: Collection, model: Model, tmp_path: Path
@@ -169,7 +189,7 @@ def test_the_command_starts_what_its_workers_need(
     arguments = ["--reference", digits.url, "--extractor", extractor, "--trust-extractor", "--samples", "100"]
     arguments += ["--workers", "2", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "evaluate", *asked, *arguments], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "pipeline", "evaluate", *asked, *arguments], capture_output=True, text=True
     )
     found = json.loads(done.stdout)
     assert found["self_test"] if what == "self-test" else found["score"]["value"] > 0

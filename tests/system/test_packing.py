@@ -73,7 +73,7 @@ def test_a_cluster_packs_and_resumes_and_verifies_as_one_machine_does(
     assert not files.exists(f"{bucket}/set/manifest.json")
     assert files.exists(f"{bucket}/set/.packing"), "what it had done"
 
-    out, err = (process := start(ray_cluster.env, tmp_path, "run", "pack.yaml")).communicate(timeout=200)
+    out, err = (process := start(ray_cluster.env, tmp_path, "run", "pack.yaml")).communicate()
     assert process.returncode == 0, err
     assert Collection.open(f"{bucket}/set").digest == alone.digest
     assert not files.exists(f"{bucket}/set/.packing")
@@ -84,7 +84,7 @@ def test_a_cluster_packs_and_resumes_and_verifies_as_one_machine_does(
     data = bytearray(files.read_bytes(f"{bucket}/set/{shard.name}"))
     data[sample.offset + sample.length // 2] ^= 255
     files.write_bytes(f"{bucket}/set/{shard.name}", bytes(data))
-    out, err = (process := start(ray_cluster.env, tmp_path, "verify", f"{bucket}/set")).communicate(timeout=200)
+    out, err = (process := start(ray_cluster.env, tmp_path, "verify", f"{bucket}/set")).communicate()
     assert process.returncode == 1
     assert "tasks of the Ray cluster" in err
     assert f"{shard.name}: {sample.name}: " in err

@@ -29,7 +29,7 @@ from sagan import Model, TrainState
 from tests.shipped_jobs import JOBS, shipped
 from tests.system.driving import Driver
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
 @pytest.fixture

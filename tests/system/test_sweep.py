@@ -37,7 +37,6 @@ def test_placement_groups_that_stopped_trials_left_are_given_back():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_digits_sweep(s3, ray_cluster, tmp_path):
     bucket, uri = s3.bucket(), f"sqlite:///{tmp_path}/mlflow.db"
     environment = {**os.environ, **ray_cluster.env}

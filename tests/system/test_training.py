@@ -22,7 +22,7 @@ from tests.system.driving import Driver, score_key, training_workers
 
 MORE_THAN_THERE_ARE = 16  # CPUs of the cluster, so that nothing fits beside training
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,12 @@ def test_rows_of_one_class_are_labelled_once_and_mixed_rows_image_by_image() -> 
     assert mixed.height > plain.height
 
 
+def test_letters_that_cannot_be_printed_are_escaped() -> None:
+    plain = grid(flat([100] * 2), ["a\\nb", "x"], title="it\\udce9")
+    odd = grid(flat([100] * 2), ["a\nb", "x"], title="it\udce9")
+    np.testing.assert_array_equal(np.asarray(odd), np.asarray(plain))
+
+
 def test_real_images_stand_beside_generated_ones() -> None:
     pixels = np.asarray(beside_real(flat([50, 50]), flat([200, 200]), ["a", "b"], title="1 kimg"))
     generated, real = (np.flatnonzero((pixels == grey).all(axis=2).sum(axis=0) >= 64) for grey in (50, 200))

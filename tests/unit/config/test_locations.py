@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 
 from pipeline.config.job_file import load_job, parse_job
-from pipeline.tracking.mlflow_run import default_uri
+from pipeline.config.schema import sqlite_database
+from pipeline.errors import UsageError
+from pipeline.tracking.mlflow_run import client, default_uri
 
 TRAIN = "kind: train\nname: t\ndata: {train: coll}\ntrain: {kimg: 1}\n"
 
@@ -46,6 +49,28 @@ def test_a_tracking_uri_is_absolute_in_a_job_and_in_the_environment(
     assert job.track.uri == expected
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     assert default_uri() == expected
+
+
+@pytest.mark.parametrize("name", ["50% off?", "%20", "a?b=c"])
+def test_a_folder_is_quoted_in_the_uri_of_a_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In such a URI `?` begins parameters and `%` an escape: the database of another folder was used."""
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert sqlite_database(default_uri()) == tmp_path / name / "runs" / "mlflow.db"
+    assert make_url(default_uri()).database == f"{tmp_path}/{name}/runs/mlflow.db"
+    monkeypatch.setenv("HOME", str(tmp_path / name))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///~/mlflow.db?timeout=5")
+    assert make_url(default_uri()).database == f"{tmp_path}/{name}/mlflow.db"
+
+
+def test_a_question_mark_that_begins_no_parameters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="question mark") as caught:
+        client(f"sqlite:///{tmp_path}/what?/mlflow.db")
+    assert "%3F" in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_tracking_uri_the_database_is_below_the_current_folder(

@@ -8,6 +8,8 @@ from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.extractors.fidelity_networks import FILES, import_torch_fidelity
 from pipeline.evaluation.metrics import (
     METRICS,
+    Images,
+    Metric,
     class_accuracy,
     density_coverage,
     inception_score,
@@ -15,6 +17,7 @@ from pipeline.evaluation.metrics import (
     metric_named,
     precision_recall,
 )
+from pipeline.evaluation.moments import Moments
 
 
 def normal(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -173,3 +176,17 @@ def test_the_direction_of_a_metric_is_that_of_its_paper(name: str, higher: bool)
     metric = metric_named(name)
     assert metric is not None
     assert metric.higher_is_better is higher
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_a_metric_can_be_computed_from_its_least_number_of_images(metric: Metric) -> None:
+    rows = {seed: normal(metric.least_images, 4, seed) for seed in (0, 1)}
+    images = Images(
+        generated=Moments.of(rows[0]),
+        real=Moments.of(rows[1]),
+        logits=normal(metric.least_images, 3, 2),
+        labels=torch.zeros(metric.least_images, dtype=torch.int64),
+        generated_features=rows[0],
+        real_features=rows[1],
+    )
+    assert np.isfinite(metric.compute(images))

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from pipeline.config.schema import TrainJob
+from pipeline.cli import app
+from pipeline.collection.manifest import Collection
+from pipeline.config.schema import PackSection, TrainJob, sqlite_uri
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.evaluation.final_score import finalise
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
+from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.records import RegisteredModel, RunScores
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
-from pipeline.tracking.mlflow_run import client
+from pipeline.tracking.mlflow_run import MlflowRun, client
+from pipeline.tracking.open_model import open_model
 from pipeline.training.retention import protected
 from sagan.train_state import TrainState
 from tests.unit.evaluation.conftest import commit_checkpoint
@@ -174,3 +182,131 @@ def test_what_cannot_be_scored_is_found_before_training(job: TrainJob, tmp_path:
         check_scores(with_section(job, extractor="inception", extractor_weights=str(tmp_path / "missing.pth")))
     with pytest.raises(EnvironmentFault, match=r"nowhere\.ts"):
         check_scores(with_section(job, extractor=str(tmp_path / "nowhere.ts")))
+
+
+# --- images and extractors that cannot be scored ---------------------------------------------------------------------
+
+
+def of_grey(job: TrainJob, folder: Path, count: int, **other_splits: int) -> TrainJob:
+    """The job on a collection of `count` grey images in two classes, and of other splits with their counts."""
+    for split, size in {"train": count, **other_splits}.items():
+        for i in range(size):
+            path = folder / "source" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (20 * i,) * 3).save(path)
+    collection = pack(str(folder / "set"), PackSection(source=str(folder / "source"), resolution=32))
+    return job.model_copy(update={"data": job.data.model_copy(update={"train": collection.url})})
+
+
+class Ratio(torch.nn.Module):
+    """Mean and inverse deviation of each image: not finite for an image of one colour."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = images.float().flatten(1)
+        return torch.stack([x.mean(1), x.std(1) / x.std(1)], 1), x[:, :2]
+
+
+class Nan(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = images.float().mean((2, 3))
+        return x * float("nan"), x
+
+
+class Overflows(torch.nn.Module):
+    """Logits that are infinite."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = images.float().mean((2, 3))
+        return x, torch.exp(x * 10)
+
+
+class Mean(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = images.float().mean((2, 3))
+        return x, x
+
+
+def with_extractor(job: TrainJob, folder: Path, network: torch.nn.Module, **changes: object) -> TrainJob:
+    torch.jit.script(network).save(f"{folder}/net.ts")
+    return with_section(job, extractor=f"{folder}/net.ts", trust_extractor=True, **changes)
+
+
+@pytest.mark.parametrize("network", [Nan, Overflows], ids=lambda kind: kind.__name__)
+def test_an_extractor_that_is_not_finite_is_found_before_training(
+    network: type[torch.nn.Module], job: TrainJob, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"extractor net gives features or logits that are not finite"):
+        check_scores(with_extractor(job, tmp_path, network()))
+
+
+def test_an_extractor_that_is_not_finite_on_some_images_only_is_an_error_of_the_score(
+    job: TrainJob, run_id: str, checkpoint: Commit, tmp_path: Path
+) -> None:
+    """The first images of the digits are finite, and an image of one colour is not."""
+    check_scores(with_extractor(job, tmp_path, Ratio()))
+    grey = with_extractor(of_grey(job, tmp_path, 6), tmp_path, Ratio())
+    with pytest.raises(UsageError, match="not finite"):
+        check_scores(grey)
+    with pytest.raises(UsageError, match="not finite"):
+        score_checkpoint(unregistered(grey), checkpoint(1000), run_id)
+
+
+@pytest.mark.parametrize(
+    ("images", "changes", "message"),
+    [
+        (1, {}, "fd_net needs at least 2 real images, but split 'train' of .* has 1"),
+        (3, {"feature_metrics": True}, "precision needs at least 4 real images, .* has 3"),
+        (8, {"feature_metrics": True, "samples": 5}, "density needs at least 6 generated images, but there are 5"),
+        (8, {"feature_metrics": True, "final_samples": 3}, "precision needs at least 4 generated images"),
+    ],
+)
+def test_too_few_images_for_a_metric_are_found_before_training(
+    images: int, changes: dict[str, Any], message: str, job: TrainJob, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_scores(with_extractor(of_grey(job, tmp_path, images), tmp_path, Mean(), **changes))
+
+
+def test_the_least_number_of_images_is_scored(job: TrainJob, run_id: str, checkpoint: Commit, tmp_path: Path) -> None:
+    few = unregistered(with_extractor(of_grey(job, tmp_path, 6), tmp_path, Mean(), feature_metrics=True, samples=6))
+    check_scores(few)
+    assert score_checkpoint(few, checkpoint(1000), run_id).value is not None
+
+
+def test_one_held_out_image_has_no_distance_to_the_others(
+    job: TrainJob, run_id: str, checkpoint: Commit, tmp_path: Path
+) -> None:
+    few = unregistered(of_grey(job, tmp_path, 10, heldout=1))
+    assert Collection.open(few.data.train).size("heldout") == 1
+    checkpoint(1000)
+    found = finalise(with_section(few, samples=8), run_id)
+    assert found.final is not None
+    assert found.fd_classifier_real is None
+
+
+# --- odd characters --------------------------------------------------------------------------------------------------
+
+ODD = "[a]*?#%20+&'\"$X@!{b} é\n"
+
+
+def test_odd_characters_in_every_path_of_a_run(
+    job: TrainJob, digits: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, champion and pulled model of a run whose folders and experiment have such names."""
+    here = tmp_path / ODD
+    shutil.copytree(digits.url, here / "set", ignore=shutil.ignore_patterns("evaluation"))
+    data = job.data.model_copy(update={"train": f"{here}/set", "cache": f"{here}/cache"})
+    track = job.track.model_copy(update={"uri": sqlite_uri(here / "mlflow.db"), "experiment": ODD})
+    root = job.checkpoint.model_copy(update={"root": f"{here}/runs"})
+    job = job.model_copy(update={"data": data, "track": track, "checkpoint": root})
+    assert track.uri is not None
+    tracker = MlflowRun.start(track.uri, ODD, job.name, None, {}, {}, f"{here}/artifacts")
+    tracker.close(timeout_s=60)
+    commit_checkpoint(job, 1000)
+    found = finalise(job, tracker.run_id)
+    assert found.registered is not None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", track.uri)
+    monkeypatch.chdir(here)
+    pulled = CliRunner().invoke(app, ["pull", f"models:/{job.name}@champion", "pulled"], catch_exceptions=False)
+    assert pulled.exit_code == 0
+    assert open_model(f"{here}/pulled").config == open_model(found.checkpoint or "", section=job.evaluate).config

@@ -131,3 +131,10 @@ def test_it_needs_no_model(digits: Collection) -> None:
     for arguments in ([], ["some/model", "--self-test"]):
         with pytest.raises(UsageError, match="either a model or --self-test"):
             CliRunner().invoke(app, ["evaluate", *arguments, "--reference", digits.url], catch_exceptions=False)
+
+
+def test_fewer_than_four_images_have_no_halves(digits: Collection) -> None:
+    with pytest.raises(UsageError, match="needs at least 4 images, but there are 3"):
+        self_test.self_test(EvaluateSection(extractor="classifier", samples=3), digits.url)
+    section = EvaluateSection(extractor="classifier", samples=4)
+    assert all(finding.distance is not None for finding in self_test.self_test(section, digits.url))

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
 
@@ -148,10 +154,75 @@ def test_a_pipe_is_listed_and_not_opened(name: str, tmp_path: Path) -> None:
     assert source.left_out == {("not a regular file", Path(name).suffix): (1, f"a/{name}")}
 
 
-def test_slashes_in_keys_of_a_bucket(tmp_path: Path) -> None:
-    """Object stores allow empty names of folders, as in s3://bucket/set//cat/1.png."""
-    for name in ("/cat/1.png", "dog//2.png", "//dog/3.png"):
-        files.write_bytes(f"memory://slashes/set/{name}", picture(int(name[-5])))
-    expected = {(1, 0, 0): ("train", "cat"), (2, 0, 0): ("train", "dog"), (3, 0, 0): ("train", "dog")}
-    assert by_colour(open_source("memory://slashes/set")) == expected
-    assert pack(f"{tmp_path}/out", PackSection(source="memory://slashes/set", resolution=32)).size("train") == 3
+# --- slashes in keys -------------------------------------------------------------------------------------------------
+
+SLASHES = {"/cat/1.png": "cat", "dog//2.png": "dog", "//dog/3.png": "dog"}
+
+
+class _AnyKey(BaseHTTPRequestHandler):
+    """The part of S3 that a reader uses, for any key, as AWS has it: rclone, our own server, refuses empty names."""
+
+    protocol_version = "HTTP/1.1"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        bucket, _, key = url.path.removeprefix("/").partition("/")
+        query, status = parse_qs(url.query), 200
+        if "list-type" in query:
+            data = self._listing(bucket, query.get("prefix", [""])[0])
+        elif (body := self.objects.get(unquote(key))) is None:
+            status, data = 404, b"<Error><Code>NoSuchKey</Code></Error>"
+        else:
+            data = body
+        if first := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            stop = int(first[2]) + 1 if first[2] else len(data)
+            status, data = 206, data[int(first[1]) : stop]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def _listing(self, bucket: str, prefix: str) -> bytes:
+        found = "".join(
+            f"<Contents><Key>{quote(key)}</Key><Size>{len(data)}</Size><ETag>e</ETag>"
+            "<LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+            for key, data in self.objects.items()
+            if key.startswith(prefix)
+        )
+        root = '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><EncodingType>url</EncodingType>'
+        return f"{root}<Name>{bucket}</Name><IsTruncated>false</IsTruncated>{found}</ListBucketResult>".encode()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["memory", "s3"])
+def slashes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder of a bucket with empty names of folders in its keys, as in s3://bucket/set//cat/1.png."""
+    contents = {f"set/{key}": picture(int(key[-5])) for key in SLASHES}
+    if request.param == "memory":
+        for key, data in contents.items():
+            files.write_bytes(f"memory://slashes/{key}", data)
+        yield "memory://slashes/set"
+        return
+    _AnyKey.objects.update(contents)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _AnyKey) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "any")
+        monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+        yield "s3://slashes/set"
+        server.shutdown()
+        thread.join()
+
+
+def test_slashes_in_keys_of_a_bucket(slashes: str, tmp_path: Path) -> None:
+    expected = {(int(key[-5]), 0, 0): ("train", name) for key, name in SLASHES.items()}
+    assert by_colour(open_source(slashes)) == expected
+    assert pack(f"{tmp_path}/out", PackSection(source=slashes, resolution=32)).size("train") == 3
