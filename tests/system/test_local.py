@@ -378,6 +378,7 @@ def test_ray_runs_executable_jobs_from_the_checkout_stops_them_and_leaves(s3, tm
 
 
 @pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(400)
 def test_nothing_listens_beyond_loopback(s3, mlflow_server, tmp_path):
     """The local servers, a local Ray, and the workers, torch's store and gloo of runs in both kinds of local Ray."""
     count, exposed = open_to_the_network([*s3.pids, *mlflow_server.pids])
