@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 BENCHMARKS = $(filter-out _% reference turns,$(basename $(notdir $(wildcard tests/benchmarks/*.py))))
 
-.PHONY: help setup quickstart test test-slow test-gpu lint schema bench clean
+.PHONY: help setup quickstart test test-slow test-gpu lint audit schema bench clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,11 +33,16 @@ test-slow: setup  ## rehearsals of the jobs, the sweep, the README, kills and si
 test-gpu: setup  ## on a CUDA device
 	$(PYTEST) tests/gpu
 
-lint: setup  ## style, types and the direction of imports
+lint: setup  ## style, security (bandit's rules), types and the direction of imports
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# It asks pypi.org for every version, so it is no part of lint: a mirror of packages does not answer. --strict makes a
+# package without an answer a failure. An exception is `--ignore-vuln ID` here, with its reason in a comment.
+audit: setup  ## known vulnerabilities of the versions in constraints.txt; needs pypi.org
+	.venv/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 schema: setup  ## rewrite jobs/schema.json, by which editors check job files
 	$(PY) -m pipeline config --schema > .venv/schema.json

@@ -44,8 +44,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestS3]:
 
 @pytest.fixture(scope="session")
 def mlflow_server(s3: TestS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A real MLflow server whose artifacts are in a bucket. Clients take `.uri`; the environment is left alone."""
-    with MlflowServer(tmp_path_factory.mktemp("mlflow"), artifacts=f"{s3.bucket()}/mlflow") as server:
+    """A real MLflow server whose artifacts are in a bucket. Clients take `.uri`.
+
+    This process's environment has its login from the first use on; the tracking URI is left alone.
+    """
+    with (
+        MlflowServer(tmp_path_factory.mktemp("mlflow"), artifacts=f"{s3.bucket()}/mlflow") as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+            patch.setenv(name, server.env[name])
         yield server
 
 

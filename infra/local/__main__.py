@@ -11,15 +11,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from infra.local.servers import MlflowServer, Ray
-from infra.local.state_folder import BUCKET, FOLDER, TRACKING_DB, end_on_sigterm, local_s3
+from infra.local.servers import Ray
+from infra.local.state_folder import BUCKET, FOLDER, end_on_sigterm, local_mlflow, local_s3, mlflow_login_file
 from pipeline.errors import SaganError
 
 
 def main(
     mlflow: Annotated[bool, typer.Option(help="Also start an MLflow server for runs/mlflow.db.")] = False,
     folder: Annotated[
-        Path, typer.Option(help="Folder for the S3 buckets and the credentials.", show_default=".local")
+        Path, typer.Option(help="Folder for the S3 buckets and all credentials.", show_default=".local")
     ] = FOLDER,
     cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs of the Ray head.")] = 4,
     s3_port: Annotated[int | None, typer.Option(help="Port of the S3 server.", show_default="any free port")] = None,
@@ -41,14 +41,14 @@ def main(
             s3.bucket(BUCKET)
             exports = dict(s3.env)
             if mlflow:
-                artifacts = f"s3://{BUCKET}/mlflow"
-                tracking = servers.enter_context(MlflowServer(TRACKING_DB.parent, artifacts=artifacts, env=s3.env))
-                exports["MLFLOW_TRACKING_URI"] = tracking.uri
+                tracking = servers.enter_context(local_mlflow(s3, folder))
+                exports |= tracking.env
             ray = servers.enter_context(Ray(cpus, env=exports, port=ray_port))
             exports |= ray.env
             for name, value in exports.items():
                 print(f"export {name}={shlex.quote(value)}")
-            pages = f"Ray {ray.address}" + (f", MLflow {tracking.uri}" if mlflow else "")
+            login = f", MLflow {tracking.uri} (user and password: {mlflow_login_file(folder)})" if mlflow else ""
+            pages = f"Ray {ray.address}{login}"
             text = f"\nPaste these lines into another terminal. {pages}. Ctrl-C stops all servers."
             out.print(text, soft_wrap=True)
             signal.pause()

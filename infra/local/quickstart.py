@@ -112,10 +112,8 @@ def show(summary: dict[str, Any], elapsed_s: float) -> None:
     }.items():
         table.add_row(name, value)
     out.print(table)
-    plain: dict[str, Any] = {"soft_wrap": True, "highlight": False}
-    database = TRACKING_DB.relative_to(CHECKOUT)
-    out.print(f"to see metrics in a browser:   .venv/bin/mlflow ui --backend-store-uri sqlite:///{database}", **plain)
-    out.print("to see pictures and models, too:   .venv/bin/python -m infra.local --mlflow", **plain)
+    text = "to see metrics, pictures and models in a browser:   .venv/bin/python -m infra.local --mlflow"
+    out.print(text, soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ ended when the block is left for any reason. The file `.log` has the output of t
 
 from __future__ import annotations
 
+import base64
 import os
 import secrets
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,32 @@ from pipeline.errors import UsageError
 
 @dataclass(frozen=True)
 class Credentials:
-    """Keys with which an S3 client signs its requests. The default is a new random pair."""
+    """A name and a secret: the keys of an S3 client, or the login of MLflow. The default is a new random pair."""
 
     key_id: str = field(default_factory=lambda: f"SAGAN{secrets.token_hex(8).upper()}")
     secret: str = field(default_factory=lambda: secrets.token_urlsafe(30), repr=False)
 
     @classmethod
-    def kept(cls, path: Path) -> Credentials:
-        """Return the credentials in the file `path`. Without the file, create it with new credentials.
+    def kept(cls, path: Path, key_id: str | None = None) -> Credentials:
+        """Return the credentials in the file `path`. Without the file, create it with a new secret.
 
-        Only the owner of the file may read it.
+        Only the owner of the file may read it. A new file has the given `key_id`; None chooses a random one.
         """
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = cls()
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            new = cls(key_id) if key_id else cls()
             path.touch(mode=0o600)
             path.write_text(f"{new.key_id}\n{new.secret}\n")
         return cls(*path.read_text().split())
+
+
+def private_folder(path: str | Path) -> Path:
+    """Return the absolute path of a folder that only its owner may enter. Create it where it does not exist."""
+    folder = Path(path).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)
+    return folder
 
 
 class S3(Server):
@@ -45,9 +56,8 @@ class S3(Server):
 
     def __init__(self, folder: str | Path, *, port: int | None = None, credentials: Credentials | None = None) -> None:
         super().__init__(port=port)
-        self.folder = Path(folder).resolve()
+        self.folder = private_folder(folder)
         self.credentials = credentials or Credentials()
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def command(self) -> list[str]:
         if not (BIN / "rclone").exists():
@@ -110,13 +120,14 @@ class S3(Server):
 
 
 class MlflowServer(Server):
-    """An MLflow server with an SQLite file in `folder`.
+    """An MLflow server with an SQLite file in `folder`. It asks for a login.
 
     Artifacts are at `artifacts`, by default in `folder/artifacts`. Clients access the artifact store directly, as with
     a bucket in production.
     """
 
     name = "the MLflow server"
+    user = "admin"
 
     def __init__(
         self,
@@ -125,27 +136,59 @@ class MlflowServer(Server):
         artifacts: str | None = None,
         port: int | None = None,
         env: dict[str, str] | None = None,
+        login: Credentials | None = None,
     ) -> None:
         super().__init__(port=port, env=env)
         self.folder = Path(folder).resolve()
         self.artifacts = artifacts or str(self.folder / "artifacts")
+        self.login = login or Credentials(self.user)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def command(self) -> list[str]:
+        if not find_spec("flask_wtf"):
+            raise UsageError(
+                "MLflow cannot ask for a login, because the package Flask-WTF is missing",
+                "run: pip install 'sagan[local]'",
+            )
+        # The users are a database of this start: the login is known, and nobody adds users to a server for one person.
+        (self.scratch / "auth.ini").write_text(
+            "[mlflow]\n"
+            "default_permission = NO_PERMISSIONS\n"
+            f"database_uri = sqlite:///{self.scratch / 'auth.db'}\n"
+            "auth_cache_ttl_seconds = 60\n"  # otherwise the slow hash of the password is computed for every request
+        )
         store = sqlite_uri(self.folder / "mlflow.db")
-        serving = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        serving = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1", "--app-name", "basic-auth"]
         stores = ["--backend-store-uri", store, "--no-serve-artifacts", "--default-artifact-root", self.artifacts]
         return [str(BIN / "mlflow"), "server", *serving, *stores]
 
     def environment(self) -> dict[str, str]:
-        return {"GIT_PYTHON_REFRESH": "quiet"}
+        return {
+            "GIT_PYTHON_REFRESH": "quiet",
+            "MLFLOW_AUTH_CONFIG_PATH": str(self.scratch / "auth.ini"),
+            "MLFLOW_AUTH_ADMIN_USERNAME": self.login.key_id,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self.login.secret,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+        }
 
     def ready(self) -> bool:
-        return answers(f"{self.uri}/health")
+        """Return whether the server accepts the login. The server of another program does not accept it."""
+        login = base64.b64encode(f"{self.login.key_id}:{self.login.secret}".encode()).decode()
+        user = f"{self.uri}/api/2.0/mlflow/users/get?username={self.login.key_id}"
+        return answers(user, {"Authorization": f"Basic {login}"})
 
     @property
     def uri(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment variables with which MLflow's clients use this server."""
+        return {
+            "MLFLOW_TRACKING_URI": self.uri,
+            "MLFLOW_TRACKING_USERNAME": self.login.key_id,
+            "MLFLOW_TRACKING_PASSWORD": self.login.secret,
+        }
 
 
 class Ray(Server):
@@ -182,7 +225,7 @@ class Ray(Server):
             "RAY_DEDUP_LOGS": "0",
             "RAY_worker_niceness": "0",  # with the default of 15, other processes of the machine starve the workers
             "OMP_NUM_THREADS": "1",  # workers share the cores of one machine
-            **self._auth,
+            **self._shared,
         }
 
     def ready(self) -> bool:
@@ -199,7 +242,7 @@ class Ray(Server):
         return {
             "RAY_API_SERVER_ADDRESS": self.address,
             "RAY_ADDRESS": f"127.0.0.1:{self.gcs_port}",
-            **self._auth,
+            **self._shared,
         }
 
     def jobs(self) -> dict[str, str]:
@@ -222,6 +265,13 @@ class Ray(Server):
         return JobSubmissionClient(self.address, headers={"Authorization": f"Bearer {self.token}"})
 
     @property
-    def _auth(self) -> dict[str, str]:
-        """Variables for token authentication. Ray's ports listen on every interface, so the token protects them."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+    def _shared(self) -> dict[str, str]:
+        """Environment variables that the server and its clients need."""
+        return {
+            # Other users of the machine reach loopback, too.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            # Every port listens on loopback, also the metrics, which need no token. Without this variable, they listen
+            # on every interface, and clients replace 127.0.0.1 by another address of the machine.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }

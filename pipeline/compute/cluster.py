@@ -38,6 +38,8 @@ def connect(least_cpus: float = 1) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**options)
         else:
+            # Listen on loopback, and not on every interface. Ray's own option for it is read when `ray` is imported.
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
             ray.init(num_cpus=max(os.cpu_count() or 1, int(-(-least_cpus // 1))), include_dashboard=False, **options)
     except Exception as error:  # Ray raises bare Exceptions, for example when a node is slow to start
         raise EnvironmentFault(

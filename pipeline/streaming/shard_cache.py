@@ -230,7 +230,8 @@ class ShardCache:
             except EnvironmentFault as fault:
                 self._check_patience(url, shard, fault)
             # Jitter, so that the ranks of a cluster do not all return to a recovering storage at once.
-            self._closed.wait(min(0.2 * 2.0**attempt, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))
+            jitter = random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
+            self._closed.wait(min(0.2 * 2.0**attempt, _LONGEST_PAUSE_S) * jitter)
             attempt += 1
 
     def _fetch_once(self, url: str, shard: Shard) -> CachedShard:

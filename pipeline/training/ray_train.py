@@ -45,7 +45,9 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
             and the other ranks wait.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.compute.process_group import ProcessGroup
 
     job = run.job
     gpu = uses_gpu(job.resources.device)
@@ -67,7 +69,7 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
     timeout_s = 300 + int(job.data.patience_s)  # longer than a worker waits for data
     TorchTrainer(
         lambda: train_worker(assignment),  # Ray Train would show a `train_loop_config` in its state
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
+        torch_config=ProcessGroup(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
             num_workers=job.train.workers,
             use_gpu=gpu,

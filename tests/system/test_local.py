@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import infra.local.server_process
 from infra.local import end_with_parent
 from infra.local.server_process import BIN, CHECKOUT
 from infra.local.servers import S3, Credentials, MlflowServer, Ray
+from infra.local.state_folder import local_mlflow, local_s3
 from pipeline import doctor
 from pipeline.errors import EnvironmentFault
 from pipeline.tracking.mlflow_run import MlflowRun, default_uri
+from tests.system.driving import Driver
 
 pytestmark = pytest.mark.system
 
@@ -69,6 +71,32 @@ def client(server: S3, credentials: Credentials) -> Any:
         aws_secret_access_key=credentials.secret,
         region_name="us-east-1",
     )
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as Linux writes them in /proc/net/tcp and /proc/net/tcp6."""
+
+
+def open_to_the_network(pids: list[int]) -> tuple[int, list[str]]:
+    """The number of listening sockets of the processes, and those of them that are not on loopback."""
+    owners: dict[str, int] = {}
+    for pid in pids:
+        with suppress(OSError):  # it has ended
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    owners[str(link.readlink())] = pid
+    count, exposed = 0, []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            owner = owners.get(f"socket:[{rest[5]}]")
+            if state == "0A" and owner:
+                count += 1
+                address, port = local.split(":")
+                if address not in LOOPBACK:
+                    command = Path(f"/proc/{owner}/cmdline").read_text().replace("\0", " ")
+                    exposed.append(f"{address} port {int(port, 16)}: {command[:200]}")
+    return count, exposed
 
 
 def test_s3_serves_what_was_written_before_and_is_gone_afterwards(tmp_path):
@@ -263,6 +291,43 @@ def test_mlflow_server_keeps_runs_and_answers_the_doctor(mlflow_server, monkeypa
     assert finding("MLflow").status == "ok"
 
 
+def test_mlflow_asks_for_the_login(mlflow_server, monkeypatch):
+    """Another user of the machine reaches the port, and must not move `champion`."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    owner = MlflowClient(mlflow_server.uri)
+    owner.create_registered_model("guarded")
+    wrong = {"MLFLOW_TRACKING_USERNAME": mlflow_server.login.key_id, "MLFLOW_TRACKING_PASSWORD": "x" * 30}
+    for environment in ({}, wrong):
+        for name in wrong:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        stranger = MlflowClient(mlflow_server.uri)
+        with pytest.raises(MlflowException, match="401|not authenticated"):
+            stranger.get_registered_model("guarded")
+        with pytest.raises(MlflowException, match="401|not authenticated"):
+            stranger.set_registered_model_tag("guarded", "a", "b")
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert mlflow_server.login.secret not in found
+
+
+def test_what_is_kept_is_private(tmp_path):
+    folder = tmp_path / "local"
+    (tmp_path / "old/s3").mkdir(parents=True, mode=0o755)
+    with local_s3(tmp_path / "old"):
+        assert (tmp_path / "old/s3").stat().st_mode & 0o777 == 0o700
+    with local_s3(folder) as server:
+        server.bucket("images")
+        login = local_mlflow(server, folder).login
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "s3")] == [0o700, 0o700]
+    for name in ("credentials", "mlflow-login"):
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+    assert local_mlflow(server, folder).login == login
+    assert login.secret not in repr(login)
+
+
 JOB = """#!/usr/bin/env -S python
 import os, signal, sys, time
 import pipeline
@@ -310,3 +375,31 @@ def test_ray_runs_executable_jobs_from_the_checkout_stops_them_and_leaves(s3, tm
         assert len(pids) > 5
     assert not any(runs(pid) for pid in pids)
     assert finding("Ray").status == "fail"
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(400)
+def test_nothing_listens_beyond_loopback(s3, mlflow_server, tmp_path):
+    """The local servers, a local Ray, and the workers, torch's store and gloo of runs in both kinds of local Ray."""
+    count, exposed = open_to_the_network([*s3.pids, *mlflow_server.pids])
+    assert count == 2
+    assert not exposed
+
+    environment = {**s3.env, **mlflow_server.env, "SAGAN_BUCKET": s3.bucket()}
+    with Ray(env=s3.env) as head:
+        count, exposed = listeners_of_a_run(tmp_path, environment | head.env, "on-a-cluster", lambda: head.pids)
+    assert count > 15
+    assert not exposed
+    count, exposed = listeners_of_a_run(tmp_path, environment, "alone", list)
+    assert count > 8
+    assert not exposed
+
+
+def listeners_of_a_run(folder, environment, name, others):
+    """`open_to_the_network` of a run that trains, with the processes below it and the others."""
+    run = Driver(folder, environment, name=name)
+    run.until("img/s")  # Ray's own processes have all started, and the workers have exchanged gradients
+    found = open_to_the_network([*others(), run.process.pid, *end_with_parent.descendants(run.process.pid)])
+    run.signal(signal.SIGINT)
+    assert run.end() == 130, run.output
+    return found
