@@ -19,7 +19,22 @@ NUMBERS: list[Any] = [
     *(0.5, -0.0, 1e-320, 1e38, 1e39, 1e308, -1e308, float("inf"), float("-inf"), float("nan"), 10**400),
 ]
 TEXTS = [
-    *("", ".", "..", "a/b.tar", "x.lock", "-1", "1e309", "null", "0" * 64, "f" * 64, "a" * 300, "\0", "\ud800", "é" * 99),
+    *(
+        "",
+        ".",
+        "..",
+        "a/b.tar",
+        "x.lock",
+        "-1",
+        "1e309",
+        "null",
+        "0" * 64,
+        "f" * 64,
+        "a" * 300,
+        "\0",
+        "\ud800",
+        "é" * 99,
+    ),
     *("\x1b[2J\x1b[31mred", "line\nline", "\u202etxt.exe", "<script>alert(1)</script>", "[a](javascript:alert(1))"),
     *("%s %d {0}", "${HOME}", "~", "~/x", "C:\\x", "train", "inception", "nan", "1" * 5000),
 ]
@@ -105,7 +120,7 @@ def hostile_value(random: Random, names: list[str]) -> Any:
             return [random.choice(NUMBERS), random.choice(TEXTS), None][: random.randrange(4)]
         case _:
             value: Any = random.choice(TEXTS)
-            for _ in range(random.choice((2, 40, 900))):
+            for _ in range(random.choice((2, 40, 200))):
                 value = [value] if random.random() < 0.5 else {"a": value}
             return value
 
@@ -114,6 +129,8 @@ def changed_json(data: bytes, random: Random, names: list[str]) -> bytes:
     """Return the bytes of a JSON file with other values, or damaged bytes."""
     if random.random() < 0.25:
         return damaged(data, random)
+    if random.random() < 0.05:
+        return random.choice((b"", b"null", b"[]", b"1", b"[" * 100_000, b'{"a":' * 100_000, data + data, b"NaN"))
     return json.dumps(changed_value(json.loads(data), random, names), indent=random.choice((None, 1))).encode()
 
 
@@ -159,7 +176,10 @@ def changed_tar(data: bytes, random: Random, names: list[str]) -> bytes:
     if kind == "field":
         return _with_changed_header(data, random)
     out = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(data)) as old, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as new:
+    with (
+        tarfile.open(fileobj=io.BytesIO(data)) as old,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
         members = old.getmembers()
         victim = random.randrange(len(members))
         for i, member in enumerate(members):
@@ -197,7 +217,10 @@ def _keys(container: Any) -> list[Any]:
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
     """Return every container inside a JSON value with each of its keys."""
-    return [place for key in _keys(value) for place in [(value, key), *_places(value[key])]]
+    places = [(value, key) for key in _keys(value)]
+    for container, key in places:  # grows
+        places += [(container[key], inner) for inner in _keys(container[key])]
+    return places
 
 
 def _of_another_type(value: Any) -> Any:
@@ -247,15 +270,21 @@ def _with_changed_header(data: bytes, random: Random) -> bytes:
 def _change_member(member: tarfile.TarInfo, random: Random, siblings: list[str], names: list[str]) -> None:
     match random.choice(("name", "sibling", "type", "pax", "sparse")):
         case "name":
-            member.name = random.choice([*names, "a" * 300, "\x1b[2J.png", "..", "./x.png", ".png", "a.b.c.png", "\ud800"])
+            member.name = random.choice(
+                [*names, "a" * 300, "\x1b[2J.png", "..", "./x.png", ".png", "a.b.c.png", "\ud800"]
+            )
             member.name = member.name.encode(errors="replace").decode()
         case "sibling":
             member.name = random.choice(siblings)
         case "type":
-            member.type = random.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE))
+            member.type = random.choice(
+                (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+            )
             member.linkname = random.choice([*siblings, *names, member.name])
         case "pax":
-            member.pax_headers = {random.choice(("size", "path", "mtime", "uid")): random.choice(("-1", "9" * 30, "x", "../x"))}
+            member.pax_headers = {
+                random.choice(("size", "path", "mtime", "uid")): random.choice(("-1", "9" * 30, "x", "../x"))
+            }
         case _:
             member.pax_headers = {
                 "GNU.sparse.major": "1",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score, better_first, comparable
-from pipeline.storage import files
+from pipeline.storage import files, stored_json
+from pipeline.storage.stored_json import PlainName, Size
 
 
 class Record(BaseModel):
-    """A JSON file in storage. It is always written as a whole."""
+    """A JSON file in storage. It is always written as a whole. Somebody else may have written it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,7 +25,7 @@ class Record(BaseModel):
     def read(cls, url: str) -> Self | None:
         """Return the record at `url`; None where there is no such file. Raises CorruptError, EnvironmentFault."""
         try:
-            return cls.parse(files.read_bytes(url), url)
+            return cls.parse(stored_json.read(url), url)
         except FileNotFoundError:
             return None
 
@@ -35,23 +35,15 @@ class Record(BaseModel):
 
         Raises CorruptError where `data` is not such a record. The message names the wrong field.
         """
-        try:
-            values = json.loads(data)
-        except ValueError as error:
-            raise CorruptError(f"{url} is not JSON: {error}") from error
-        version = values.get("format", 1) if isinstance(values, dict) else None
-        known = cls.model_fields["format"].default
+        what = f"a {cls.__name__}"
+        values = stored_json.parse(data, url, what)
+        version, known = values.get("format", 1), cls.model_fields["format"].default
         if version != known:
             raise CorruptError(
-                f"{url} has format {version}; this version reads format {known}",
+                f"{url} has format {version!r:.20}; this version reads format {known}",
                 "use the version of sagan that wrote the file, or give the run another name",
             )
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            field = ".".join(map(str, problem["loc"]))
-            raise CorruptError(f"{url} is not a {cls.__name__}: {field}: {problem['msg']}") from error
+        return stored_json.validate(cls, values, url, what)
 
     def write(self, url: str) -> None:
         """Write the record to `url`. Raises EnvironmentFault."""
@@ -86,7 +78,7 @@ class RecordedEvaluation(BaseModel):
     resize: Literal["fidelity", "clean"]
     extractor_dtype: Literal["float32", "float64"]
     split: str
-    samples: int = Field(ge=2)
+    samples: Size = Field(ge=2)
     seed: int = Field(ge=0, lt=2**63)
     weights: Literal["ema", "raw"]
     standing_images: int | None = Field(ge=1, le=1_000_000)
@@ -107,9 +99,9 @@ class RunRecord(Record):
     mlflow_run_id: str
     earlier_mlflow_run_ids: list[str] = []
     """Ids of MLflow runs that did not exist any more when the run was resumed, the oldest first."""
-    starts: int = 0
+    starts: Size = 0
     """Number of worker-group starts."""
-    images_lost: int = 0
+    images_lost: Size = 0
     """Number of images that were trained on and were in no checkpoint when workers died."""
     data: RecordedData
     evaluate: RecordedEvaluation
@@ -132,7 +124,7 @@ class SweepRecord(Record):
 class CheckpointFacts(Record):
     """`checkpoint.json`: facts about a checkpoint that its training state does not hold."""
 
-    images: int
+    images: Size
     """Position of the run."""
     train_seconds: float
     """Seconds of training up to this position, including scores on rank 0 and checkpoints."""
@@ -148,14 +140,14 @@ class CheckpointFacts(Record):
 class ScoreRecord(Record):
     """`scores/<checkpoint>.json`: the score of one checkpoint. A checkpoint that has a record is not scored again."""
 
-    checkpoint: str
+    checkpoint: PlainName
     """Name of the checkpoint."""
-    images: int
+    images: Size
     """Position of the checkpoint."""
     score: Score
     seconds: float
     """Seconds that scoring took."""
-    time_ms: int
+    time_ms: Size
     """Unix time of the score in milliseconds, for the tracker."""
 
 
@@ -194,7 +186,7 @@ class TrainSummary(RunScores):
 
     kind: Literal["train"] = "train"
     name: str
-    images: int
+    images: Size
     """Position at the end."""
     seconds: float
     """Seconds of training, including scores on rank 0 and checkpoints."""
@@ -202,8 +194,8 @@ class TrainSummary(RunScores):
     mlflow_run_id: str
     resumed_from: str | None
     """Name of the last checkpoint from which workers resumed; None where none did."""
-    restarts: int
-    images_lost: int
+    restarts: Size
+    images_lost: Size
 
 
 class Trial(BaseModel):
@@ -211,7 +203,8 @@ class Trial(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: PlainName | Literal[""]
+    """Name of the trial's run; "" where the trial failed before it began."""
     point: dict[str, Any]
     """Value of each key of the sweep's space."""
     score: float | None
@@ -233,9 +226,9 @@ class SweepSummary(RunScores):
 
     kind: Literal["tune"] = "tune"
     name: str
-    trials: int
+    trials: Size
     """Number of trials."""
-    stopped_early: int
+    stopped_early: Size
     """Number of trials that were stopped early."""
     best: Trial
     mlflow_run_id: str

@@ -28,6 +28,7 @@ from pipeline.runs.checkpoints import (
     METRICS,
     StoredCheckpoint,
     fetch_newest_checkpoint,
+    load_state,
     upload_checkpoint,
     write_checkpoint,
 )
@@ -139,7 +140,7 @@ class Worker:
             if not self.is_rank0:
                 file_sets.fetch_set(checkpoint.url, local)
             restored = StoredCheckpoint(str(local))
-            state = TrainState.load(local, self.device)
+            state = load_state(local, checkpoint.url, self.device)
             self.metrics_file.write_bytes(restored.metrics())
             self.train_seconds = restored.facts().train_seconds
         rank_consistency.check_ranks(state, self.world)

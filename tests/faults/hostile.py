@@ -3,10 +3,10 @@
     python -m tests.faults.hostile [--seed N] [--minutes M] [--inputs N] [--only KIND:NUMBER] [--failures FOLDER]
 
 Each input is a clean example of its kind (`hostile_kinds`) with a few changes. The seed, the kind and the number of an
-input decide about its changes. A process of its own, forked from one that has imported everything, runs the command with
-a limit of memory, an empty home and a folder of its own. Files of somebody else lie beside it, and the changes write
-their paths into the inputs. An audit hook records every file that is opened for writing or deleted outside the folder,
-every program that is started and every connection.
+input decide about its changes. A process of its own, forked from one that has imported everything, runs the command
+with a limit of memory, an empty home and a folder of its own. Files of somebody else lie beside it, and the changes
+write their paths into the inputs. An audit hook records every file that is opened for writing or deleted outside the
+folder, every program that is started and every connection.
 
 An input is refused where the command ends with an error of `pipeline.errors`, or accepted and right. Everything else is
 a failure: its files are kept in a folder, and the exit code is 1.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import multiprocessing
 import os
 import resource
@@ -35,26 +36,21 @@ from io import TextIOWrapper
 from pathlib import Path
 from random import Random
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"  # a process with threads must not fork
-os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
-
-import mlflow.pyfunc
-import pandas  # type: ignore[import-untyped]
-import pyarrow.parquet
 from rich.console import Console
 from rich.table import Table
 
-import pipeline.collection.verify
-import pipeline.evaluation.evaluate_model
-import pipeline.job_runner
-import pipeline.packing.pack
-import pipeline.pictures
-import pipeline.report.write_report
-import pipeline.tracking.open_model
-from tests.faults import hostile_kinds
-from tests.faults.hostile_kinds import KINDS, Kind
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[variable] = "1"  # a process with threads must not fork
 
+from tests.faults import hostile_kinds  # noqa: E402
+from tests.faults.hostile_kinds import KINDS, Kind  # noqa: E402
+
+# What the commands import while they run. torch imports `_dynamo`, and much with it, for its first optimiser.
+_IMPORTED = (
+    *("pipeline.collection.verify", "pipeline.evaluation.evaluate_model", "pipeline.job_runner", "pipeline.pictures"),
+    *("pipeline.packing.pack", "pipeline.report.write_report", "pipeline.tracking.open_model", "sagan.cost"),
+    *("mlflow.pyfunc", "pandas", "pyarrow.parquet", "torch._dynamo"),
+)
 SECONDS, MOST_MORE = 30.0, 2**30
 _DATA_LIMIT, _FILE_LIMIT = 4 * 2**30, 2**30  # bytes: memory beyond that of the forking process, and a file
 _EXCEPTION = 70  # exit status of a process that ends with an exception that is no SaganError
@@ -106,9 +102,14 @@ class Ground:
         ]
 
     def plant(self) -> None:
-        """Write the clean inputs, in another process since that starts threads, and the canary tree."""
+        """Import everything, and write the clean inputs and the canary tree.
+
+        Another process makes the clean inputs, since this starts threads.
+        """
+        for module in _IMPORTED:
+            importlib.import_module(module)
         self.clean.mkdir()
-        builder = multiprocessing.get_context("spawn").Process(target=hostile_kinds.build, args=(self.clean,))
+        builder = multiprocessing.get_context("fork").Process(target=hostile_kinds.build, args=(self.clean,))
         builder.start()
         builder.join()
         if builder.exitcode:
@@ -254,7 +255,7 @@ def _is_expected(kind: Kind, status: int, slot: Path, printed: str) -> bool:
 
 
 def _controls_terminal(printed: str) -> bool:
-    return any(ord(letter) < 32 and letter not in "\n\t\r" or letter in "\x7f\u202e" for letter in printed)
+    return any((ord(letter) < 32 and letter not in "\n\t\r") or letter in "\x7f\u202e" for letter in printed)
 
 
 def _measure_clean(ground: Ground) -> None:
@@ -338,7 +339,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop after this time")
-    parser.add_argument("--inputs", type=int, help="number of inputs over all kinds; default: 20 000, or until the time")
+    parser.add_argument(
+        "--inputs", type=int, help="number of inputs over all kinds; default: 20 000, or until the time"
+    )
     parser.add_argument("--only", help="read one input, and show what the command prints; or all inputs of one kind")
     parser.add_argument("--failures", type=Path, help="folder for the inputs that fail; default: a new one")
     options = parser.parse_args()

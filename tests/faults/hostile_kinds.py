@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 
 from pipeline import cli
-from pipeline.collection.derived_tensors import derived
+from pipeline.collection.derived_tensors import NoFacts, derived
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.evaluation.extractors.classifier import Classifier
@@ -61,7 +61,7 @@ from tests.mutations import (
 )
 
 NETWORKS = ModelConfig(resolution=32, num_classes=2, z_dim=8, channels_g=2, channels_d=8)
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "png": {},
     "jpg": {},
     "webp": {"lossless": True},
@@ -224,11 +224,16 @@ def _change_parquet(folder: Path, random: Random, names: Names) -> None:
         row = random.choice(rows)
         match random.choice(("image", "label", "labels", "metadata", "column")):
             case "image":
-                row["image"] = {"bytes": changed_image(row["image"]["bytes"] or b"", random), "path": random.choice(names)}
+                row["image"] = {
+                    "bytes": changed_image(row["image"]["bytes"] or b"", random),
+                    "path": random.choice(names),
+                }
             case "label":
                 row["label"] = random.choice((-1, 2, 10**8, None, 2**62))
             case "labels":
-                values = random.choice((["a", "b"], [0.5, 1.5], [True, False], [[1], [2]], [None, None], [{"a": 1}] * 2))
+                values = random.choice(
+                    (["a", "b"], [0.5, 1.5], [True, False], [[1], [2]], [None, None], [{"a": 1}] * 2)
+                )
                 for i, each in enumerate(rows):
                     each["label"] = values[i % 2]
             case "metadata":
@@ -270,7 +275,14 @@ def _change_cifar(folder: Path, random: Random, names: Names) -> None:
     content = pickle.loads(path.read_bytes())
     key = random.choice(sorted(content))
     content[key] = random.choice(
-        (hostile_value(random, names), np.zeros((2, 3072), "O"), np.zeros((2, 3072), "f8"), np.zeros(0, "u1"), [1, -1], Path())
+        (
+            hostile_value(random, names),
+            np.zeros((2, 3072), "O"),
+            np.zeros((2, 3072), "f8"),
+            np.zeros(0, "u1"),
+            [1, -1],
+            Path(),
+        )
     )
     path.write_bytes(pickle.dumps(content, protocol=random.choice((0, 1, 2, 4))))
 
@@ -392,7 +404,8 @@ def _change_rows(folder: Path, random: Random, names: Names) -> None:
         row, key = random.choice(rows), random.choice(("class", "seed", "truncation", "other", ""))
         row[key] = hostile_value(random, names)
     if random.random() < 0.05:
-        rows = random.choice(([], rows * 400, [{}] * 1025, [{}] * 70))
+        tables: list[list[dict[str, Any]]] = [[], rows * 400, [{}] * 1025, [{}] * 70]
+        rows = random.choice(tables)
     (folder / "rows.pkl").write_bytes(pickle.dumps(rows))
 
 
@@ -451,7 +464,7 @@ def _is_json(out: Path, printed: str) -> bool:
 
 def _is_page(out: Path, printed: str) -> bool:
     page = (out / "report.html").read_text()
-    return page.rstrip().endswith("</html>") and "<script>alert" not in page and "href=\"javascript" not in page
+    return page.rstrip().endswith("</html>") and "<script>alert" not in page and 'href="javascript' not in page
 
 
 def _is_picture(out: Path, printed: str) -> bool:
@@ -579,7 +592,8 @@ def _build_runs(root: Path) -> None:
         torch.manual_seed(0)
         tensors = Classifier(32, 2).eval().state_dict()
     facts = {"resolution": 32, "classes": 2, "seed": 0, "heldout_accuracy": 0.5}
-    _, _, digest = derived(collection, "classifier-v1-seed0", lambda: (tensors, facts))
+    expected = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    _, _, digest = derived(collection, "classifier-v1-seed0", lambda: (tensors, facts), expected, NoFacts)
     protocol = ScoreProtocol(
         extractor="classifier", extractor_digest=digest, resize="none", reference_digest=collection.digest,
         split="train", samples=4, seed=0, weights="ema", batch_norm="running",
@@ -596,15 +610,24 @@ def _build_runs(root: Path) -> None:
         checkpoint = _checkpoint(run, images, collection)
         score = Score.of(protocol, "fd_classifier", False, {"fd_classifier": 5000.0 / images})
         scores.append(score)
-        run.write_score(ScoreRecord(checkpoint=checkpoint.name, images=images, score=score, seconds=1.0, time_ms=images))
+        run.write_score(
+            ScoreRecord(checkpoint=checkpoint.name, images=images, score=score, seconds=1.0, time_ms=images)
+        )
         (folder / "run" / "grids").mkdir(exist_ok=True)
         (folder / "run" / "grids" / f"{checkpoint.name}.png").write_bytes(_picture(images, "png", 64))
     summary: dict[str, Any] = {"mlflow_run_id": "0", "score": scores[-1], "final": scores[0], "grid": "grid.png"}
     run.write_summary(
         TrainSummary(
-            name="run", images=2000, seconds=1.0, images_per_s=2000.0, resumed_from=None, restarts=0, images_lost=0,
-            registered={"model": "run", "version": 1, "alias": "champion"}, **summary,
-        )  # fmt: skip
+            name="run",
+            images=2000,
+            seconds=1.0,
+            images_per_s=2000.0,
+            resumed_from=None,
+            restarts=0,
+            images_lost=0,
+            registered={"model": "run", "version": 1, "alias": "champion"},
+            **summary,
+        )
     )
     sweep = StoredSweep(str(folder / "sweep"))
     sweep.write_record(SweepRecord(name="sweep", mlflow_run_id="0", method={"space.optim.lr_d": {"choice": [1e-4]}}))
@@ -652,9 +675,7 @@ def _checkpoint(run: StoredRun, images: int, collection: Collection) -> StoredCh
 # --- the kinds -------------------------------------------------------------------------------------------------------
 
 _VERIFY = command("verify IN")
-_AGAIN = (
-    "pack train=CLEAN/photos/train heldout=CLEAN/photos/heldout IN --resolution 32 --encoding png --shard-images 4"
-)
+_AGAIN = "pack train=CLEAN/photos/train heldout=CLEAN/photos/heldout IN --resolution 32 --encoding png --shard-images 4"
 _EVALUATE = "--extractor classifier --samples 4 --running --json --gpus 0"
 
 
