@@ -297,10 +297,10 @@ def _fuzz(ground: Ground, inputs: Iterator[tuple[str, int]], until: float, count
                 one = running.pop(handle)
                 outcome = _end(ground, one, handle in late)
                 if (now := ground.state()) != state:
-                    outcome = Outcome([*outcome.what, "outside"], outcome.memory, outcome.printed)
+                    outcome = Outcome(sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed)
                     state = now
                 counts[one.kind].update(["tried", *outcome.what])
-                if outcome.what[0] not in (REFUSED, RIGHT):
+                if set(outcome.what) & set(FAILURES):
                     _keep(ground, one, outcome)
                 free.append(one.slot)
             if time.monotonic() - reported > 10:
