@@ -236,6 +236,7 @@ def _change_parquet(folder: Path, random: Random, names: Names) -> None:
                 )
                 for i, each in enumerate(rows):
                     each["label"] = values[i % 2]
+                break
             case "metadata":
                 metadata[b"huggingface"] = changed_json(metadata[b"huggingface"], random, names)
             case _:
