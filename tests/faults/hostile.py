@@ -297,7 +297,9 @@ def _fuzz(ground: Ground, inputs: Iterator[tuple[str, int]], until: float, count
                 one = running.pop(handle)
                 outcome = _end(ground, one, handle in late)
                 if (now := ground.state()) != state:
-                    outcome = Outcome(sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed)
+                    outcome = Outcome(
+                        sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed
+                    )
                     state = now
                 counts[one.kind].update(["tried", *outcome.what])
                 if set(outcome.what) & set(FAILURES):
