@@ -112,7 +112,7 @@ def pack(
     from pipeline.config.job_file import parse_job
     from pipeline.config.schema import SPLIT_NAME, PackJob
     from pipeline.job_runner import run_job
-    from pipeline.packing.recognise import DIGITS
+    from pipeline.packing.layouts.digits import DIGITS
 
     *sources, destination = sources * 2 if index_only and len(sources) == 1 else sources
     if not sources:

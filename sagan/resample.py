@@ -6,9 +6,29 @@ The filters around the convolutions save no tensors for the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+MOST_ELEMENTS = 2**31 - 1
+"""Largest number of elements that CUDA's pooling and upsampling kernels count. Larger batches are split."""
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor, elements: int) -> Tensor:
+    """Return `function(x)` for x [b, C, H, W] in the dtype of x, also under autocast, which would upsample in float32.
+
+    Args:
+        function: maps each image of a batch alone.
+        x: the batch.
+        elements: the larger number of elements of an image before and after.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        images = MOST_ELEMENTS // elements
+        if len(x) <= images:
+            return function(x)
+        return torch.cat([function(part) for part in x.split(images)])
 
 
 class _Box(torch.autograd.Function):
@@ -20,11 +40,11 @@ class _Box(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, padding: int, divisor: int):  # type: ignore[no-untyped-def]
         ctx.padding, ctx.divisor = padding, divisor
-        return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
+        return _box(x, padding, divisor)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return F.avg_pool2d(grad, 2, stride=1, padding=1 - ctx.padding, divisor_override=ctx.divisor), None, None
+        return _box(grad, 1 - ctx.padding, ctx.divisor), None, None
 
 
 class _Double(torch.autograd.Function):
@@ -32,11 +52,11 @@ class _Double(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor):  # type: ignore[no-untyped-def]
-        return F.interpolate(x, scale_factor=2)
+        return _upsample(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return F.avg_pool2d(grad, 2, divisor_override=1)
+        return _in_parts(lambda part: F.avg_pool2d(part, 2, divisor_override=1), grad, grad[0].numel())
 
 
 class _Halve(torch.autograd.Function):
@@ -44,11 +64,23 @@ class _Halve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor):  # type: ignore[no-untyped-def]
-        return F.avg_pool2d(x, 2)
+        return _in_parts(lambda part: F.avg_pool2d(part, 2), x, x[0].numel())
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return F.interpolate(grad / 4, scale_factor=2)
+        return _upsample(grad / 4)
+
+
+def _box(x: Tensor, padding: int, divisor: int) -> Tensor:
+    """Return the sums over 2×2 windows, divided by `divisor`."""
+    _, channels, height, width = x.shape
+    elements = channels * (height + padding) * (width + padding)
+    return _in_parts(lambda part: F.avg_pool2d(part, 2, 1, padding, divisor_override=divisor), x, elements)
+
+
+def _upsample(x: Tensor) -> Tensor:
+    """Return the nearest upsampling ×2."""
+    return _in_parts(lambda part: F.interpolate(part, scale_factor=2), x, 4 * x[0].numel())
 
 
 def double(x: Tensor) -> Tensor:

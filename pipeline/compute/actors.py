@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
+from pipeline.compute.devices import visible_gpus
+
 _QUEUED = 2  # calls that wait at each actor, so that an actor is not idle while a result is fetched
 
 
@@ -20,7 +22,8 @@ class ActorPool:
         """Start the actors. Each actor reserves `cpus` CPUs and `gpus` GPUs."""
         import ray
 
-        actor = ray.remote(PoolActor).options(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+        options = {"num_cpus": cpus, **visible_gpus(gpus), "max_restarts": -1, "max_task_retries": -1}
+        actor = ray.remote(PoolActor).options(**options)
         self._make = [ray.put(make)]  # an actor that is started again fetches it again
         self._actors = [actor.remote(self._make) for _ in range(count)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,14 +24,26 @@ ALLOCATOR = {
 def configure_device(device: torch.device) -> None:
     """Set torch's settings for the process.
 
-    On CUDA, enable TF32. On CPUs, use OMP_NUM_THREADS threads and flush denormals to zero. Optimiser moments of classes
-    without images decay into denormals, and arithmetic with denormals takes four times as long.
+    On CUDA, convolutions of float32 use TF32. Matrix products do not: the statistics of batch norm and the power
+    iterations need all bits of float32. On CPUs, use OMP_NUM_THREADS threads and flush denormals to zero. Optimiser
+    moments of classes without images decay into denormals, and arithmetic with denormals takes four times as long.
     """
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        _set_float32(convolutions="tf32", products="ieee")
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.set_flush_denormal(True)
+
+
+def disable_tf32() -> None:
+    """Let float32 convolutions and matrix products on CUDA use all bits of float32, in the whole process."""
+    _set_float32(convolutions="ieee", products="ieee")
+
+
+def _set_float32(convolutions: str, products: str) -> None:
+    """Set the arithmetic of float32 convolutions and of matrix products on CUDA: "tf32" or "ieee"."""
+    torch.backends.cudnn.conv.fp32_precision = convolutions  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = products
 
 
 def uses_gpu(device: Literal["auto", "cpu", "cuda"]) -> bool:
@@ -40,3 +52,14 @@ def uses_gpu(device: Literal["auto", "cpu", "cuda"]) -> bool:
     `auto` means: if the connected cluster has GPUs.
     """
     return cluster_resources()["GPU"] >= 1 if device == "auto" else device == "cuda"
+
+
+def visible_gpus(count: float) -> dict[str, Any]:
+    """Return Ray's options for a task or an actor that reserves `count` GPUs and sees no others.
+
+    A process without GPUs would see all GPUs of its node: Ray leaves CUDA_VISIBLE_DEVICES alone there. torch would then
+    page-lock memory and open a context on the first GPU, which takes memory from the worker that owns it.
+    """
+    if count or cluster_resources()["GPU"] == 0:
+        return {"num_gpus": count}
+    return {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from pipeline.compute.devices import visible_gpus
 from pipeline.compute.resources import cluster_resources
 from pipeline.compute.threads import map_ahead
 
@@ -37,7 +38,7 @@ def map_parallel(
         return
     import ray
 
-    task = ray.remote(num_cpus=1)(_run)
+    task = ray.remote(num_cpus=1, **visible_gpus(0))(_run)
     references = tuple(ray.put(value) for value in common)
     cpus = max(1, int(cluster_resources()["CPU"]))
     print(f"running in tasks of the Ray cluster, which has {cpus} CPUs", file=sys.stderr, flush=True)
@@ -61,7 +62,7 @@ def run_as_task(function: Callable[..., R], *arguments: Any, cpus: float, gpus: 
     """
     import ray
 
-    result: R = _result(ray.remote(num_cpus=cpus, num_gpus=gpus)(function).remote(*arguments))
+    result: R = _result(ray.remote(num_cpus=cpus, **visible_gpus(gpus))(function).remote(*arguments))
     return result
 
 

@@ -20,6 +20,12 @@ from pipeline.storage.stored_json import printable
 LeftOut = dict[tuple[str, str], tuple[int, str]]
 """Number of files that are left out, and the first of them, by reason and suffix."""
 
+WHAT_TO_GIVE = (
+    "give a folder with a folder of images per class, a tar of such a folder, a published data set in its own layout, "
+    "WebDataset shards, Parquet files with images, a table of path,label, or `digits`"
+)
+"""The remedy for a path that is not a source of images."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -6,28 +6,20 @@ later. So packing can permute millions of images with bounded memory.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
 
 from pipeline.errors import UsageError
-from pipeline.packing import published_layouts, tables
-from pipeline.packing.archives_and_folders import IMAGES, Tree, folders_of, ignored, suffix
-from pipeline.packing.cifar import cifar_archive
-from pipeline.packing.image_source import LeftOut, Row, Source, source_of, tally, with_local_copy
-from pipeline.packing.labels_and_splits import class_order, split_named, splits_of_folders
-from pipeline.storage import files
+from pipeline.packing.archives_and_folders import Tree, suffix
+from pipeline.packing.image_source import WHAT_TO_GIVE, LeftOut, Source, tally, with_local_copy
+from pipeline.packing.labels_and_splits import class_order
+from pipeline.packing.layouts import published, tables
+from pipeline.packing.layouts.cifar import cifar_archive
+from pipeline.packing.layouts.class_folders import class_folders
+from pipeline.packing.layouts.digits import DIGITS, digits
 from pipeline.storage.stored_json import printable
-
-DIGITS = "digits"
-_HOW = (
-    "give a folder with a folder of images per class, a tar of such a folder, a published data set in its own layout, "
-    "WebDataset shards, Parquet files with images, a table of path,label, or `digits`"
-)
 
 
 def open_source(source: str | dict[str, str]) -> Source:
@@ -50,7 +42,7 @@ def _open(url: str) -> Source:
     """Open the source at one path or URL."""
     try:
         if url == DIGITS:
-            return _digits()
+            return digits()
         if tables.is_table(url):
             return tables.read(url)
         if suffix(url) in (".gz", ".tgz"):
@@ -63,9 +55,9 @@ def _open(url: str) -> Source:
 
 def _in_tree(tree: Tree) -> Source:
     """Recognise the layout of a tree of files."""
-    opened = next((source for layout in published_layouts.LAYOUTS if (source := layout(tree)) is not None), None)
-    opened = opened or _by_class(tree)
-    titles = published_layouts.titles(tree, opened.class_names)
+    opened = next((source for layout in published.LAYOUTS if (source := layout(tree)) is not None), None)
+    opened = opened or class_folders(tree)
+    titles = published.titles(tree, opened.class_names)
     if opened.left_out is None:
         opened = replace(opened, left_out=tally(tree.left_out(opened.keys, opened.unused)))
     if tree.copies:
@@ -76,7 +68,7 @@ def _in_tree(tree: Tree) -> Source:
 def _joined(parts: dict[str, Source]) -> Source:
     """Join several sources into one that has them as splits. Classes are matched by name."""
     if not parts:
-        raise UsageError("the source is an empty mapping and names no split", _HOW)
+        raise UsageError("the source is an empty mapping and names no split", WHAT_TO_GIVE)
     for split, part in parts.items():
         if len(part.splits) > 1:
             raise UsageError(
@@ -85,7 +77,7 @@ def _joined(parts: dict[str, Source]) -> Source:
             )
     class_names = class_order(name for part in parts.values() for name in part.class_names)
     if class_names and (unlabelled := [split for split, part in parts.items() if not part.class_names]):
-        raise UsageError(f"split {unlabelled[0]!r} has no class folders, but other splits have them", _HOW)
+        raise UsageError(f"split {unlabelled[0]!r} has no class folders, but other splits have them", WHAT_TO_GIVE)
     index = {name: i for i, name in enumerate(class_names)}
     stops = np.cumsum([len(part.keys) for part in parts.values()])
     labels = [
@@ -122,91 +114,3 @@ def _added(parts: list[LeftOut]) -> LeftOut:
             before, example = total.get(group, (0, first))
             total[group] = (before + count, example)
     return total
-
-
-def _by_class(tree: Tree) -> Source:
-    """Read images whose class is their parent folder.
-
-    Folders that are all named train, val, test, … are splits and not classes.
-    """
-    images = tree.images
-    if not images:
-        raise UsageError(f"{tree.url} holds no images ({len(tree.places)} files, none ends in .jpg, .png, …)", _HOW)
-    level = -1
-    if all(folders_of(path)[-1:] == ["images"] for path in images):
-        level = -2  # each class folder has a folder `images`, which is not a class
-    rows = []
-    for path, split, within in _splits_of(images):
-        label = within[level] if len(within) >= -level else None
-        rows.append(Row(path, tree.places[path], label, split))
-    notes = _folders_without_images(tree, {row.label for row in rows})
-    return source_of("images in folders", rows, notes=notes, labels_are_names=True)
-
-
-def _splits_of(paths: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """Return the split of each path, and the names of the folders that may be its class.
-
-    Splits are the folders of the first level at which every path has a folder of a split (`splits_of_folders`). The
-    folders below are classes. Where there are none, the folders above are. Raises UsageError.
-    """
-    folders = [folders_of(path) for path in paths]
-    for level in range(min(map(len, folders))):
-        split_of = splits_of_folders({parts[level] for parts in folders})
-        if split_of is not None:
-            differ = len({tuple(parts[:level]) for parts in folders}) > 1
-            classes = [parts[level + 1 :] or (parts[:level] if differ else []) for parts in folders]
-            splits = [split_of[parts[level]] for parts in folders]
-            return list(zip(paths, splits, classes, strict=True))
-    return [(path, "train", parts) for path, parts in zip(paths, folders, strict=True)]
-
-
-def _folders_without_images(tree: Tree, classes: set[object]) -> list[str]:
-    """Return a note about folders that have no images, although they look like classes."""
-    others = [folders_of(path) for path in tree.places if suffix(path) not in IMAGES and ignored(path) is None]
-    names = {parts[-1] for parts in others if parts} | _empty_folders(tree)
-    empty = sorted(name for name in names if name not in classes and split_named(name) is None)
-    if not empty:
-        return []
-    more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
-    return [f"folders without images are not classes: {', '.join(empty[:5])}{more}"]
-
-
-def _empty_folders(tree: Tree) -> set[str]:
-    """Return the names of empty folders beside class folders. Buckets and tars have no empty folders."""
-    if not (files.is_local(tree.url) and files.local_path(tree.url).is_dir()):
-        return set()
-    root = files.local_path(tree.url)
-    above = {(root / path).parent.parent for path in tree.images if "/" in path}
-    folders = [path for folder in above if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
-    return {path.name for path in folders if ignored(path.name) is None and not any(path.iterdir())}
-
-
-def _digits() -> Source:
-    """Read scikit-learn's 1 797 handwritten digits, 8 x 8 grey: 1 437 in train and 360 in heldout, drawn at random.
-
-    The draw is not stratified. Generated images are compared with held-out images, and their classes are drawn at
-    random too.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
-    labels = data.target.astype(np.int64)
-    train, heldout = train_test_split(np.arange(len(labels)), test_size=360, random_state=0)
-
-    def read(i: int) -> bytes:
-        out = io.BytesIO()
-        Image.fromarray(pixels[i]).save(out, "PNG")
-        return out.getvalue()
-
-    return Source(
-        kind="scikit-learn digits",
-        keys=[f"{label}/{i:04d}" for i, label in enumerate(labels)],
-        labels=labels,
-        class_names=[str(digit) for digit in range(10)],
-        splits={"train": np.sort(train), "heldout": np.sort(heldout)},
-        read=read,
-        left_out={},
-        local_only=True,  # packing the digits here takes less time than asking a cluster
-    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.compute.cluster import connect, ray_storage
-from pipeline.compute.devices import ALLOCATOR, uses_gpu
+from pipeline.compute.devices import ALLOCATOR, uses_gpu, visible_gpus
 from pipeline.compute.resources import has_resources, require_resources
 from pipeline.config.schema import TrainJob
 from pipeline.errors import shown_url
@@ -85,7 +85,7 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
             ray_remote_kwargs={
                 # With several evaluation workers, this task only waits for them and needs no resources.
                 "num_cpus": job.evaluate.cpus if job.evaluate.workers == 1 else 0,
-                "num_gpus": job.evaluate.gpus if job.evaluate.workers == 1 else 0,
+                **visible_gpus(job.evaluate.gpus if job.evaluate.workers == 1 else 0),
                 # Without this, Ray would place the task in the placement group of a sweep's trial.
                 "scheduling_strategy": "DEFAULT",
             },

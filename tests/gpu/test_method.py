@@ -1,12 +1,19 @@
 """The method on a CUDA device equals the method on the CPU. Needs torch, numpy and safetensors alone."""
 
+import pytest
 import torch
 
+from pipeline.compute.devices import configure_device
 from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
 from sagan.random import Purpose, draw_labels, draw_latents
 
 SMALL = ModelConfig(resolution=32, num_classes=10, channels_g=8, channels_d=8, z_dim=16)
 BATCH = 16
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_a_worker():
+    configure_device(torch.device("cuda"))
 
 
 def real(images, device, dtype):

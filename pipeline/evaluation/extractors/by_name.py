@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from pipeline.collection.manifest import Collection
+from pipeline.compute.devices import disable_tf32
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.evaluation.extractors.classifier import classifier
 from pipeline.evaluation.extractors.extractor import Extractor
@@ -27,7 +26,7 @@ def load_extractor(
     Raises UsageError, EnvironmentFault, CorruptError.
     """
     if device != "cpu":  # TF32 has ten bits of mantissa, which changes scores
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        disable_tf32()
     if section.extractor == "classifier":
         return classifier(collection, data, classifier_seed, device)
     if section.extractor_is_file:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.export.passes import move_to_device_pass
 
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError, shown_url
 from pipeline.evaluation.extractors import fidelity_networks
@@ -42,7 +43,9 @@ def extractor_from_file(
     stem, suffix = re.sub(r"[^\w.-]", "_", Path(url).stem, flags=re.ASCII), Path(url).suffix
     try:
         if suffix == ".pt2":
-            network = torch.export.load(io.BytesIO(content)).module().to(device)
+            # A program names its device in its operators too; `.to(device)` would move its parameters alone.
+            program = move_to_device_pass(torch.export.load(io.BytesIO(content)), device)
+            network = program.module()
         else:
             network = torch.jit.load(io.BytesIO(content), map_location=device).eval()
             network = torch.jit.freeze(network.to(memory_format=torch.channels_last))  # a third faster on CPUs

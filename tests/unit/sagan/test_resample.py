@@ -35,6 +35,18 @@ def test_gradients_of_the_folded_convolutions():
     assert gradcheck(conv_down, (x, w, b))
 
 
+@pytest.mark.parametrize("resample", [double, halve, lambda x: conv_down(x, torch.ones(2, 3, 3, 3).double(), None)])
+def test_a_batch_beyond_the_kernels_limit_is_split(resample, monkeypatch):
+    x = rand(5, 3, 4, 4, grad=True)
+    whole = resample(x)
+    (expected,) = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr("sagan.resample.MOST_ELEMENTS", 4 * 3 * 16 * 2)  # two images where they grow
+    parts = resample(x)
+    (found,) = torch.autograd.grad(parts.square().sum(), x)
+    assert torch.equal(parts, whole)
+    assert torch.equal(found, expected)
+
+
 def _same(ours, naive, inputs):
     torch.testing.assert_close(ours, naive, **EXACT)
     direction = torch.randn_like(naive)

@@ -1,0 +1,20 @@
+"""The project on a simulated GPU, each file in a process of its own: the simulation changes torch and the project."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = ("batches_and_extractors", "steps")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_on_a_simulated_gpu(name: str) -> None:
+    options = ["-q", "-p", "tests.device.simulated_gpu", "-p", "no:cacheprovider", "--confcutdir", "tests/device"]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/device/{name}.py"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
