@@ -54,8 +54,8 @@ class StoredCheckpoint:
         return int(self.name.split("-")[0])
 
     def is_complete(self) -> bool:
-        """Return whether the checkpoint has a manifest. Raises CorruptError, EnvironmentFault."""
-        return file_sets.read_manifest(self.url) is not None
+        """Return whether the checkpoint has a valid manifest. Raises EnvironmentFault."""
+        return file_sets.valid_manifest(self.url) is not None
 
     def facts(self) -> CheckpointFacts:
         """Return the contents of `checkpoint.json`. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
@@ -76,7 +76,7 @@ class StoredCheckpoint:
 
 
 def complete_checkpoints(url: str) -> list[StoredCheckpoint]:
-    """Return the complete checkpoints below `url`, the oldest first. Raises CorruptError, EnvironmentFault.
+    """Return the complete checkpoints below `url`, the oldest first. Raises EnvironmentFault.
 
     Folders with other names than those of checkpoints are ignored.
     """
@@ -126,16 +126,24 @@ def load_state(folder: Path, url: str, device: torch.device | str = "cpu") -> Tr
         ) from error
 
 
-def fetch_newest_checkpoint(url: str, local: Path, warn: Callable[[str], None]) -> StoredCheckpoint | None:
+def fetch_newest_checkpoint(
+    url: str, local: Path, method_digest: str, warn: Callable[[str], None]
+) -> StoredCheckpoint | None:
     """Download the newest good checkpoint below `url` into `local` and return it; None where there is none.
 
-    A damaged checkpoint is skipped, and `warn` is called with a message. Raises EnvironmentFault.
+    A damaged checkpoint is skipped, and so is a checkpoint of another method than that with the digest
+    `method_digest`. `warn` is then called with a message. Raises EnvironmentFault.
     """
     for checkpoint in reversed(complete_checkpoints(url)):
         try:
             file_sets.fetch_set(checkpoint.url, local)
-        except CorruptError as error:
-            warn(f"checkpoint {checkpoint.name} is damaged and is skipped: {error.message}")
+            other_method = StoredCheckpoint(str(local)).facts().method_digest != method_digest
+        except (CorruptError, FileNotFoundError) as error:
+            reason = error.message if isinstance(error, CorruptError) else f"it has no {CHECKPOINT_FACTS}"
+            warn(f"checkpoint {checkpoint.name} is damaged and is skipped: {reason}")
+            continue
+        if other_method:
+            warn(f"checkpoint {checkpoint.name} is of another method and is skipped")
         else:
             return checkpoint
     return None
