@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from sagan.generator import Generator
 
 FORMAT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
+UNUSABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
+"""Errors that Python and torch raise where a network is built from a configuration whose values have other types."""
 
 
 class TrainState:
@@ -125,15 +128,34 @@ class TrainState:
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> TrainState:
         """Return the state that `save` wrote, on `device`.
 
-        Raises ValueError where the format is not the format of this version, and KeyError where a tensor is missing.
+        Somebody else may have written the folder. Memory is allocated only after the tensors have the shapes that the
+        configuration describes. Raises FileNotFoundError where a file is missing, and ValueError where the format is
+        not the format of this version or a file is damaged.
         """
         folder = Path(folder)
-        facts = json.loads((folder / FACTS).read_text())
-        if facts["format"] != FORMAT:
-            raise ValueError(f"{folder / FACTS} has format {facts['format']}; this version reads format {FORMAT}")
-        tensors = load_file(folder / TENSORS)
-        state = cls(ModelConfig.from_dict(facts["model"]), OptimConfig(**facts["optim"]), facts["seed"], device)
-        state.images = facts["images"]
+        try:
+            facts = json.loads((folder / FACTS).read_text())
+            if facts["format"] != FORMAT:
+                raise ValueError(f"it has format {facts['format']}; this version reads format {FORMAT}")
+            model, optim = ModelConfig.from_dict(facts["model"]), OptimConfig(**facts["optim"])
+            seed, images = (_whole(facts[name], name) for name in ("seed", "images"))
+            shapes, moments = _shapes(model)
+        except KeyError as error:
+            raise ValueError(f"{folder / FACTS} has no entry {error}") from error
+        except UNUSABLE as error:
+            raise ValueError(f"{folder / FACTS}: {error}") from error
+        try:
+            tensors = load_file(folder / TENSORS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / TENSORS} is damaged: {error}") from error
+        for of_parameter in moments:
+            if of_parameter.keys() & tensors.keys():
+                shapes |= of_parameter
+        given = {name: tensor.shape for name, tensor in tensors.items() if tensor.is_floating_point()}
+        if wrong := sorted(name for name in shapes.keys() | tensors.keys() if given.get(name) != shapes.get(name)):
+            raise ValueError(f"{folder / TENSORS}: {wrong[0]!r:.200} is not as {FACTS} describes it")
+        state = cls(model, optim, seed, device)
+        state.images = images
         for prefix, network in state._networks.items():
             network.load_state_dict({n: tensors[f"{prefix}.{n}"] for n in network.state_dict()})
             spectral_norm.refresh(network)
@@ -149,3 +171,25 @@ class TrainState:
                         "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg_sq"]),
                     }
         return state
+
+
+def _shapes(model: ModelConfig) -> tuple[dict[str, torch.Size], list[dict[str, torch.Size]]]:
+    """Return the shapes of the tensors of a new state, and of the moments of each parameter after the first step."""
+    with torch.device("meta"):
+        networks = {"generator": Generator(model), "discriminator": Discriminator(model)}
+    shapes = {f"{prefix}.{n}": t.shape for prefix, network in networks.items() for n, t in network.state_dict().items()}
+    shapes |= {f"ema.{name}": parameter.shape for name, parameter in networks["generator"].named_parameters()}
+    moments = []
+    for prefix, network in (("adam_g", networks["generator"]), ("adam_d", networks["discriminator"])):
+        for name, parameter in network.named_parameters():
+            key = f"{prefix}.{name}"
+            kinds = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            moments.append({f"{key}.{kind}": shape for kind, shape in kinds.items()})
+    return shapes, moments
+
+
+def _whole(value: object, name: str) -> int:
+    """Return a number of a stored state. Raises ValueError where it is not an integer from 0 to 2**63 − 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(f"{name} must be an integer from 0 to 2**63 - 1")
+    return value

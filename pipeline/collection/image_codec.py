@@ -37,7 +37,7 @@ def crop_and_encode(
 
     Raises ValueError with the reason where `data` is not an image or cannot be decoded completely.
     """
-    image = _decode(data, max_pixels)
+    image = decode_image(data, max_pixels)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # resize(box=…) would let the filter read pixels outside the box, so the image is cropped first. Pillow widens its
@@ -113,8 +113,8 @@ def image_size(data: bytes) -> tuple[int, int]:
         return image.size
 
 
-def _decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a whole image to 8-bit RGB, upright.
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a whole image file to 8-bit RGB, upright.
 
     Raises ValueError with the reason. The number of pixels is checked before memory is taken for them.
     """

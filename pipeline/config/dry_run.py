@@ -109,8 +109,8 @@ def dry_run(job: TrainJob, collection: CollectionFacts | None) -> DryRun:
         steps=steps,
         images=steps * per_step,
         epochs=round(steps * per_step / collection.images, 2) if collection else None,
-        evaluations=max(1, int(job.train.kimg / job.evaluate.kimg)),
-        checkpoints=max(1, int(job.train.kimg / job.checkpoint.kimg)),
+        evaluations=max(1, int(min(steps, job.train.kimg / job.evaluate.kimg))),  # at most one after each step
+        checkpoints=max(1, int(min(steps, job.train.kimg / job.checkpoint.kimg))),
         # parameters and two Adam moments of both networks, and the generator's moving average, in float32
         checkpoint_bytes=4 * (3 * (generator + discriminator) + generator),
         notes=_notes(job, collection),

@@ -139,10 +139,10 @@ class DataSection(Section):
     takes the number of the collection."""
     flip: bool = False
     """Whether to mirror each image horizontally with probability one half. The official code does not."""
-    lanes: int = Field(16, ge=1)
+    lanes: int = Field(16, ge=1, le=65_536)
     """Number of lanes into which an epoch is cut. Each row of an epoch has one sample of every lane. More lanes mix
     samples better. Workers read separate shards where the number of workers divides the number of lanes."""
-    window: int = Field(2048, ge=1)
+    window: int = Field(2048, ge=1, le=2**31)
     """Number of consecutive samples of a lane that are permuted together."""
     cache: NodePath = "~/.cache/sagan/shards"
     """Folder on each node for downloaded and verified shards."""
@@ -160,11 +160,11 @@ class DataSection(Section):
 class TrainSection(Section):
     """Length of the run, batch size, workers and precision."""
 
-    kimg: float = Field(gt=0)
+    kimg: float = Field(gt=0, le=1e9)
     """Length of the run, in thousands of real images that the discriminator receives."""
-    batch: int = Field(256, ge=2)
+    batch: int = Field(256, ge=2, le=2**20)
     """Number of real images per batch, over all workers. It does not depend on the number of workers."""
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, le=16_384)
     """Number of Ray Train workers, one per device. At most `train.batch`."""
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the networks. `bf16` uses autocast; statistics, σ, softmax and losses stay in float32."""

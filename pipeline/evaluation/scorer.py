@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
-from pipeline.collection.derived_tensors import Tensors, derived
+from pipeline.collection.derived_tensors import NoFacts, Tensors, derived
 from pipeline.collection.manifest import Collection
 from pipeline.compute.actors import ActorPool
 from pipeline.config.schema import DataSection, EvaluateSection
-from pipeline.errors import UsageError
+from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.extractor import Extractor
@@ -30,6 +32,9 @@ from sagan.sampling import Model
 CLASSES_MATCH = 0.5
 """The extractor's classes count as the collection's where it recognises more than this share of the real images."""
 
+_MOST = 1e100
+"""Features of type float32 have at most 3.4e38, so sums of their squares are far below this number."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -38,6 +43,12 @@ class Reference:
     moments: Moments
     accuracy: float | None
     """Share of the real images whose class the extractor recognises. None where the numbers of classes differ."""
+
+
+class _StoredFacts(BaseModel):
+    """Facts of stored statistics."""
+
+    accuracy: float | None = Field(ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,8 @@ class Scorer:
         """Score a model under a protocol of this scorer.
 
         Sample i is generated from row i of the streams (seed, sample). It does not depend on batches or machines. The
-        score of a model with non-finite parameters has no values. Raises UsageError, EnvironmentFault.
+        score of a model with non-finite parameters has no values. Raises SaganError where a metric is not finite,
+        UsageError, EnvironmentFault.
         """
         ranking = self.ranking_metric()
         self.require_enough_images(protocol.samples)
@@ -95,6 +107,11 @@ class Scorer:
                 f"evaluate.score is {metric}, but {self.extractor.name} does not know the classes of "
                 f"{self.collection.url}",
                 f"choose one of: {', '.join(repeats[0])}",
+            )
+        if infinite := [name for values in repeats for name, value in values.items() if not math.isfinite(value)]:
+            raise SaganError(
+                f"{infinite[0]} is not finite: features or logits of {self.extractor.name} overflow",
+                f"test the extractor: sagan evaluate --self-test --reference {self.collection.url}",
             )
         values = {name: statistics.mean(values[name] for values in repeats) for name in repeats[0]}
         deviations = {n: statistics.stdev(v[n] for v in repeats) for n in values} if len(repeats) > 1 else {}
@@ -208,8 +225,15 @@ class Scorer:
             facts = {"count": real.moments.count, "accuracy": accuracy}
             return {"mean": real.moments.mean, "scatter": real.moments.scatter}, facts
 
-        tensors, facts, _ = derived(collection, f"statistics-{self._identity}-{split}", make)
-        return Reference(Moments(facts["count"], tensors["mean"], tensors["scatter"]), facts["accuracy"])
+        size = self._dimensions
+        expected = {
+            name: torch.empty(shape, dtype=torch.float64, device="meta")
+            for name, shape in (("mean", (size,)), ("scatter", (size, size)))
+        }
+        tensors, facts, _ = derived(collection, f"statistics-{self._identity}-{split}", make, expected, _StoredFacts)
+        self._require_finite(tensors, split)
+        moments = Moments(collection.size(split), tensors["mean"], tensors["scatter"])
+        return Reference(moments, facts.accuracy)
 
     def reference_features(self, split: str, count: int) -> Tensor:
         """Return the features of evenly spaced images of a split, [min(count, size of the split), D].
@@ -225,8 +249,28 @@ class Scorer:
             assert rows is not None
             return {"features": rows}, {}
 
-        tensors, _, _ = derived(self.collection, f"features-{self._identity}-{split}-{len(ids)}", make)
+        shape, dtype = (len(ids), self._dimensions), getattr(torch, self.extractor.dtype)
+        expected = {"features": torch.empty(shape, dtype=dtype, device="meta")}
+        name = f"features-{self._identity}-{split}-{len(ids)}"
+        tensors, _, _ = derived(self.collection, name, make, expected, NoFacts)
+        self._require_finite(tensors, split)
         return tensors["features"]
+
+    @cached_property
+    def _dimensions(self) -> int:
+        """Number of features of an image."""
+        side = self.collection.resolution
+        features, _ = self.extractor(torch.zeros((1, 3, side, side), dtype=torch.uint8))
+        return features.shape[1]
+
+    def _require_finite(self, tensors: Tensors, split: str) -> None:
+        """Raise CorruptError where results of real images are not finite, or too large for the metrics."""
+        if not all(bool((tensor.abs() < _MOST).all()) for tensor in tensors.values()):
+            raise CorruptError(
+                f"features of the split {split} of {self.collection.url} under {self.extractor.name} are not finite, "
+                f"or their stored form in {self.collection.url}/evaluation is damaged",
+                "delete that folder and test the extractor: sagan evaluate --self-test",
+            )
 
     def _real(self, ids: np.ndarray) -> Real:
         return Real(self.collection, ids, self.data)

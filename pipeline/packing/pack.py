@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 from webdataset import TarWriter
 
 from pipeline.collection.image_codec import EXTENSIONS, crop_and_encode
@@ -38,14 +39,26 @@ from pipeline.packing.finish_collection import (
 from pipeline.packing.image_source import Source
 from pipeline.packing.recognise import open_source
 from pipeline.progress import Report, progress
-from pipeline.storage import files
+from pipeline.storage import files, stored_json
 from pipeline.storage.file_sets import FileEntry
-from pipeline.storage.stored_json import printable
+from pipeline.storage.stored_json import Sha256, Size, printable
 from sagan.random import Purpose, permutation
 
 # Folder with one receipt per complete shard. It is deleted after the manifest is written.
 _RECEIPTS = ".packing"
+_WHAT = "the receipt of a shard"
 _THREADS = 4  # threads per shard, so that reading from a bucket and decoding overlap
+
+
+class _Receipt(BaseModel):
+    """What is known about a complete shard of a packing that has not ended."""
+
+    size: Size
+    sha256: Sha256
+    inputs: str
+    """SHA-256 of what determines the shard (see `_inputs`)."""
+    broken: dict[str, str]
+    """Reason for each image that the shard leaves out, by its index in the source."""
 
 
 def pack(
@@ -130,8 +143,9 @@ def _excluded(section: PackSection) -> set[str]:
 
 def _existing_collection(destination: str, record: dict[str, Any]) -> Collection:
     """Return the collection at `destination`. Raises UsageError where it was packed by another section."""
+    url = files.join(destination, SECTION)
     try:
-        packed_by = files.read_json(files.join(destination, SECTION))
+        packed_by = stored_json.parse(stored_json.read(url), url, "the record of the packing options")
     except FileNotFoundError:
         packed_by = {}
     if differing := [key for key in record if packed_by.get(key) != record[key]]:
@@ -203,13 +217,15 @@ def _fetch_complete_shard(
     Returns the reason for each image that the shard leaves out, by its index as text. Returns None where there is no
     complete shard, or where an image that was broken can be used now.
     """
-    with suppress(FileNotFoundError, CorruptError, ValueError, KeyError):
-        receipt = files.read_json(_receipt_url(destination, part))
-        if receipt["inputs"] == _inputs(part, source, section):
-            files.download(files.join(destination, part.name), path)
-            is_whole = FileEntry.of(path) == FileEntry(receipt["size"], receipt["sha256"])
-            if is_whole and all(isinstance(_encoded(int(i), source, section), str) for i in receipt["broken"]):
-                return dict(receipt["broken"])
+    with suppress(FileNotFoundError, CorruptError):
+        url = _receipt_url(destination, part)
+        receipt = stored_json.validate(_Receipt, stored_json.parse(stored_json.read(url), url, _WHAT), url, _WHAT)
+        known = receipt.broken.keys() <= {str(i) for i in part.ids}
+        if known and receipt.inputs == _inputs(part, source, section):
+            files.download(files.join(destination, part.name), path, most=receipt.size)
+            is_whole = FileEntry.of(path) == FileEntry(receipt.size, receipt.sha256)
+            if is_whole and all(isinstance(_encoded(int(i), source, section), str) for i in receipt.broken):
+                return receipt.broken
     return None
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from PIL import Image
 
+from pipeline.collection.image_codec import decode_image
+from pipeline.errors import CorruptError
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 
+MOST_BYTES = 2**26  # of a stored picture
 FRAMES, FRAME_WIDTH, FRAME_MS, LAST_MS = 16, 480, 500, 2000  # frames; width in px; duration of a frame in ms
 
 
@@ -21,7 +23,7 @@ def animate(run: StoredRun, out: Path) -> int:
     """
     urls = [url for record in run.scores() if files.exists(url := run.grid_url(record.checkpoint))]
     chosen = sorted({round(i * (len(urls) - 1) / (FRAMES - 1)) for i in range(FRAMES)}) if urls else []
-    grids = [_small(urls[i]) for i in chosen]
+    grids = [stored_picture(urls[i], FRAME_WIDTH) for i in chosen]
     if grids:
         colours = grids[-1].quantize(256)
         frames = [grid.quantize(palette=colours, dither=Image.Dither.NONE) for grid in grids]
@@ -30,9 +32,14 @@ def animate(run: StoredRun, out: Path) -> int:
     return len(grids)
 
 
-def _small(grid: str) -> Image.Image:
-    """Return the grid at the URL `grid`, reduced to FRAME_WIDTH."""
-    with Image.open(io.BytesIO(files.read_bytes(grid))) as image:
-        small = image.convert("RGB")
-    small.thumbnail((FRAME_WIDTH, 4 * FRAME_WIDTH), Image.Resampling.LANCZOS)
-    return small
+def stored_picture(url: str, width: int) -> Image.Image:
+    """Return a picture of a run, which somebody else may have stored, in RGB and reduced to a width.
+
+    Raises FileNotFoundError, CorruptError where it is damaged or too large, and EnvironmentFault.
+    """
+    try:
+        picture = decode_image(files.read_at_most(url, MOST_BYTES))
+    except ValueError as error:
+        raise CorruptError(f"{url} is not a picture: {error}", "delete it") from error
+    picture.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
+    return picture

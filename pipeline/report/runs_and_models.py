@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,13 +160,13 @@ def _of_run(stored: StoredRun) -> Subject:
     complete = {checkpoint.name for checkpoint in checkpoints}
     best = best_score(score for score in scores if score.checkpoint in complete)
     chosen = stored.checkpoint(best.checkpoint) if best else checkpoints[-1]
-    lines = checkpoints[-1].metrics().splitlines()
+    point = checkpoints[-1].last_point()
     run = RunOfPage(
         stored=stored,
         record=record,
         summary=stored.summary(),
         scores=scores,
-        logged=json.loads(lines[-1])["metrics"] if lines else {},
+        logged=point.metrics if point else {},
         checkpoint=chosen,
         git_commit=chosen.facts().git_commit,
     )

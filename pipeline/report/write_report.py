@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from pipeline.collection.manifest import Collection
-from pipeline.errors import SaganError, UsageError
+from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation import metrics
 from pipeline.report import attention_explorer, attention_maps, html, plots, sample_analysis
+from pipeline.report.animation import stored_picture
 from pipeline.report.html import Html, Section, element, joined
 from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
 from pipeline.runs.score_protocol import Score
@@ -24,6 +22,7 @@ from sagan.sampling import Model
 
 EXPLORED = 6  # largest number of images in the attention explorer
 FRAMES, FRAME_WIDTH = 6, 960  # number of sample grids over training, and their width in pixels
+PLANE_WIDTH = 4096  # largest width of the picture of a sweep
 ROWS, STEPS = 4, 8  # rows and columns of an interpolation
 SHOWN_CLASSES = 5  # number of the worst classes and of the best classes in the table
 PER_CLASS = 4  # samples of each class in the table
@@ -72,18 +71,16 @@ def write_report(urls: Sequence[str], out: Path, compared: int = 2000, reader: R
 def _sweep(sweep: StoredSweep) -> Section:
     """Return the picture of the sweep and a table of its trials."""
     summary, record = sweep.summary(), sweep.trials()
-    assert summary is not None
-    assert summary.score is not None
-    assert record is not None
+    if summary is None or summary.score is None or record is None:
+        raise CorruptError(f"{sweep.url} lacks the scores or the trials of its sweep", "run the sweep again")
     metric = summary.score.metric
     space = list(summary.best.point)
     rows = [
-        [trial.name, *(trial.point[key] for key in space), trial.score, trial.kimg, trial.outcome]
+        [trial.name, *(trial.point.get(key) for key in space), trial.score, trial.kimg, trial.outcome]
         for trial in best_first(record.trials, summary.score.higher_is_better)
     ]
-    with Image.open(io.BytesIO(files.read_bytes(sweep.picture_url))) as plane:
-        alt = f"{metric} of every trial over {' and '.join(space)}"
-        picture = html.picture(plane.convert("RGB"), alt, PLANE_BYTES, class_="plane")
+    alt = f"{metric} of every trial over {' and '.join(space)}"
+    picture = html.picture(stored_picture(sweep.picture_url, PLANE_WIDTH), alt, PLANE_BYTES, class_="plane")
     text = (
         f"The sweep ran {summary.trials} trials. {summary.stopped_early} of them were stopped early. "
         f"The best trial, {summary.best.name}, is shown below."
@@ -232,9 +229,7 @@ def _flipbook(run: RunOfPage, frames: int) -> Html:
     pictures = []
     for i in chosen:
         record = scored[i]
-        with Image.open(io.BytesIO(files.read_bytes(run.stored.grid_url(record.checkpoint)))) as image:
-            small = image.convert("RGB")
-        small.thumbnail((FRAME_WIDTH, 4 * FRAME_WIDTH), Image.Resampling.LANCZOS)
+        small = stored_picture(run.stored.grid_url(record.checkpoint), FRAME_WIDTH)
         value = "no score" if record.score.value is None else f"{record.score.metric} {record.score.value:.4g}"
         caption = f"{record.images / 1000:g} kimg, {value}"
         alt = f"samples and real images: {caption}"
@@ -297,7 +292,7 @@ def _compare(model: Model, run: RunOfPage, compared: int, reader: Reader) -> sam
     """
     data, section = reader.data_of(run.record), reader.section_of(run.record)
     collection = Collection.open(data.train)
-    if collection.digest != run.record.method["data.collection"]:
+    if collection.digest != run.record.method.get("data.collection"):
         raise UsageError(f"{data.train} now holds another collection than the one that the run was trained on")
     return sample_analysis.compare_with_real(model, collection, data, section, compared, ROWS)
 

@@ -7,17 +7,32 @@ checkpoints is one report behind.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from pydantic import BaseModel
+
 from pipeline.errors import CorruptError
 from pipeline.runs.records import CheckpointFacts
-from pipeline.storage import file_sets, files
+from pipeline.storage import file_sets, files, stored_json
+from pipeline.storage.stored_json import Size
 from sagan.train_state import TENSORS, TrainState
 
 CHECKPOINT_FACTS = "checkpoint.json"
 METRICS = "metrics.jsonl"
+_NAME = re.compile(r"[0-9]{12}-[0-9a-f]{8}")
+_MOST_METRICS = 2**30  # bytes
+
+
+class LoggedPoint(BaseModel):
+    """One line of `metrics.jsonl`: metrics that were logged at a position of the run."""
+
+    step: Size
+    time_ms: Size
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -39,25 +54,34 @@ class StoredCheckpoint:
         return int(self.name.split("-")[0])
 
     def is_complete(self) -> bool:
-        """Return whether the checkpoint has a manifest. Raises CorruptError, EnvironmentFault."""
-        return file_sets.read_manifest(self.url) is not None
+        """Return whether the checkpoint has a valid manifest. Raises EnvironmentFault."""
+        return file_sets.valid_manifest(self.url) is not None
 
     def facts(self) -> CheckpointFacts:
         """Return the contents of `checkpoint.json`. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
         url = files.join(self.url, CHECKPOINT_FACTS)
-        return CheckpointFacts.parse(files.read_bytes(url), url)
+        return CheckpointFacts.parse(stored_json.read(url), url)
 
     def metrics(self) -> bytes:
         """Return `metrics.jsonl`: one JSON line for every point that was logged up to this position.
 
-        Raises FileNotFoundError, EnvironmentFault.
+        Raises FileNotFoundError, CorruptError, EnvironmentFault.
         """
-        return files.read_bytes(files.join(self.url, METRICS))
+        return files.read_at_most(files.join(self.url, METRICS), _MOST_METRICS)
+
+    def last_point(self) -> LoggedPoint | None:
+        """Return the last line of `metrics.jsonl`; None where nothing was logged. Raises what `metrics` raises."""
+        lines, url, what = self.metrics().splitlines(), files.join(self.url, METRICS), "a list of logged points"
+        return stored_json.validate(LoggedPoint, stored_json.parse(lines[-1], url, what), url, what) if lines else None
 
 
 def complete_checkpoints(url: str) -> list[StoredCheckpoint]:
-    """Return the complete checkpoints below `url`, the oldest first. Raises CorruptError, EnvironmentFault."""
-    found = [StoredCheckpoint(files.join(url, name)) for name in sorted(files.list_names(url))]
+    """Return the complete checkpoints below `url`, the oldest first. Raises EnvironmentFault.
+
+    Folders with other names than those of checkpoints are ignored.
+    """
+    names = filter(_NAME.fullmatch, sorted(files.list_names(url)))
+    found = [StoredCheckpoint(files.join(url, name)) for name in names]
     return [checkpoint for checkpoint in found if checkpoint.is_complete()]
 
 
@@ -87,16 +111,39 @@ def upload_checkpoint(local: Path, checkpoint: StoredCheckpoint) -> None:
         file_sets.upload_set(local, checkpoint.url)
 
 
-def fetch_newest_checkpoint(url: str, local: Path, warn: Callable[[str], None]) -> StoredCheckpoint | None:
+def load_state(folder: Path, url: str, device: torch.device | str = "cpu") -> TrainState:
+    """Return the training state in a local folder to which the checkpoint at `url` was downloaded.
+
+    Raises CorruptError that names the checkpoint where it holds no training state of this version.
+    """
+    try:
+        return TrainState.load(folder, device)
+    except (FileNotFoundError, ValueError) as error:
+        reason = str(error).replace(f"{folder}/", "")
+        raise CorruptError(
+            f"{url} is not a checkpoint of this version: {reason}",
+            "use the version of sagan that wrote it, or train again",
+        ) from error
+
+
+def fetch_newest_checkpoint(
+    url: str, local: Path, method_digest: str, warn: Callable[[str], None]
+) -> StoredCheckpoint | None:
     """Download the newest good checkpoint below `url` into `local` and return it; None where there is none.
 
-    A damaged checkpoint is skipped, and `warn` is called with a message. Raises EnvironmentFault.
+    A damaged checkpoint is skipped, and so is a checkpoint of another method than that with the digest
+    `method_digest`. `warn` is then called with a message. Raises EnvironmentFault.
     """
     for checkpoint in reversed(complete_checkpoints(url)):
         try:
             file_sets.fetch_set(checkpoint.url, local)
-        except CorruptError as error:
-            warn(f"checkpoint {checkpoint.name} is damaged and is skipped: {error.message}")
+            other_method = StoredCheckpoint(str(local)).facts().method_digest != method_digest
+        except (CorruptError, FileNotFoundError) as error:
+            reason = error.message if isinstance(error, CorruptError) else f"it has no {CHECKPOINT_FACTS}"
+            warn(f"checkpoint {checkpoint.name} is damaged and is skipped: {reason}")
+            continue
+        if other_method:
+            warn(f"checkpoint {checkpoint.name} is of another method and is skipped")
         else:
             return checkpoint
     return None

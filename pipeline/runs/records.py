@@ -11,7 +11,7 @@ from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score, better_first, comparable
 from pipeline.storage import files, stored_json
-from pipeline.storage.stored_json import PlainName
+from pipeline.storage.stored_json import PlainName, Size
 
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped early"
 """Outcomes of a trial that did not fail."""
@@ -82,7 +82,7 @@ class RecordedEvaluation(BaseModel):
     resize: Literal["fidelity", "clean"]
     extractor_dtype: Literal["float32", "float64"]
     split: str
-    samples: int = Field(ge=2)
+    samples: Size = Field(ge=2)
     seed: int = Field(ge=0, lt=2**63)
     weights: Literal["ema", "raw"]
     standing_images: int | None = Field(ge=1, le=1_000_000)
@@ -103,9 +103,9 @@ class RunRecord(Record):
     mlflow_run_id: str
     earlier_mlflow_run_ids: list[str] = []
     """Ids of MLflow runs that did not exist any more when the run was resumed, the oldest first."""
-    starts: int = 0
+    starts: Size = 0
     """Number of worker-group starts."""
-    images_lost: int = 0
+    images_lost: Size = 0
     """Number of images that were trained on and were in no checkpoint when workers died."""
     data: RecordedData
     evaluate: RecordedEvaluation
@@ -128,7 +128,7 @@ class SweepRecord(Record):
 class CheckpointFacts(Record):
     """`checkpoint.json`: facts about a checkpoint that its training state does not hold."""
 
-    images: int
+    images: Size
     """Position of the run."""
     train_seconds: float
     """Seconds of training up to this position, including scores on rank 0 and checkpoints."""
@@ -144,14 +144,14 @@ class CheckpointFacts(Record):
 class ScoreRecord(Record):
     """`scores/<checkpoint>.json`: the score of one checkpoint. A checkpoint that has a record is not scored again."""
 
-    checkpoint: str
+    checkpoint: PlainName
     """Name of the checkpoint."""
-    images: int
+    images: Size
     """Position of the checkpoint."""
     score: Score
     seconds: float
     """Seconds that scoring took."""
-    time_ms: int
+    time_ms: Size
     """Unix time of the score in milliseconds, for the tracker."""
 
 
@@ -190,7 +190,7 @@ class TrainSummary(RunScores):
 
     kind: Literal["train"] = "train"
     name: str
-    images: int
+    images: Size
     """Position at the end."""
     seconds: float
     """Seconds of training, including scores on rank 0 and checkpoints."""
@@ -198,8 +198,8 @@ class TrainSummary(RunScores):
     mlflow_run_id: str
     resumed_from: str | None
     """Name of the last checkpoint from which workers resumed; None where none did."""
-    restarts: int
-    images_lost: int
+    restarts: Size
+    images_lost: Size
 
 
 class Trial(BaseModel):
@@ -243,9 +243,9 @@ class SweepSummary(RunScores):
 
     kind: Literal["tune"] = "tune"
     name: str
-    trials: int
+    trials: Size
     """Number of trials."""
-    stopped_early: int
+    stopped_early: Size
     """Number of trials that were stopped early."""
     best: Trial
     mlflow_run_id: str

@@ -16,7 +16,7 @@ from pipeline.runs.records import (
     TrainSummary,
     TrialRecord,
 )
-from pipeline.storage import files
+from pipeline.storage import files, stored_json
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,10 @@ def open_folder(url: str) -> StoredRun | StoredSweep | None:
     """
     record_url = _record_url(url)
     try:
-        record = files.read_json(record_url)
+        record = stored_json.parse(stored_json.read(record_url), record_url, "the record of a run or a sweep")
     except FileNotFoundError:
         return None
-    return StoredSweep(url) if isinstance(record, dict) and record.get("kind") == "tune" else StoredRun(url)
+    return StoredSweep(url) if record.get("kind") == "tune" else StoredRun(url)
 
 
 def _record_url(url: str) -> str:

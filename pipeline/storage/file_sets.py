@@ -100,11 +100,11 @@ class Manifest:
 def upload_set(folder: Path, url: str, **facts: Any) -> Manifest:
     """Upload every file below `folder` to `url`, then the manifest with the entries and `facts`.
 
-    Where `url` holds the same set already, nothing is uploaded. Raises SaganError where `url` holds another set, and
-    EnvironmentFault where storage fails.
+    Where `url` holds the same set already, nothing is uploaded. A manifest that is not valid is replaced. Raises
+    SaganError where `url` holds another set, and EnvironmentFault where storage fails.
     """
     manifest = Manifest.of(folder, **facts)
-    if (existing := read_manifest(url)) is not None:
+    if (existing := valid_manifest(url)) is not None:
         if existing.to_bytes() != manifest.to_bytes():
             raise SaganError(f"{url} already holds another set of files; a set is never changed", "choose another URL")
         return existing
@@ -120,6 +120,14 @@ def read_manifest(url: str) -> Manifest | None:
     try:
         return Manifest.from_bytes(stored_json.read(manifest_url), manifest_url)
     except FileNotFoundError:
+        return None
+
+
+def valid_manifest(url: str) -> Manifest | None:
+    """Return the manifest of the set at `url`; None where there is none or it is not valid. Raises EnvironmentFault."""
+    try:
+        return read_manifest(url)
+    except CorruptError:
         return None
 
 

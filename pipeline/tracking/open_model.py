@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from safetensors import SafetensorError
-
 from pipeline.config.schema import EvaluateSection
 from pipeline.errors import CorruptError, UsageError
-from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint
+from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint, load_state
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import default_uri
@@ -77,10 +75,7 @@ def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[
     """
     with files.temporary_folder("checkpoint") as temp:
         file_sets.fetch_set(checkpoint.url, temp)
-        try:
-            state = TrainState.load(temp, device)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise CorruptError(f"{checkpoint.url} is not a checkpoint of this version: {error}") from error
+        state = load_state(temp, checkpoint.url, device)
         facts = StoredCheckpoint(str(temp)).facts()
     return state, facts.class_names if state.model.known_num_classes else []
 

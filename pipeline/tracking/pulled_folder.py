@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import EnvironmentFault, UsageError
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import CorruptError, EnvironmentFault, UsageError
+from pipeline.storage import files, stored_json
+from pipeline.storage.stored_json import RelativePath
 
 LIST = ".pulled.json"  # paths of the files that pulls wrote, relative to the folder
+_PATHS = TypeAdapter(list[RelativePath])
 _TEMPORARY = ".pull-"  # prefix of folders with incomplete downloads
 
 
@@ -52,8 +57,12 @@ def _replace(folder: Path, download: Path) -> None:
 
     Every moment leaves a folder that the next pull can replace.
     """
-    earlier = set(json.loads((folder / LIST).read_text())) if (folder / LIST).exists() else set()
+    earlier = _listed(folder / LIST)
     new = {path.relative_to(download).as_posix() for path in download.rglob("*") if path.is_file()}
+    if outside := [
+        name for name in sorted(earlier | new) if not (folder / name).parent.resolve().is_relative_to(folder)
+    ]:
+        raise UsageError(f"{folder / outside[0]} is not in {folder}, but behind a link", "choose another folder")
     if foreign := sorted(name for name in new - earlier if (folder / name).exists()):
         raise UsageError(
             f"{folder} holds files that no pull wrote and that the model has too: {', '.join(foreign)}",
@@ -66,6 +75,20 @@ def _replace(folder: Path, download: Path) -> None:
     for name in earlier - new:
         (folder / name).unlink(missing_ok=True)
     _write_list(folder, new)
+
+
+def _listed(path: Path) -> set[str]:
+    """Return the paths of the files that earlier pulls wrote. Somebody else may have written the list.
+
+    Raises CorruptError where it is no list of paths below the folder.
+    """
+    try:
+        return set(_PATHS.validate_json(files.read_at_most(str(path), stored_json.MOST_BYTES)))
+    except FileNotFoundError:
+        return set()
+    except ValidationError as error:
+        reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise CorruptError(f"{path} is not the list of an earlier pull: {reason}", "choose another folder") from error
 
 
 def _write_list(folder: Path, names: set[str]) -> None:

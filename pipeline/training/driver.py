@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from pipeline.compute.cluster import join_named_cluster
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
 from pipeline.config.schema import TrainJob, sqlite_database
-from pipeline.errors import InterruptedRun, SaganError, UsageError, shown_url
+from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun, SaganError, UsageError, shown_url
 from pipeline.packing.pack import pack
 from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
 from pipeline.runs.stored_run import StoredRun
@@ -29,6 +31,7 @@ from pipeline.training.status import Snapshot, create_status
 from pipeline.training.training_run import Evaluation, TrainingRun
 
 POLL_SECONDS = 0.5
+HOUSEKEEPING_PAUSE_S = 30.0  # after a fault of storage
 SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the source version of the run
 
 
@@ -181,10 +184,13 @@ def artifact_location(job: TrainJob) -> str | None:
 def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> RunRecord | None:
     """Return the record of the run of this name; None where there is no such run.
 
-    Raises UsageError where the stored run has another method.
+    Raises UsageError where the stored run, or the newest checkpoint of a folder without a record, has another method.
     """
     record = stored.record()
-    if record is None or record.method == method:
+    if record is None:
+        _require_own_checkpoints(job, stored, digest_of(method))
+        return None
+    if record.method == method:
         return record
     old = record.method
     lines = "\n".join(f"    {line}" for line in method_differences(old, method))
@@ -193,6 +199,20 @@ def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> Run
         "give this run another name (name=…), set the keys back to resume the existing run, "
         "or delete the existing run and start over with --fresh",
     )
+
+
+def _require_own_checkpoints(job: TrainJob, stored: StoredRun, method_digest: str) -> None:
+    """Raise UsageError where the newest checkpoint of a folder without `run.json` has another method."""
+    for checkpoint in stored.checkpoints()[-1:]:
+        try:
+            other = checkpoint.facts().method_digest != method_digest
+        except (CorruptError, FileNotFoundError):  # the workers skip it
+            continue
+        if other:
+            raise UsageError(
+                f"{stored.url} has no record of a run, but its checkpoint {checkpoint.name} is of another method",
+                "give this run another name (name=…), or delete the folder and start over with --fresh",
+            )
 
 
 # --- while the run trains ---------------------------------------------------------------------------------------------
@@ -210,6 +230,7 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
     if not beside:
         print("the cluster has no room to score beside training: training waits for each score", flush=True)
     status = create_status(run.reached, run.record.starts, run.record.images_lost)
+    housekeeping = Housekeeping(run)
     workers = _Background(lambda: ray_train.run_workers(run, status, evaluation, beside))
     seen = Snapshot(starts=run.record.starts)
     with _signals(lambda: status.request_stop.remote()) as signals, Console(job) as console:
@@ -220,11 +241,7 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
             for images, _, value in seen.scores[len(before.scores) :]:
                 if on_score is not None:
                     on_score(images, value)
-            if seen.starts > before.starts:
-                run.record = run.record.model_copy(update={"starts": seen.starts, "images_lost": seen.images_lost})
-                run.stored.write_record(run.record)
-            if len(seen.uploaded) > len(before.uploaded) or len(seen.scores) > len(before.scores):
-                delete_superfluous_checkpoints(job)
+            housekeeping.follow(seen)
             if seen.stopped:
                 break
         seen = ray.get(status.snapshot.remote())
@@ -251,6 +268,36 @@ def _newest_checkpoint(run: TrainingRun) -> str:
     """Return a clause for messages that names the newest complete checkpoint."""
     newest = run.stored.checkpoints()[-1:]
     return f"checkpoint {newest[0].url} is complete" if newest else "the run has no checkpoint yet"
+
+
+class Housekeeping:
+    """Keeps the run's record up to date and applies retention while the run trains.
+
+    A fault of storage does not end training. It is shown, and the work is done later.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._kept = 0  # checkpoints and scores for which retention was applied
+        self._again_at = -math.inf
+
+    def follow(self, seen: Snapshot) -> None:
+        """Do what the status asks for."""
+        run, known = self._run, len(seen.uploaded) + len(seen.scores)
+        if time.monotonic() < self._again_at:
+            return
+        try:
+            if seen.starts > run.record.starts:
+                counts = {"starts": seen.starts, "images_lost": seen.images_lost}
+                record = run.record.model_copy(update=counts)
+                run.stored.write_record(record)
+                run.record = record
+            if known > self._kept:
+                delete_superfluous_checkpoints(run.job)
+                self._kept = known
+        except (EnvironmentFault, CorruptError) as error:
+            self._again_at = time.monotonic() + HOUSEKEEPING_PAUSE_S
+            print(f"the run's folder cannot be tidied now; training goes on: {error.message}", flush=True)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,12 +29,14 @@ from pipeline.runs.checkpoints import (
     METRICS,
     StoredCheckpoint,
     fetch_newest_checkpoint,
+    load_state,
     upload_checkpoint,
     write_checkpoint,
 )
 from pipeline.runs.records import CheckpointFacts
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets
+from pipeline.storage.scratch_folder import ScratchFolder
 from pipeline.streaming.device_transfer import to_device
 from pipeline.streaming.stream import Stream
 from pipeline.tracking.git_commit import git_commit
@@ -81,8 +84,9 @@ class Worker:
         configure_device(self.device)
         # Decisions are broadcast between hosts with gloo, so that a broadcast never waits for a GPU.
         self.control = dist.new_group(backend="gloo") if self.world.size > 1 else None
-        self.scratch = tempfile.TemporaryDirectory(prefix=f"sagan-{job.name}-")
-        self.metrics_file = Path(self.scratch.name) / METRICS
+        self.scratch = ScratchFolder(f"run-{job.name}")
+        self.uploads = ScratchFolder(f"upload-{job.name}")  # Ray deletes each checkpoint in it after its upload
+        self.metrics_file = self.scratch.path / METRICS
         self.train_seconds = 0.0
         self.git_commit = git_commit()  # read at the start, because the checkout may change during training
         self.collection = Collection.open(job.data.train)
@@ -120,7 +124,8 @@ class Worker:
         self.stream.close()
         if self.tracker is not None:
             self.tracker.close(timeout_s=30)
-        self.scratch.cleanup()
+        self.scratch.delete()
+        self.uploads.delete_if_empty()  # an upload may still go on
 
     # --- start -------------------------------------------------------------------------------------------------------
 
@@ -129,9 +134,12 @@ class Worker:
 
         Rank 0 chooses the checkpoint.
         """
-        local = Path(self.scratch.name) / "restored"
+        local = self.scratch.path / "restored"
         local.mkdir()
-        newest = fetch_newest_checkpoint(self.stored.checkpoints_url, local, self._note) if self.is_rank0 else None
+        newest = None
+        if self.is_rank0:
+            method = self.assignment.method_digest
+            newest = fetch_newest_checkpoint(self.stored.checkpoints_url, local, method, self._note)
         checkpoint: StoredCheckpoint | None = self._from_rank0(newest)
         if checkpoint is None:
             state = TrainState(self.job.model, self.job.optim, self.job.seed, self.device)
@@ -139,9 +147,10 @@ class Worker:
             if not self.is_rank0:
                 file_sets.fetch_set(checkpoint.url, local)
             restored = StoredCheckpoint(str(local))
-            state = TrainState.load(local, self.device)
+            state = load_state(local, checkpoint.url, self.device)
             self.metrics_file.write_bytes(restored.metrics())
             self.train_seconds = restored.facts().train_seconds
+        shutil.rmtree(local)
         rank_consistency.check_ranks(state, self.world)
         if self.is_rank0:
             name = None if checkpoint is None else checkpoint.name
@@ -213,7 +222,7 @@ class Worker:
         upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
         name, written = None, None
         if self.is_rank0:
-            local = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            local = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.uploads.path))
             facts = CheckpointFacts(
                 images=self.state.images,
                 train_seconds=self.train_seconds,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.collection.derived_tensors import derived
+from pipeline.collection.derived_tensors import NoFacts, derived
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection
 from pipeline.errors import UsageError, shown_url
@@ -64,10 +64,11 @@ def classifier(collection: Collection, data: DataSection, seed: int, device: str
     Raises UsageError for a collection without classes.
     """
     require_classes(collection)
-    tensors, facts, digest = derived(
-        collection, f"classifier-v{RECIPE}-seed{seed}", lambda: _train_and_check(collection, data, seed)
-    )
-    network = Classifier(facts["resolution"], facts["classes"])
+    with torch.device("meta"):
+        expected = Classifier(collection.resolution, collection.num_classes).state_dict()
+    name = f"classifier-v{RECIPE}-seed{seed}"
+    tensors, _, digest = derived(collection, name, lambda: _train_and_check(collection, data, seed), expected, NoFacts)
+    network = Classifier(collection.resolution, collection.num_classes)
     network.load_state_dict(tensors)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Extractor("classifier", digest, network.eval().requires_grad_(False), device=device)

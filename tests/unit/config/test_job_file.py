@@ -143,6 +143,15 @@ def test_a_sweep_is_checked_down_to_the_keys_of_its_space(job, tmp_path):
         load_job(sweep)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["data.lanes=99999999999", "data.window=1e30", "train.kimg=1e300", "train.batch=2000000", "train.workers=99999"],
+)
+def test_a_number_that_would_take_all_memory_is_refused(job, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_job(job(TRAIN), parse_overrides(["train.batch=100000", override]))
+
+
 def test_overrides_obey_the_same_rules(job):
     for override, message in (
         ("train.kimg=.inf", "train.kimg: .inf is not a finite number"),

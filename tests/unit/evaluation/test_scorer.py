@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection
-from pipeline.errors import UsageError
+from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.metrics import METRICS, Metric
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.score_protocol import Score
+from pipeline.storage import file_sets
 from sagan.sampling import Model
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -176,7 +180,8 @@ def test_reference_moments_are_those_of_all_images_and_are_taken_once(digits: Co
     calls = []
 
     def counted(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(len(images))
+        if images.any():  # a black image only shows the number of features
+            calls.append(len(images))
         return brightness(images)
 
     extractor = Extractor("brightness", "aa" * 32, counted)
@@ -232,7 +237,8 @@ def test_rows_of_all_real_images_are_those_that_the_statistics_were_taken_of(
     calls = []
 
     def counted(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(len(images))
+        if images.any():  # a black image only shows the number of features
+            calls.append(len(images))
         return brightness(images)
 
     section = EvaluateSection(feature_metrics=True, samples=1000)
@@ -241,3 +247,48 @@ def test_rows_of_all_real_images_are_those_that_the_statistics_were_taken_of(
     rows = of_brightness.reference_features("heldout", 1000)
     assert sum(calls) == digits.size("heldout") == len(rows)
     torch.testing.assert_close(rows.double().mean(0), moments.mean)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"mean": torch.zeros(3, dtype=torch.float64)}, "mean is"),
+        ({"scatter": torch.eye(4)}, "scatter is torch.float32"),
+        ({"scatter": torch.full((4, 4), float("nan"), dtype=torch.float64)}, "not finite"),
+        ({"scatter": torch.eye(4, dtype=torch.float64) * 1e300}, "not finite"),
+        ({"accuracy": 7.0}, "accuracy: Input should be less than or equal to 1"),
+        ({"accuracy": "all"}, "accuracy: "),
+        ({"count": -5}, ""),
+    ],
+)
+def test_statistics_that_somebody_else_stored_are_checked(
+    digits: Collection, data: DataSection, tensors: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    collection = dataclasses.replace(digits, url=str(shutil.copytree(digits.url, tmp_path / "theirs")))
+    right = scorer_of(collection, data, Extractor("theirs", "ab" * 32, brightness)).reference("heldout")
+    (stored,) = Path(collection.url).glob("evaluation/statistics-theirs-*")
+    facts = {"count": right.moments.count, "accuracy": right.accuracy} | tensors
+    made = tmp_path / "made"
+    made.mkdir()
+    values = {"mean": right.moments.mean, "scatter": right.moments.scatter}
+    save_file({name: tensors.get(name, value) for name, value in values.items()}, made / "a.safetensors")
+    shutil.rmtree(stored)
+    file_sets.upload_set(made, str(stored), count=facts["count"], accuracy=facts["accuracy"])
+    again = scorer_of(collection, data, Extractor("theirs", "ab" * 32, brightness))
+    if named:
+        with pytest.raises(CorruptError, match=named):
+            again.reference("heldout")
+    else:  # the number of images is that of the collection
+        assert again.reference("heldout").moments.count == digits.size("heldout")
+
+
+def test_a_score_that_is_not_finite_is_an_error_that_names_the_extractor(
+    model: Model, digits: Collection, data: DataSection
+) -> None:
+    def overflowing(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, logits = brightness(images)
+        return x, logits * float("inf")
+
+    scorer = scorer_of(digits, data, Extractor("overflowing", "ac" * 32, overflowing))
+    with pytest.raises(SaganError, match="isc_overflowing is not finite: .* of overflowing overflow"):
+        scorer.score(model, scorer.protocol(model, seed=0, samples=64))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from PIL import Image
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import PackSection
-from pipeline.errors import UsageError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.packing.pack import pack
+from tests.unit.conftest import quiet
 from tests.unit.packing.reading import bytes_of, read_back
 
 
@@ -76,6 +78,15 @@ def test_another_section_does_not_overwrite(images: Path, tmp_path: Path, change
     assert bytes_of(tmp_path / "set") == before
 
 
+@pytest.mark.parametrize("data", [b"", b"[]", b"[" * 100_000, b"\xff"])
+def test_a_record_of_other_people_that_is_no_object_is_named(data: bytes, images: Path, tmp_path: Path) -> None:
+    section = PackSection(source=str(images), resolution=32)
+    pack(str(tmp_path), section, quiet)
+    (tmp_path / "pack.json").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"pack\.json"):
+        pack(str(tmp_path), section, quiet)
+
+
 def test_an_interrupted_packing_leaves_no_collection_and_can_be_repeated(images: Path, tmp_path: Path) -> None:
     section = PackSection(source=str(images), resolution=32, shard_images=7)
     with pytest.raises(KeyboardInterrupt):
@@ -102,6 +113,20 @@ def test_whole_shards_of_an_interrupted_packing_are_kept(packed: Collection, ima
     assert len(whole) >= 3
     assert {path: path.stat().st_mtime_ns for path in whole} == whole
     assert not (folder / ".packing").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"broken": {"999": "x"}}, {"broken": [1]}, {"size": -1}, {"sha256": "x"}, {"inputs": None}]
+)
+def test_a_receipt_that_means_nothing_counts_as_none(
+    packed: Collection, images: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    section = PackSection(source=str(images), resolution=32, shard_images=7)
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(tmp_path), section, interrupt_halfway)
+    for number, path in enumerate(sorted((tmp_path / ".packing").iterdir())):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change if number else []))
+    assert pack(str(tmp_path), section, quiet).digest == packed.digest
 
 
 def test_a_shard_with_other_images_is_packed_again(images: Path, tmp_path: Path) -> None:

@@ -254,3 +254,20 @@ def test_nothing_of_a_name_becomes_part_of_the_page() -> None:
     text = html.whole(hostile, [html.Section(hostile, html.joined([html.data({"name": hostile}), hostile]))])
     assert "<b>" not in text
     assert json.loads(re.findall(r"json\">(.*?)</script>", text)[0]) == {"name": hostile}
+
+
+@pytest.mark.parametrize("data", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n" + b"x" * 99])
+def test_a_stored_picture_that_is_none_is_named_and_starts_no_program(written: Written, run: Run, data: bytes) -> None:
+    url = run("first")
+    (grid, *_) = sorted(Path(url).glob("grids/*"))
+    grid.write_bytes(data)
+    with pytest.raises(CorruptError, match=rf"{grid.name} is not a picture"):
+        written([url])
+
+
+def test_a_record_without_the_digest_of_its_collection_is_compared_with_no_images(written: Written, run: Run) -> None:
+    stored = StoredRun(run("first"))
+    record = stored.record()
+    assert record is not None
+    stored.write_record(record.model_copy(update={"method": {}}))
+    assert "another collection" in written([stored.url])

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError
+from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints, load_state
 from pipeline.runs.records import (
     CheckpointFacts,
     Record,
@@ -25,7 +26,7 @@ from pipeline.runs.records import (
     best_score,
 )
 from pipeline.runs.score_protocol import Score, ScoreProtocol
-from pipeline.runs.stored_run import StoredSweep
+from pipeline.runs.stored_run import StoredSweep, open_folder
 from pipeline.storage import files
 
 PROTOCOL = ScoreProtocol(
@@ -123,6 +124,8 @@ def test_another_format_is_refused_with_both_formats_and_a_remedy(found: int | N
         ({"images": "many"}, "images"),
         ({"class_names": ["ant", 7]}, "class_names.1"),
         ({"git_commit": None}, "git_commit"),
+        ({"images": -1}, "images"),
+        ({"images": 2**70}, "images"),
     ],
 )
 def test_a_wrong_or_missing_value_is_refused_by_the_name_of_its_field(
@@ -132,6 +135,55 @@ def test_a_wrong_or_missing_value_is_refused_by_the_name_of_its_field(
     with pytest.raises(CorruptError) as caught:
         CheckpointFacts.read(url)
     assert caught.value.message.startswith(f"{url} is not a CheckpointFacts: {field}: ")
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"a":' * 40 + b"1" + b"}" * 40])
+def test_what_is_no_json_object_of_few_levels_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="is not a TrainSummary"):
+        TrainSummary.read(str(path))
+    path = tmp_path / "run.json"
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"run\.json"):
+        open_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/x", ".hidden", "a/b", "\x1b[2J"])
+def test_names_of_checkpoints_and_trials_lead_nowhere_else(name: str) -> None:
+    record = ScoreRecord(checkpoint="c", images=1, score=SCORE, seconds=1.0, time_ms=1).to_dict()
+    with pytest.raises(CorruptError, match="checkpoint: "):
+        ScoreRecord.parse(json.dumps(record | {"checkpoint": name}).encode(), "score.json")
+    trials = SweepTrials(trials=[TRIAL]).to_dict()
+    trials["trials"][0]["name"] = name
+    with pytest.raises(CorruptError, match=r"trials\.0\.name"):
+        SweepTrials.parse(json.dumps(trials).encode(), "trials.json")
+
+
+@pytest.mark.parametrize("data", [b"{", b"[1]", b'{"step": 1, "time_ms": 1, "metrics": {"loss": "low"}}\n'])
+def test_logged_points_of_somebody_else_are_checked(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"metrics\.jsonl"):
+        StoredCheckpoint(str(tmp_path)).last_point()
+
+
+def test_folders_with_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("000000001000-0123abcd", "-1-x", "abc", "000000001000-0123abcd.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text('{"format": 1, "files": {}}')
+    assert [checkpoint.images for checkpoint in complete_checkpoints(str(tmp_path))] == [1000]
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"), [({"format": 2}, "format 2; this version reads format 3"), ({}, "no entry 'format'")]
+)
+def test_a_state_of_another_version_is_refused_by_its_format(
+    facts: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(facts))
+    with pytest.raises(CorruptError, match=reason) as caught:
+        load_state(tmp_path, "s3://bucket/run/checkpoints/x")
+    assert caught.value.message.startswith("s3://bucket/run/checkpoints/x is not a checkpoint of this version: state")
 
 
 def test_a_field_within_a_score_is_named_by_its_path(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """A state is everything a step reads and changes: saved and resumed it goes on bit for bit."""
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sagan import OptimConfig, TrainState
 from sagan.train_state import FORMAT
@@ -51,4 +54,41 @@ def test_another_format_is_refused_by_name(tmp_path):
     facts = tmp_path / "state.json"
     facts.write_text(facts.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
     with pytest.raises(ValueError, match="format 99"):
+        TrainState.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda facts, tensors: facts.update(seed=-1), "seed must be"),
+        (lambda facts, tensors: facts.update(images="1"), "images must be"),
+        (lambda facts, tensors: facts.update(model=[1]), "state.json"),
+        (lambda facts, tensors: facts["model"].update(z_dim="8"), "state.json"),
+        (lambda facts, tensors: facts["model"].update(num_classes=100_000, channels_g=1024), "is not as state.json"),
+        (lambda facts, tensors: facts["optim"].update(lr_g=None), "state.json"),
+        (lambda facts, tensors: facts.pop("optim"), "no entry 'optim'"),
+        (lambda facts, tensors: tensors.pop("ema.conv.weight"), "'ema.conv.weight' is not as"),
+        (lambda facts, tensors: tensors.update({"ema.conv.weight": torch.zeros(1)}), "'ema.conv.weight' is not as"),
+        (lambda facts, tensors: tensors.update({"ema.other": torch.zeros(1)}), "'ema.other' is not as"),
+        (lambda facts, tensors: tensors.pop("adam_g.conv.weight.step"), "'adam_g.conv.weight.step' is not as"),
+    ],
+)
+def test_a_state_of_somebody_else_is_checked_before_it_takes_memory(change, named, tmp_path):
+    state = TrainState(CONFIG, OptimConfig(), seed=0)
+    run(state, 1)
+    state.save(tmp_path)
+    facts, tensors = json.loads((tmp_path / "state.json").read_text()), load_file(tmp_path / "state.safetensors")
+    change(facts, tensors)
+    (tmp_path / "state.json").write_text(json.dumps(facts))
+    save_file(tensors, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match=named):
+        TrainState.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"[" * 100_000, b"\xff" * 100])
+def test_a_damaged_file_of_a_state_is_named(name, data, tmp_path):
+    TrainState(CONFIG, OptimConfig(), seed=0).save(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=name):
         TrainState.load(tmp_path)

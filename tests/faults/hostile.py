@@ -1,0 +1,376 @@
+"""A fuzzer: changes foreign files and rows at random, gives them to the public commands, and counts what happens.
+
+    python -m tests.faults.hostile [--seed N] [--minutes M] [--inputs N] [--only KIND:NUMBER] [--failures FOLDER]
+
+Each input is a clean example of its kind (`hostile_kinds`) with a few changes. The seed, the kind and the number of an
+input decide about its changes. A process of its own, forked from one that has imported everything, runs the command
+with a limit of memory, an empty home and a folder of its own. Files of somebody else lie beside it, and the changes
+write their paths into the inputs. An audit hook records every file that is opened for writing or deleted outside the
+folder, every program that is started and every connection.
+
+An input is refused where the command ends with an error of `pipeline.errors`, or accepted and right. Everything else is
+a failure: its files are kept in a folder, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import multiprocessing
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import TextIOWrapper
+from pathlib import Path
+from random import Random
+
+from rich.console import Console
+from rich.table import Table
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[variable] = "1"  # a process with threads must not fork
+
+from tests.faults import hostile_kinds  # noqa: E402
+from tests.faults.hostile_kinds import KINDS, Kind  # noqa: E402
+
+# What the commands import while they run. torch imports `_dynamo`, and much with it, for its first optimiser.
+_IMPORTED = (
+    *("pipeline.collection.verify", "pipeline.evaluation.evaluate_model", "pipeline.job_runner", "pipeline.pictures"),
+    *("pipeline.packing.pack", "pipeline.report.write_report", "pipeline.tracking.open_model", "sagan.cost"),
+    *("mlflow.pyfunc", "pandas", "pyarrow.parquet", "torch._dynamo"),
+)
+SECONDS, MOST_MORE = 30.0, 2**30
+_DATA_LIMIT, _FILE_LIMIT = 4 * 2**30, 2**30  # bytes: memory beyond that of the forking process, and a file
+_EXCEPTION = 70  # exit status of a process that ends with an exception that is no SaganError
+_PARALLEL = 2
+
+REFUSED, RIGHT = "refused", "accepted and right"
+FAILURES = ("wrong", "exceptions", "signals", "outside", "> 30 s", "> 1 GB")
+_WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+_STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one input led to: REFUSED, RIGHT or some of FAILURES, and the greatest memory of its process in bytes."""
+
+    what: list[str]
+    memory: int
+    printed: str
+
+
+@dataclass
+class Running:
+    """A process that reads one input in the folder `slot`. `handle` becomes readable when it ends."""
+
+    kind: str
+    number: int
+    slot: Path
+    pid: int
+    handle: int
+    began: float
+
+
+@dataclass
+class Ground:
+    """The folders of a run of the fuzzer: clean inputs, a canary tree, and a slot for each process."""
+
+    root: Path
+    seed: int
+    failures: Path
+    memory: dict[str, int] = field(default_factory=dict)
+    """Greatest memory of the process that reads the clean input, by kind."""
+
+    def __post_init__(self) -> None:
+        self.clean, self.canary = self.root / "clean", self.root / "canary"
+        self.names = [
+            *(str(self.canary / name) for name in ("id.tar", "id", ".bashrc")),
+            *("../" * up + f"canary/{name}" for up in (1, 2, 3, 4, 5, 6) for name in ("id.tar", "id")),
+            *("../home/.bashrc", "../../home/.profile", "canary", "../out", "../in", ".."),
+        ]
+
+    def plant(self) -> None:
+        """Import everything, and write the clean inputs and the canary tree.
+
+        Another process makes the clean inputs, since this starts threads.
+        """
+        for module in _IMPORTED:
+            importlib.import_module(module)
+        self.clean.mkdir()
+        builder = multiprocessing.get_context("fork").Process(target=hostile_kinds.build, args=(self.clean,))
+        builder.start()
+        builder.join()
+        if builder.exitcode:
+            raise SystemExit("the clean inputs cannot be made")
+        for name in ("id.tar", "id", ".bashrc", "deep/train-00000.tar", "deep/manifest.json"):
+            path = self.canary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("mine")
+
+    def state(self) -> str:
+        """Return a digest of everything that no command may change."""
+        digest = hashlib.sha256()
+        for path in sorted([*self.root.iterdir(), *self.canary.rglob("*"), *self.clean.rglob("*")]):
+            facts = path.lstat()
+            content = path.read_bytes() if path.is_file() and self.canary in path.parents else b""
+            same = (facts.st_size, facts.st_mtime_ns, facts.st_ino) if path.is_file() else ()
+            digest.update(f"{path} {facts.st_mode} {same} ".encode() + content)
+        return digest.hexdigest()
+
+
+# --- in the process of an input --------------------------------------------------------------------------------------
+
+
+def _run(ground: Ground, name: str, number: int | None, slot: Path) -> int:
+    """Change a copy of the clean input, read it, and return the exit status. `number` None means no change."""
+    kind = KINDS[name]
+    source, out = slot / "in", slot / "out"
+    shutil.copytree(ground.clean / kind.folder, source)
+    if number is not None:
+        kind.change(source, Random(f"{ground.seed}:{name}:{number}"), ground.names)
+    os.chdir(out)
+    os.environ.update(HOME=str(slot / "home"), TMPDIR=str(slot / "tmp"), MPLCONFIGDIR=str(slot / "tmp"))
+    os.environ.pop("RAY_ADDRESS", None)
+    tempfile.tempdir = None
+    for limit, most in ((resource.RLIMIT_DATA, _data_bytes() + _DATA_LIMIT), (resource.RLIMIT_FSIZE, _FILE_LIMIT)):
+        resource.setrlimit(limit, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.simplefilter("default")
+    _watch(slot)
+    try:
+        kind.read(source, out)
+    except SystemExit as end:
+        return int(end.code or 0) if isinstance(end.code, int | None) else 1
+    return 0
+
+
+def _data_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmData:")[2].split()[0])
+
+
+def _watch(slot: Path) -> None:
+    """Record in the file `outside` whatever this process changes outside its folders, starts or connects to."""
+    record = os.open(slot / "outside", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    allowed = tuple(os.path.realpath(slot / name) for name in ("in", "out", "tmp", "home/.cache/sagan"))
+
+    def is_own(path: object) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return True  # a file that is open already
+        real = os.path.realpath(os.fsdecode(path))
+        above = tuple(str(parent) for parent in Path(allowed[-1]).parents[:2])
+        return real.startswith(allowed) or real in above or real.startswith(("/dev/null", "/dev/shm", "/proc/self"))
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) or is_own(path):
+                return
+        elif event in _WRITES:
+            if all(is_own(path) for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]):
+                return
+        elif event not in _STARTS:
+            return
+        os.write(record, f"{event} {arguments!r:.300}\n".encode(errors="backslashreplace"))
+
+    sys.addaudithook(hook)
+
+
+def _start(ground: Ground, name: str, number: int | None, slot: Path) -> Running:
+    shutil.rmtree(slot, ignore_errors=True)
+    for folder in ("out", "tmp", "home"):
+        (slot / folder).mkdir(parents=True)
+    began = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        status = _EXCEPTION
+        try:
+            os.setsid()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            fd = os.open(slot / "printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for stream in (1, 2):
+                os.dup2(fd, stream)
+            sys.stdout, sys.stderr = (TextIOWrapper(os.fdopen(os.dup(stream), "wb")) for stream in (1, 2))
+            status = _run(ground, name, number, slot)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)
+    return Running(name, number or 0, slot, pid, os.pidfd_open(pid), began)
+
+
+# --- in the process of the fuzzer ------------------------------------------------------------------------------------
+
+
+def _end(ground: Ground, running: Running, late: bool) -> Outcome:
+    """Wait for the end of a process, and judge what it did."""
+    with contextlib.suppress(ProcessLookupError):
+        if late:
+            os.killpg(running.pid, signal.SIGKILL)
+    _, status, usage = os.wait4(running.pid, 0)
+    os.close(running.handle)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)  # processes that it started
+    slot, memory = running.slot, usage.ru_maxrss * 1024
+    printed = (slot / "printed").read_bytes().decode(errors="replace") if (slot / "printed").exists() else ""
+    what = []
+    if late:
+        what.append("> 30 s")
+    elif os.WIFSIGNALED(status):
+        what.append("signals")
+    elif os.WEXITSTATUS(status) == _EXCEPTION or "Traceback (most recent call last)" in printed:
+        what.append("exceptions")
+    elif _controls_terminal(printed) or not _is_expected(KINDS[running.kind], os.WEXITSTATUS(status), slot, printed):
+        what.append("wrong")
+    if (slot / "outside").exists() and (recorded := (slot / "outside").read_text()):
+        what.append("outside")
+        printed += f"\noutside:\n{recorded}"
+    if memory > ground.memory.get(running.kind, memory) + MOST_MORE:
+        what.append("> 1 GB")
+    return Outcome(what or [RIGHT if os.WEXITSTATUS(status) == 0 else REFUSED], memory, printed)
+
+
+def _is_expected(kind: Kind, status: int, slot: Path, printed: str) -> bool:
+    if status:
+        return status in (1, 2, 3) and any(line.startswith("error: ") for line in printed.splitlines())
+    try:
+        return kind.is_right(slot / "out", printed)
+    except Exception:
+        return False
+
+
+def _controls_terminal(printed: str) -> bool:
+    return any((ord(letter) < 32 and letter not in "\n\t\r") or letter in "\x7f\u202e" for letter in printed)
+
+
+def _measure_clean(ground: Ground) -> None:
+    """Read every clean input. Raises SystemExit where one is not accepted."""
+    for name in KINDS:
+        running = _start(ground, name, None, ground.root / "slots" / "0")
+        _, _, _ = select.select([running.handle], [], [], SECONDS)
+        outcome = _end(ground, running, late=False)
+        if outcome.what != [RIGHT]:
+            raise SystemExit(f"the clean input of {name} is {', '.join(outcome.what)}:\n{outcome.printed}")
+        ground.memory[name] = outcome.memory
+
+
+def _in_turn() -> Iterator[tuple[str, int]]:
+    """Yield kinds and numbers of inputs, endlessly, by the shares of the kinds."""
+    given: Counter[str] = Counter()
+    while True:
+        name = min(KINDS, key=lambda name: (given[name] + 1) / KINDS[name].share)
+        yield name, given[name]
+        given[name] += 1
+
+
+def _fuzz(ground: Ground, inputs: Iterator[tuple[str, int]], until: float, counts: dict[str, Counter[str]]) -> None:
+    """Read inputs until there are no more or until a time, and add what they led to to `counts`."""
+    running: dict[int, Running] = {}
+    free = [ground.root / "slots" / str(n) for n in range(_PARALLEL)]
+    state, reported = ground.state(), time.monotonic()
+    try:
+        while True:
+            while free and time.monotonic() < until and (following := next(inputs, None)) is not None:
+                one = _start(ground, *following, free.pop())
+                running[one.handle] = one
+            if not running:
+                return
+            first = min(one.began for one in running.values()) + SECONDS
+            ended, _, _ = select.select(list(running), [], [], max(0.0, first - time.monotonic()))
+            late = [h for h, one in running.items() if h not in ended and time.monotonic() > one.began + SECONDS]
+            for handle in [*ended, *late]:
+                one = running.pop(handle)
+                outcome = _end(ground, one, handle in late)
+                if (now := ground.state()) != state:
+                    outcome = Outcome(
+                        sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed
+                    )
+                    state = now
+                counts[one.kind].update(["tried", *outcome.what])
+                if set(outcome.what) & set(FAILURES):
+                    _keep(ground, one, outcome)
+                free.append(one.slot)
+            if time.monotonic() - reported > 10:
+                reported = time.monotonic()
+                failed = sum(count[what] for count in counts.values() for what in FAILURES)
+                tried = sum(count["tried"] for count in counts.values())
+                print(f"{tried:,} inputs, {failed} failures", file=sys.stderr, flush=True)
+    finally:
+        for one in running.values():
+            _end(ground, one, late=True)
+
+
+def _keep(ground: Ground, one: Running, outcome: Outcome) -> None:
+    folder = ground.failures / f"{one.kind}:{one.number}".replace(" ", "_")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if (one.slot / "in").exists():
+        shutil.copytree(one.slot / "in", folder / "in", symlinks=True)
+    how = f"python -m tests.faults.hostile --seed {ground.seed} --only '{one.kind}:{one.number}'"
+    (folder / "how.txt").write_text(f"{', '.join(outcome.what)}\n{how}\n\n{outcome.printed}", errors="backslashreplace")
+    last = next((line for line in reversed(outcome.printed.splitlines()) if line.strip()), "")
+    print(f"{one.kind}:{one.number}: {', '.join(outcome.what)}: {last[:300]!a}", file=sys.stderr, flush=True)
+
+
+def _table(counts: dict[str, Counter[str]]) -> Table:
+    columns = ("tried", REFUSED, RIGHT, *FAILURES)
+    table = Table("kind", *columns)
+    for name, count in counts.items():
+        table.add_row(name, *(f"{count[column]:,}" for column in columns))
+    total = sum(counts.values(), Counter[str]())
+    table.add_row("all", *(f"{total[column]:,}" for column in columns))
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="stop after this time")
+    parser.add_argument(
+        "--inputs", type=int, help="number of inputs over all kinds; default: 20 000, or until the time"
+    )
+    parser.add_argument("--only", help="read one input, and show what the command prints; or all inputs of one kind")
+    parser.add_argument("--failures", type=Path, help="folder for the inputs that fail; default: a new one")
+    options = parser.parse_args()
+    until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    most = options.inputs if options.inputs or options.minutes else 20_000
+    failures = options.failures or Path(tempfile.gettempdir()) / f"sagan-hostile-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="sagan-hostile-") as folder:
+        ground = Ground(Path(folder).resolve(), options.seed, failures)
+        ground.plant()
+        _measure_clean(ground)
+        counts: dict[str, Counter[str]] = {}
+        inputs = _in_turn()
+        if options.only:
+            name, _, number = options.only.rpartition(":") if options.only not in KINDS else (options.only, "", "")
+            every = ((name, n) for n in range(most or 10**9))
+            inputs = iter([(name, int(number))]) if number else every
+        elif most is not None:
+            inputs = (following for following, _ in zip(inputs, range(most), strict=False))
+        counts = {name: Counter() for name in KINDS}
+        with contextlib.suppress(KeyboardInterrupt):
+            _fuzz(ground, inputs, until, counts)
+    Console(width=None if sys.stdout.isatty() else 160).print(_table({n: c for n, c in counts.items() if c}))
+    failed = any(count[what] for count in counts.values() for what in FAILURES)
+    if failed:
+        print(f"the inputs that failed are in {failures}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

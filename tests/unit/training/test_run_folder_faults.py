@@ -1,0 +1,113 @@
+"""What is wrong in a run's folder neither blocks the run nor ends its training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.collection.manifest import Collection
+from pipeline.config.run_method import digest_of, method_of
+from pipeline.config.schema import TrainJob
+from pipeline.errors import UsageError
+from pipeline.job_runner import _evaluation
+from pipeline.runs.checkpoints import StoredCheckpoint, fetch_newest_checkpoint, upload_checkpoint
+from pipeline.runs.stored_run import StoredRun
+from pipeline.storage import file_sets, files
+from pipeline.training import driver
+from pipeline.training.driver import Housekeeping, complete_job, find_or_start
+from pipeline.training.status import Snapshot
+from tests.conftest import TestS3
+from tests.faults.proxy import FaultProxy, fault_proxy
+from tests.unit.evaluation.conftest import commit_checkpoint
+from tests.unit.training.test_moved_run import job_in
+
+
+@pytest.fixture
+def job(packed: Collection, tmp_path: Path) -> TrainJob:
+    return job_in(packed, tmp_path, tmp_path / "runs")
+
+
+def digest(job: TrainJob) -> str:
+    return digest_of(method_of(complete_job(job), Collection.open(job.data.train).digest))
+
+
+def fetched(job: TrainJob, folder: Path) -> tuple[StoredCheckpoint | None, list[str]]:
+    """The checkpoint that a worker would restore, and what it says."""
+    said: list[str] = []
+    folder.mkdir()
+    return fetch_newest_checkpoint(StoredRun.of(job).checkpoints_url, folder, digest(job), said.append), said
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{}", b"[1]", b'{"files": {"../x": {"size": 1, "sha256": "0"}}}', b"\xff"])
+def test_a_checkpoint_without_a_valid_manifest_does_not_exist(job: TrainJob, tmp_path: Path, manifest: bytes) -> None:
+    good = commit_checkpoint(job, 16, method_digest=digest(job))
+    bad = commit_checkpoint(job, 32, method_digest=digest(job))
+    Path(bad.url, file_sets.MANIFEST).write_bytes(manifest)
+    assert fetched(job, tmp_path / "restored") == (good, [])
+    assert StoredRun.of(job).checkpoints() == [good]
+    find_or_start(job, _evaluation())
+
+    folder = tmp_path / "again"  # a worker that reaches the position again replaces it
+    folder.mkdir()
+    for name in ("state.safetensors", "state.json", "metrics.jsonl", "checkpoint.json"):
+        (folder / name).write_bytes(Path(bad.url, name).read_bytes())
+    upload_checkpoint(folder, bad)
+    assert StoredRun.of(job).checkpoints() == [good, bad]
+
+
+def test_a_checkpoint_of_another_method_is_not_adopted(job: TrainJob, tmp_path: Path) -> None:
+    """An old driver may commit after `--fresh`, or `--fresh` may be interrupted."""
+    own = commit_checkpoint(job, 16, method_digest=digest(job))
+    foreign = commit_checkpoint(job, 32, method_digest="00" * 32)
+    found, said = fetched(job, tmp_path / "restored")
+    assert found == own
+    assert said == [f"checkpoint {foreign.name} is of another method and is skipped"]
+    with pytest.raises(UsageError, match=f"no record of a run, but its checkpoint {foreign.name} is of another method"):
+        find_or_start(job, _evaluation())
+
+
+def test_a_folder_that_lost_its_record_goes_on_from_its_own_checkpoint(job: TrainJob) -> None:
+    find_or_start(job, _evaluation())
+    commit_checkpoint(job, 16, method_digest=digest(job))
+    stored = StoredRun.of(job)
+    files.delete(stored.record_url)
+    find_or_start(job, _evaluation())
+    assert stored.record() is not None
+
+
+# --- the driver's housekeeping ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(s3: TestS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with fault_proxy(s3.url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
+        yield proxy
+
+
+def test_a_fault_of_storage_is_said_and_the_work_is_done_later(
+    packed: Collection, tmp_path: Path, s3: TestS3, proxy: FaultProxy, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    job = job_in(packed, tmp_path, tmp_path / "runs").model_copy()
+    root = s3.bucket()
+    job = job.model_copy(
+        update={"checkpoint": job.checkpoint.model_copy(update={"root": root, "keep": 1}),
+                "track": job.track.model_copy(update={"register_model": False})}
+    )  # fmt: skip
+    run = find_or_start(job, _evaluation())
+    old, new = (commit_checkpoint(job, images, to_score=False) for images in (16, 32))
+    monkeypatch.setattr(driver, "HOUSEKEEPING_PAUSE_S", 0.0)
+    housekeeping, seen = Housekeeping(run), Snapshot(starts=1, uploaded=[old.name, new.name])
+    proxy.inject("credentials_revoked", times=math.inf)
+    housekeeping.follow(seen)
+    assert "training goes on" in capsys.readouterr().out
+    proxy.clear()
+    housekeeping.follow(seen)
+    assert run.stored.checkpoints() == [new]
+    record = run.stored.record()
+    assert record is not None
+    assert record.starts == 1
