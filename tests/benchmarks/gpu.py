@@ -44,7 +44,7 @@ def main() -> None:
     ]
     for case in cases:
         try:
-            row = measure(*case)
+            row: dict[str, Any] = measure(*case)
         except RuntimeError as error:  # out of memory, or a compiler that cannot
             row = {"error": str(error).splitlines()[0][:200]}
         names = ("attention", "batch", "precision", "compiled")
