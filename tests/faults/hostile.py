@@ -123,10 +123,11 @@ class Ground:
         """Return a digest of everything that no command may change."""
         digest = hashlib.sha256()
         for path in sorted([*self.root.iterdir(), *self.canary.rglob("*"), *self.clean.rglob("*")]):
-            facts = path.lstat()
-            content = path.read_bytes() if path.is_file() and self.canary in path.parents else b""
-            same = (facts.st_size, facts.st_mtime_ns, facts.st_ino) if path.is_file() else ()
-            digest.update(f"{path} {facts.st_mode} {same} ".encode() + content)
+            with contextlib.suppress(FileNotFoundError):  # a command deletes it at this moment
+                facts = path.lstat()
+                content = path.read_bytes() if path.is_file() and self.canary in path.parents else b""
+                same = (facts.st_size, facts.st_mtime_ns, facts.st_ino) if path.is_file() else ()
+                digest.update(f"{path} {facts.st_mode} {same} ".encode() + content)
         return digest.hexdigest()
 
 
