@@ -90,6 +90,8 @@ class Ground:
     root: Path
     seed: int
     failures: Path
+    show: bool = False
+    """Whether to print what commands print."""
     memory: dict[str, int] = field(default_factory=dict)
     """Greatest memory of the process that reads the clean input, by kind."""
 
@@ -302,6 +304,8 @@ def _fuzz(ground: Ground, inputs: Iterator[tuple[str, int]], until: float, count
                         sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed
                     )
                     state = now
+                if ground.show:
+                    print(outcome.printed.encode(errors="backslashreplace").decode(), end="", flush=True)
                 counts[one.kind].update(["tried", *outcome.what])
                 if set(outcome.what) & set(FAILURES):
                     _keep(ground, one, outcome)
@@ -361,6 +365,7 @@ def main() -> int:
             name, _, number = options.only.rpartition(":") if options.only not in KINDS else (options.only, "", "")
             every = ((name, n) for n in range(most or 10**9))
             inputs = iter([(name, int(number))]) if number else every
+            ground.show = bool(number)
         elif most is not None:
             inputs = (following for following, _ in zip(inputs, range(most), strict=False))
         counts = {name: Counter() for name in KINDS}
