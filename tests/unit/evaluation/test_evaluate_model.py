@@ -117,3 +117,11 @@ def test_a_model_or_a_checkpoint_of_an_older_version_is_refused_by_its_format(
     (folder / "manifest.json").write_bytes(Manifest.of(folder).to_bytes())
     with pytest.raises(CorruptError, match=r"state\.json: it has format 2; this version reads format 3"):
         open_model(str(folder))
+
+
+@pytest.mark.parametrize("names", [["ant"], ["ant"] * 10])
+def test_class_names_of_a_checkpoint_that_do_not_fit_its_model_are_refused(
+    checkpoint: Commit, names: list[str]
+) -> None:
+    with pytest.raises(CorruptError, match=r"checkpoint\.json: class_names"):
+        open_model(checkpoint(1000, class_names=names).url)
