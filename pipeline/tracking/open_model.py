@@ -49,7 +49,7 @@ def open_model(
 def model_of_checkpoint(checkpoint: StoredCheckpoint, section: EvaluateSection, device: str = "cpu") -> Model:
     """Download and verify a checkpoint, and return the generator that a section describes.
 
-    Raises FileNotFoundError, CorruptError, EnvironmentFault.
+    Raises CorruptError, EnvironmentFault.
     """
     state, class_names = load_checkpoint(checkpoint, device)
     return model_of_state(state, class_names, section)
@@ -71,10 +71,13 @@ def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[
 
     The list of names is empty where the model is unconditional.
 
-    Raises FileNotFoundError, CorruptError, EnvironmentFault.
+    Raises CorruptError, EnvironmentFault.
     """
     with files.temporary_folder("checkpoint") as temp:
-        file_sets.fetch_set(checkpoint.url, temp)
+        try:
+            file_sets.fetch_set(checkpoint.url, temp)
+        except FileNotFoundError as error:
+            raise CorruptError(f"there is no complete checkpoint at {checkpoint.url}: {error}") from error
         state = load_state(temp, checkpoint.url, device)
         facts = StoredCheckpoint(str(temp)).facts()
     names = facts.class_names if state.model.known_num_classes else []

@@ -125,3 +125,14 @@ def test_class_names_of_a_checkpoint_that_do_not_fit_its_model_are_refused(
 ) -> None:
     with pytest.raises(CorruptError, match=r"checkpoint\.json: class_names"):
         open_model(checkpoint(1000, class_names=names).url)
+
+
+@pytest.mark.parametrize("missing", ["checkpoint.json", "state.safetensors", "manifest.json"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(checkpoint: Commit, missing: str) -> None:
+    folder = Path(checkpoint(1000).url)
+    (folder / missing).unlink()
+    if missing != "manifest.json":
+        (folder / "manifest.json").unlink()
+        (folder / "manifest.json").write_bytes(Manifest.of(folder).to_bytes())
+    with pytest.raises(CorruptError, match=missing.replace(".", r"\.")):
+        open_model(str(folder))
