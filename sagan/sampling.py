@@ -187,7 +187,7 @@ class Model:
                 raise ValueError(f"it has format {facts['format']}; this version reads format {FORMAT}")
             config, class_names = ModelConfig.from_dict(facts["model"]), facts["class_names"]
             weights, batch_norm = facts["weights"], facts["batch_norm"]
-            _check_names(class_names, config.known_num_classes)
+            check_class_names(class_names, config.known_num_classes)
             with torch.device("meta"):
                 shapes = {name: tensor.shape for name, tensor in Generator(config, folded=True).state_dict().items()}
         except KeyError as error:
@@ -206,7 +206,7 @@ class Model:
         return cls(config, generator, class_names, weights=weights, batch_norm=batch_norm)
 
 
-def _check_names(class_names: object, num_classes: int) -> None:
+def check_class_names(class_names: object, num_classes: int) -> None:
     """Raise ValueError unless `class_names` is a list of `num_classes` different texts, or empty."""
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise ValueError("class_names must be a list of texts")

@@ -131,7 +131,11 @@ def changed_json(data: bytes, random: Random, names: list[str]) -> bytes:
         return damaged(data, random)
     if random.random() < 0.05:
         return random.choice((b"", b"null", b"[]", b"1", b"[" * 100_000, b'{"a":' * 100_000, data + data, b"NaN"))
-    return json.dumps(changed_value(json.loads(data), random, names), indent=random.choice((None, 1))).encode()
+    try:
+        value = json.loads(data)
+    except ValueError:  # it was changed before
+        return damaged(data, random)
+    return json.dumps(changed_value(value, random, names), indent=random.choice((None, 1))).encode()
 
 
 def changed_tensors(data: bytes, random: Random, names: list[str]) -> bytes:

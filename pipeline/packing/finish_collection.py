@@ -241,7 +241,7 @@ def _files_table(source: Source, keys: list[str], excluded: Sequence[str]) -> li
     left_out |= source.left_out or {}
     rows = [("taken", f"{count:,}", kind, "") for kind, count in sorted(Counter(map(suffix, keys)).items())]
     for (reason, kind), (count, first) in sorted(left_out.items()):
-        rows.append(("left out", f"{count:,}", kind, f"{reason}, for example {printable(first)}"))
+        rows.append(("left out", f"{count:,}", printable(kind), f"{reason}, for example {printable(first)}"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [
         f"{what:<{widths[0]}}  {count:>{widths[1]}}  {kind or '-':<{widths[2]}}  {why}".rstrip()

@@ -22,7 +22,7 @@ from sagan.sampling import Model
 
 EXPLORED = 6  # largest number of images in the attention explorer
 FRAMES, FRAME_WIDTH = 6, 960  # number of sample grids over training, and their width in pixels
-PLANE_WIDTH = 4096  # largest width of the picture of a sweep
+PLANE_WIDTH = 1024  # largest width of the picture of a sweep
 ROWS, STEPS = 4, 8  # rows and columns of an interpolation
 SHOWN_CLASSES = 5  # number of the worst classes and of the best classes in the table
 PER_CLASS = 4  # samples of each class in the table

@@ -58,16 +58,22 @@ class StoredCheckpoint:
         return file_sets.valid_manifest(self.url) is not None
 
     def facts(self) -> CheckpointFacts:
-        """Return the contents of `checkpoint.json`. Raises FileNotFoundError, CorruptError, EnvironmentFault."""
+        """Return the contents of `checkpoint.json`. Raises CorruptError, also where it is missing, EnvironmentFault."""
         url = files.join(self.url, CHECKPOINT_FACTS)
-        return CheckpointFacts.parse(stored_json.read(url), url)
+        if (facts := CheckpointFacts.read(url)) is None:
+            raise CorruptError(f"{url} is missing: this is no complete checkpoint")
+        return facts
 
     def metrics(self) -> bytes:
         """Return `metrics.jsonl`: one JSON line for every point that was logged up to this position.
 
-        Raises FileNotFoundError, CorruptError, EnvironmentFault.
+        Raises CorruptError, also where the file is missing, and EnvironmentFault.
         """
-        return files.read_at_most(files.join(self.url, METRICS), _MOST_METRICS)
+        url = files.join(self.url, METRICS)
+        try:
+            return files.read_at_most(url, _MOST_METRICS)
+        except FileNotFoundError as error:
+            raise CorruptError(f"{url} is missing: this is no complete checkpoint") from error
 
     def last_point(self) -> LoggedPoint | None:
         """Return the last line of `metrics.jsonl`; None where nothing was logged. Raises what `metrics` raises."""

@@ -8,7 +8,7 @@ from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint, load_s
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import default_uri
-from sagan.sampling import Model
+from sagan.sampling import Model, check_class_names
 from sagan.train_state import FACTS, TrainState
 
 _REMEDY = "give models:/NAME@ALIAS, a checkpoint's URL, or a folder that `sagan pull` wrote"
@@ -49,7 +49,7 @@ def open_model(
 def model_of_checkpoint(checkpoint: StoredCheckpoint, section: EvaluateSection, device: str = "cpu") -> Model:
     """Download and verify a checkpoint, and return the generator that a section describes.
 
-    Raises FileNotFoundError, CorruptError, EnvironmentFault.
+    Raises CorruptError, EnvironmentFault.
     """
     state, class_names = load_checkpoint(checkpoint, device)
     return model_of_state(state, class_names, section)
@@ -71,13 +71,21 @@ def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[
 
     The list of names is empty where the model is unconditional.
 
-    Raises FileNotFoundError, CorruptError, EnvironmentFault.
+    Raises CorruptError, EnvironmentFault.
     """
     with files.temporary_folder("checkpoint") as temp:
-        file_sets.fetch_set(checkpoint.url, temp)
+        try:
+            file_sets.fetch_set(checkpoint.url, temp)
+        except FileNotFoundError as error:
+            raise CorruptError(f"there is no complete checkpoint at {checkpoint.url}: {error}") from error
         state = load_state(temp, checkpoint.url, device)
         facts = StoredCheckpoint(str(temp)).facts()
-    return state, facts.class_names if state.model.known_num_classes else []
+    names = facts.class_names if state.model.known_num_classes else []
+    try:
+        check_class_names(names, state.model.known_num_classes)
+    except ValueError as error:
+        raise CorruptError(f"{files.join(checkpoint.url, CHECKPOINT_FACTS)}: {error}") from error
+    return state, names
 
 
 def is_checkpoint(url: str) -> bool:

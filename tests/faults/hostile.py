@@ -90,6 +90,8 @@ class Ground:
     root: Path
     seed: int
     failures: Path
+    show: bool = False
+    """Whether to print what commands print."""
     memory: dict[str, int] = field(default_factory=dict)
     """Greatest memory of the process that reads the clean input, by kind."""
 
@@ -123,10 +125,11 @@ class Ground:
         """Return a digest of everything that no command may change."""
         digest = hashlib.sha256()
         for path in sorted([*self.root.iterdir(), *self.canary.rglob("*"), *self.clean.rglob("*")]):
-            facts = path.lstat()
-            content = path.read_bytes() if path.is_file() and self.canary in path.parents else b""
-            same = (facts.st_size, facts.st_mtime_ns, facts.st_ino) if path.is_file() else ()
-            digest.update(f"{path} {facts.st_mode} {same} ".encode() + content)
+            with contextlib.suppress(FileNotFoundError):  # a command deletes it at this moment
+                facts = path.lstat()
+                content = path.read_bytes() if path.is_file() and self.canary in path.parents else b""
+                same = (facts.st_size, facts.st_mtime_ns, facts.st_ino) if path.is_file() else ()
+                digest.update(f"{path} {facts.st_mode} {same} ".encode() + content)
         return digest.hexdigest()
 
 
@@ -301,6 +304,8 @@ def _fuzz(ground: Ground, inputs: Iterator[tuple[str, int]], until: float, count
                         sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed
                     )
                     state = now
+                if ground.show:
+                    print(outcome.printed.encode(errors="backslashreplace").decode(), end="", flush=True)
                 counts[one.kind].update(["tried", *outcome.what])
                 if set(outcome.what) & set(FAILURES):
                     _keep(ground, one, outcome)
@@ -360,6 +365,7 @@ def main() -> int:
             name, _, number = options.only.rpartition(":") if options.only not in KINDS else (options.only, "", "")
             every = ((name, n) for n in range(most or 10**9))
             inputs = iter([(name, int(number))]) if number else every
+            ground.show = bool(number)
         elif most is not None:
             inputs = (following for following, _ in zip(inputs, range(most), strict=False))
         counts = {name: Counter() for name in KINDS}

@@ -88,10 +88,16 @@ def columns(url: str, schema: Any) -> tuple[str, str | None]:
 
 
 def class_names(schema: Any) -> list[str] | None:
-    """Return the class names, by label, that Hugging Face stores in a Parquet file's schema; None without them."""
+    """Return the class names, by label, that Hugging Face stores in a Parquet file's schema; None without them.
+
+    Raises ValueError, LookupError, TypeError or AttributeError where they are no list of texts.
+    """
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features", {})
-    return next((features[name]["names"] for name in _LABELS if "names" in features.get(name, {})), None)
+    names = next((features[name]["names"] for name in _LABELS if "names" in features.get(name, {})), None)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("the names of the classes are no list of texts")
+    return names
 
 
 def schema(url: str) -> Any:

@@ -143,3 +143,8 @@ def test_the_command_shows_one_note_per_line():
     assert len(notes) == 3
     rows = [line.split(maxsplit=1) for line in run_dry(JOBS / "imagenet128.yaml", *overrides, width=400).splitlines()]
     assert [value.strip() for key, *values in filter(None, rows) if key == "notes" for value in values] == notes
+
+
+def test_intervals_shorter_than_a_step_give_one_score_and_one_checkpoint_a_step():
+    plan = dry_run(imagenet(**{"train.kimg": 1, "evaluate.kimg": 1e-320, "checkpoint.kimg": 1e-320}), IMAGENET)
+    assert plan.evaluations == plan.checkpoints == plan.steps

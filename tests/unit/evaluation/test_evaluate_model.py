@@ -9,11 +9,12 @@ import torch
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import EvaluateJob, EvaluateSection, PackSection
-from pipeline.errors import UsageError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.evaluation.evaluate_model import evaluate_model
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
+from pipeline.storage.file_sets import Manifest
 from pipeline.tracking.open_model import open_model
 from sagan.sampling import Model
 
@@ -99,3 +100,39 @@ def test_a_changed_shard_or_extractor_file_changes_the_key(digits: Collection, m
     before = key(digits.url, one)
     assert key(same, one) == before
     assert len({before, key(fewer, one), key(digits.url, two)}) == 3
+
+
+def test_a_model_or_a_checkpoint_of_an_older_version_is_refused_by_its_format(
+    checkpoint: Commit, model: Model, tmp_path: Path
+) -> None:
+    model.save(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"format": 4', '"format": 3'))
+    with pytest.raises(UsageError, match=r"config\.json: it has format 3; this version reads format 4"):
+        open_model(str(tmp_path / "model"))
+    folder = Path(checkpoint(1000).url)
+    facts = folder / "state.json"
+    facts.write_text(facts.read_text().replace('"format": 3', '"format": 2'))
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_bytes(Manifest.of(folder).to_bytes())
+    with pytest.raises(CorruptError, match=r"state\.json: it has format 2; this version reads format 3"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("names", [["ant"], ["ant"] * 10])
+def test_class_names_of_a_checkpoint_that_do_not_fit_its_model_are_refused(
+    checkpoint: Commit, names: list[str]
+) -> None:
+    with pytest.raises(CorruptError, match=r"checkpoint\.json: class_names"):
+        open_model(checkpoint(1000, class_names=names).url)
+
+
+@pytest.mark.parametrize("missing", ["checkpoint.json", "state.safetensors", "manifest.json"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(checkpoint: Commit, missing: str) -> None:
+    folder = Path(checkpoint(1000).url)
+    (folder / missing).unlink()
+    if missing != "manifest.json":
+        (folder / "manifest.json").unlink()
+        (folder / "manifest.json").write_bytes(Manifest.of(folder).to_bytes())
+    with pytest.raises(CorruptError, match=missing.replace(".", r"\.")):
+        open_model(str(folder))

@@ -208,3 +208,13 @@ def test_numbers_are_ordered_as_numbers(names: list[str], ordered: list[str], tm
     assert source.class_names == ordered
     joined = open_source({"train": str(tmp_path), "heldout": str(tmp_path)})
     assert joined.class_names == ordered
+
+
+@pytest.mark.parametrize("names", [[0, 1], "ab", {"a": 0}, [None], [["a"]]])
+def test_class_names_of_parquet_that_are_no_texts_are_refused(names: Any, tmp_path: Path) -> None:
+    url = parquet(tmp_path, [0, 1])
+    features = {"info": {"features": {"label": {"names": names}}}}
+    table = pq.read_table(url).replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
+    pq.write_table(table, url)
+    with pytest.raises(UsageError, match="classes"):
+        open_source(url)

@@ -223,3 +223,15 @@ def test_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "train: 1,437 images" in out
     assert f"next: sagan run jobs/cifar10.yaml data.train={tmp_path}/digits" in out
+
+
+def test_names_of_files_that_are_left_out_do_not_control_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set" / "ant").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "set" / "ant" / "0.png")
+    (tmp_path / "set" / "ant" / "x.\x1b[2J").write_text("")
+    pack(str(tmp_path / "packed"), PackSection(source=str(tmp_path / "set"), resolution=32))
+    printed = capsys.readouterr().out
+    assert r"x.\x1b[2J" in printed
+    assert "\x1b" not in printed

@@ -256,11 +256,13 @@ def test_nothing_of_a_name_becomes_part_of_the_page() -> None:
     assert json.loads(re.findall(r"json\">(.*?)</script>", text)[0]) == {"name": hostile}
 
 
-@pytest.mark.parametrize("data", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n" + b"x" * 99])
-def test_a_stored_picture_that_is_none_is_named_and_starts_no_program(written: Written, run: Run, data: bytes) -> None:
+@pytest.mark.parametrize("contents", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n" + b"x" * 99])
+def test_a_stored_picture_that_is_none_is_named_and_starts_no_program(
+    written: Written, run: Run, contents: bytes
+) -> None:
     url = run("first")
     (grid, *_) = sorted(Path(url).glob("grids/*"))
-    grid.write_bytes(data)
+    grid.write_bytes(contents)
     with pytest.raises(CorruptError, match=rf"{grid.name} is not a picture"):
         written([url])
 
