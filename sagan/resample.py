@@ -6,29 +6,12 @@ The filters around the convolutions save no tensors for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 MOST_ELEMENTS = 2**31 - 1
-"""Largest number of elements that CUDA's pooling and upsampling kernels count. Larger batches are split."""
-
-
-def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor, elements: int) -> Tensor:
-    """Return `function(x)` for x [b, C, H, W] in the dtype of x, also under autocast, which would upsample in float32.
-
-    Args:
-        function: maps each image of a batch alone.
-        x: the batch.
-        elements: the larger number of elements of an image before and after.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        images = MOST_ELEMENTS // elements
-        if len(x) <= images:
-            return function(x)
-        return torch.cat([function(part) for part in x.split(images)])
+"""Largest number of elements that CUDA's pooling kernels count. Larger batches are split."""
 
 
 class _Box(torch.autograd.Function):
@@ -56,7 +39,7 @@ class _Double(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return _in_parts(lambda part: F.avg_pool2d(part, 2, divisor_override=1), grad, grad[0].numel())
+        return _sums_of_four(grad, 1)
 
 
 class _Halve(torch.autograd.Function):
@@ -64,7 +47,7 @@ class _Halve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor):  # type: ignore[no-untyped-def]
-        return _in_parts(lambda part: F.avg_pool2d(part, 2), x, x[0].numel())
+        return _sums_of_four(x, 4)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
@@ -72,15 +55,37 @@ class _Halve(torch.autograd.Function):
 
 
 def _box(x: Tensor, padding: int, divisor: int) -> Tensor:
-    """Return the sums over 2×2 windows, divided by `divisor`."""
+    """Return the sums over 2×2 windows at stride 1, divided by `divisor`."""
     _, channels, height, width = x.shape
-    elements = channels * (height + padding) * (width + padding)
-    return _in_parts(lambda part: F.avg_pool2d(part, 2, 1, padding, divisor_override=divisor), x, elements)
+    images = MOST_ELEMENTS // (channels * (height + padding) * (width + padding))
+    parts = [F.avg_pool2d(part, 2, 1, padding, divisor_override=divisor) for part in x.split(images)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# On channels-last maps, CUDA's kernel for nearest upsampling takes twice as long as a copy, and its kernel for pooling
+# at stride 2 takes three times as long as a sum (H200, torch 2.11). Autocast also runs the first kernel in float32.
 
 
 def _upsample(x: Tensor) -> Tensor:
-    """Return the nearest upsampling ×2."""
-    return _in_parts(lambda part: F.interpolate(part, scale_factor=2), x, 4 * x[0].numel())
+    """Return the nearest upsampling ×2 of x [b, C, H, W]."""
+    if x.device.type != "cuda":
+        return F.interpolate(x, scale_factor=2)
+    b, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+    repeated = pixels.expand(b, height, 2, width, 2, channels).reshape(b, 2 * height, 2 * width, channels)
+    return repeated.permute(0, 3, 1, 2)
+
+
+def _sums_of_four(x: Tensor, divisor: int) -> Tensor:
+    """Return the sums over 2×2 windows at stride 2 of x [b, C, H, W], divided by `divisor`."""
+    if x.device.type != "cuda":
+        return F.avg_pool2d(x, 2, divisor_override=divisor)
+    # In the order of the pooling kernel and in float32 at least, so that the bits are the same
+    first, *others = (x[..., i::2, j::2] for i in range(2) for j in range(2))
+    total = first.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    for other in others:
+        total += other
+    return total.div_(divisor).to(x.dtype)
 
 
 def double(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Training on one GPU: images/s, memory and host time: `python -m tests.benchmarks.gpu [--json FILE]`.
 
 The official SAGAN at 128 px, with attention at 32×32 and at 64×64, for several batches, in bf16 and in float32 (with
-TF32 in convolutions), eagerly; and in bf16 with both networks compiled. Every row is written to FILE as soon as it is
+TF32 in convolutions). Every row is written to FILE as soon as it is
 measured, so that a run that is cut keeps what it has. `host_ms` is the time until a step is queued: where it is not
 below the time of the step, Python is the limit.
 
@@ -35,19 +35,17 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     rows: list[dict[str, Any]] = []
     cases = [
-        (attention, batch, precision, compiled)
-        for compiled in (False, True)
+        (attention, batch, precision)
         for attention in (32, 64)
         for precision in ("bf16", "float32")
         for batch in sorted(arguments.batch, reverse=True)
-        if not compiled or (precision == "bf16" and batch == max(arguments.batch))
     ]
     for case in cases:
         try:
             row: dict[str, Any] = measure(*case)
-        except RuntimeError as error:  # out of memory, or a compiler that cannot
+        except RuntimeError as error:  # out of memory
             row = {"error": str(error).splitlines()[0][:200]}
-        names = ("attention", "batch", "precision", "compiled")
+        names = ("attention", "batch", "precision")
         rows.append({**dict(zip(names, case, strict=True)), **row})
         print(json.dumps(rows[-1]), flush=True)
         if arguments.json:
@@ -55,15 +53,12 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def measure(attention: int, batch: int, precision: str, compiled: bool) -> dict[str, float]:
+def measure(attention: int, batch: int, precision: str) -> dict[str, float]:
     """Return the figures of one configuration."""
     torch.cuda.reset_peak_memory_stats()
     config = ModelConfig(resolution=128, num_classes=1000, attention=(attention,))
     state = TrainState(config, OptimConfig(), seed=0, device="cuda")
     step = Step(state, batch, precision=precision)
-    if compiled:
-        state.generator.compile()
-        state.discriminator.compile()
     images = torch.rand(batch, 3, 128, 128, device="cuda") * 2 - 1
     labels = torch.arange(batch, device="cuda") % 1000
     began = time.perf_counter()

@@ -30,12 +30,15 @@ def trained(device, dtype, updates, precision="float32"):
 
 
 def test_five_updates_equal_the_cpus_in_float64():
-    """1e-9 as between ranks (tests/system/test_equivalence.py): only the order of sums differs."""
+    """1e-9 for losses as between ranks (tests/system/test_equivalence.py): only the order of sums differs.
+
+    Adam divides small gradients by their size, so states differ by more: by up to 1.9e-8 on an H200.
+    """
     ours, losses = trained("cuda", torch.float64, 5)
     theirs, expected = trained("cpu", torch.float64, 5)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
     for (name, a), (_, b) in zip(ours.tensors(), theirs.tensors(), strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-8, msg=name)
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-7, msg=lambda message, name=name: f"{name}: {message}")
 
 
 def test_bf16_trains_and_leaves_float32_states():
