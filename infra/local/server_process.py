@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -146,10 +147,17 @@ class Server(ABC):
 
 
 def free_port() -> int:
-    """Return a free port of 127.0.0.1."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a free port of 127.0.0.1 that the kernel does not give to connections.
+
+    A server listens seconds after its port was chosen. Until then a connection of another program could take a port of
+    the kernel's range.
+    """
+    kernels = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(kernels.read_text().split()[0]) if kernels.exists() else 32768
+    least = 20_000  # Ray gives the ports below to its workers
+    while taken(port := random.randrange(least, max(first, 2 * least))):  # noqa: S311  # not a secret
+        pass
+    return port
 
 
 def taken(port: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from pipeline.errors import EnvironmentFault
 from pipeline.storage import files
 
 T = TypeVar("T")
+
+_ANSWER_S = 20.0  # longest wait for a connection to the head
 
 
 def connect(least_cpus: float = 1) -> None:
@@ -35,7 +38,8 @@ def connect(least_cpus: float = 1) -> None:
     runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else {"env_vars": _python_path()}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": runtime_env}
     try:
-        if os.environ.get("RAY_ADDRESS"):
+        if address := os.environ.get("RAY_ADDRESS"):
+            _require_answer(address)
             ray.init(**options)
         else:
             # Listen on loopback, and not on every interface. Ray's own option for it is read when `ray` is imported.
@@ -46,6 +50,13 @@ def connect(least_cpus: float = 1) -> None:
             f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} cannot be reached: {error}",
             "start a cluster with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone",
         ) from None
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError where nothing listens at an address HOST:PORT. Ray itself would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
 
 
 def join_named_cluster() -> bool:

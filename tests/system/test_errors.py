@@ -176,3 +176,11 @@ def test_a_user_without_a_home_is_told():
     assert done.returncode == 3, done.stderr
     assert "export HOME=" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_that_does_not_answer_ends_the_command_soon(sagan):
+    """Ray itself waits for minutes for a head that is gone."""
+    address = f"127.0.0.1:{unused_port()}"
+    code, printed = sagan("run", JOB, RAY_ADDRESS=address)
+    assert code == 3
+    assert f"the Ray cluster at {address} cannot be reached" in printed
