@@ -169,6 +169,7 @@ class MlflowServer(Server):
             "MLFLOW_AUTH_ADMIN_USERNAME": self.login.key_id,
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.login.secret,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # otherwise a dozen processes wait for MLflow's own jobs
         }
 
     def ready(self) -> bool:
