@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import threading
 import time
 import urllib.error
@@ -21,6 +20,7 @@ from json import dumps, load
 from pathlib import Path
 from typing import Literal
 
+from pipeline.compute.cluster import require_answer
 from pipeline.config.schema import DataSection, sqlite_database
 from pipeline.errors import EnvironmentFault, printable, shown_url
 
@@ -230,8 +230,7 @@ def _ray() -> Check:
         return _ok(f"{local}; RAY_API_SERVER_ADDRESS and RAY_ADDRESS name no cluster: `sagan run` starts Ray here")
     try:
         if not address.startswith("http"):
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=5).close()
+            require_answer(address, timeout_s=5)
             return _ok(f"{local}; the cluster at {address} answers")
         token = {"Authorization": f"Bearer {value}"} if (value := os.environ.get("RAY_AUTH_TOKEN")) else {}
         request = urllib.request.Request(f"{address}/api/version", headers=token)  # noqa: S310 - it begins with http

@@ -124,13 +124,10 @@ class SpectralNorm(nn.Module):
 
         From σ = ‖Wv‖ and v = Wᵀu₀ / ‖Wᵀu₀‖ follows w = (1 − v vᵀ) Wᵀu / ‖Wᵀu₀‖.
         """
-        with torch.autocast(self.weight.device.type, enabled=False):  # in bfloat16, w would be off by a percent
-            return self._exact_iteration_factor()
-
-    def _exact_iteration_factor(self) -> Tensor:
-        matrix = self.matrix
-        pulled = torch.mv(matrix.t(), self.u)
-        return (pulled - self.v * torch.dot(self.v, pulled)) / torch.mv(matrix.t(), self.u_before).norm()
+        transposed = self.matrix.t()
+        with torch.autocast(self.weight.device.type, enabled=False):  # forward passes call this; w stays in float32
+            pulled = torch.mv(transposed, self.u)
+            return (pulled - self.v * torch.dot(self.v, pulled)) / torch.mv(transposed, self.u_before).norm()
 
     @torch.no_grad()
     def power_iteration(self) -> None:

@@ -39,7 +39,7 @@ def connect(least_cpus: float = 1) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": runtime_env}
     try:
         if address := os.environ.get("RAY_ADDRESS"):
-            _require_answer(address)
+            require_answer(address, _ANSWER_S)
             ray.init(**options)
         else:
             # Listen on loopback, and not on every interface. Ray's own option for it is read when `ray` is imported.
@@ -52,11 +52,16 @@ def connect(least_cpus: float = 1) -> None:
         ) from None
 
 
-def _require_answer(address: str) -> None:
-    """Raise OSError where nothing listens at an address HOST:PORT. Ray itself would wait for many minutes."""
+def require_answer(address: str, timeout_s: float) -> None:
+    """Connect to the head at HOST:PORT or ray://HOST:PORT, since Ray itself waits for minutes for a head that is gone.
+
+    The addresses `auto` and `local` name no head and are not checked. Raises OSError where nothing answers within
+    `timeout_s` seconds, and ValueError where the address has another form.
+    """
+    if address in ("auto", "local"):
+        return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
 def join_named_cluster() -> bool:

@@ -1,4 +1,4 @@
-"""The process group of a run's workers. On one machine, it opens no port to other users and no port to the network."""
+"""The process group of a run's workers. On one machine, its store is a private file, and its ports are on loopback."""
 
 from __future__ import annotations
 

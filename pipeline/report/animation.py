@@ -6,12 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.collection.image_codec import decode_image
-from pipeline.errors import CorruptError
+from pipeline.report.stored_picture import stored_picture
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 
-MOST_BYTES = 2**26  # of a stored picture
 FRAMES, FRAME_WIDTH, FRAME_MS, LAST_MS = 16, 480, 500, 2000  # frames; width in px; duration of a frame in ms
 
 
@@ -30,16 +28,3 @@ def animate(run: StoredRun, out: Path) -> int:
         durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
         frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return len(grids)
-
-
-def stored_picture(url: str, width: int) -> Image.Image:
-    """Return a picture of a run, which somebody else may have stored, in RGB and reduced to a width.
-
-    Raises FileNotFoundError, CorruptError where it is damaged or too large, and EnvironmentFault.
-    """
-    try:
-        picture = decode_image(files.read_at_most(url, MOST_BYTES))
-    except ValueError as error:
-        raise CorruptError(f"{url} is not a picture: {error}", "delete it") from error
-    picture.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
-    return picture

@@ -10,9 +10,9 @@ from pipeline.collection.manifest import Collection
 from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation import metrics
 from pipeline.report import attention_explorer, attention_maps, html, plots, sample_analysis
-from pipeline.report.animation import stored_picture
 from pipeline.report.html import Html, Section, element, joined
 from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
+from pipeline.report.stored_picture import stored_picture
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files

@@ -137,16 +137,15 @@ def fetch_newest_checkpoint(
 ) -> StoredCheckpoint | None:
     """Download the newest good checkpoint below `url` into `local` and return it; None where there is none.
 
-    A damaged checkpoint is skipped, and so is a checkpoint of another method than that with the digest
-    `method_digest`. `warn` is then called with a message. Raises EnvironmentFault.
+    A checkpoint that is damaged, or whose method has another digest than `method_digest`, is skipped, and `warn` is
+    called with a message. Raises EnvironmentFault.
     """
     for checkpoint in reversed(complete_checkpoints(url)):
         try:
             file_sets.fetch_set(checkpoint.url, local)
             other_method = StoredCheckpoint(str(local)).facts().method_digest != method_digest
-        except (CorruptError, FileNotFoundError) as error:
-            reason = error.message if isinstance(error, CorruptError) else f"it has no {CHECKPOINT_FACTS}"
-            warn(f"checkpoint {checkpoint.name} is damaged and is skipped: {reason}")
+        except CorruptError as error:
+            warn(f"checkpoint {checkpoint.name} is damaged and is skipped: {error.message}")
             continue
         if other_method:
             warn(f"checkpoint {checkpoint.name} is of another method and is skipped")

@@ -142,7 +142,7 @@ class CheckpointFacts(Record):
 
 
 class ScoreRecord(Record):
-    """`scores/<checkpoint>.json`: the score of one checkpoint. A checkpoint that has a record is not scored again."""
+    """`scores/<checkpoint>.json`: the score of one checkpoint. It is replaced where the protocol has changed."""
 
     checkpoint: PlainName
     """Name of the checkpoint."""

@@ -188,7 +188,7 @@ def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> Run
     """
     record = stored.record()
     if record is None:
-        _require_own_checkpoints(job, stored, digest_of(method))
+        _require_own_checkpoints(stored, digest_of(method))
         return None
     if record.method == method:
         return record
@@ -201,12 +201,12 @@ def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> Run
     )
 
 
-def _require_own_checkpoints(job: TrainJob, stored: StoredRun, method_digest: str) -> None:
+def _require_own_checkpoints(stored: StoredRun, method_digest: str) -> None:
     """Raise UsageError where the newest checkpoint of a folder without `run.json` has another method."""
     for checkpoint in stored.checkpoints()[-1:]:
         try:
             other = checkpoint.facts().method_digest != method_digest
-        except (CorruptError, FileNotFoundError):  # the workers skip it
+        except CorruptError:  # the workers skip it
             continue
         if other:
             raise UsageError(
@@ -282,7 +282,7 @@ class Housekeeping:
         self._again_at = -math.inf
 
     def follow(self, seen: Snapshot) -> None:
-        """Do what the status asks for."""
+        """Write the record after a start of the workers. Delete checkpoints after a new checkpoint or a new score."""
         run, known = self._run, len(seen.uploaded) + len(seen.scores)
         if time.monotonic() < self._again_at:
             return
@@ -297,7 +297,11 @@ class Housekeeping:
                 self._kept = known
         except (EnvironmentFault, CorruptError) as error:
             self._again_at = time.monotonic() + HOUSEKEEPING_PAUSE_S
-            print(f"the run's folder cannot be tidied now; training goes on: {error.message}", flush=True)
+            print(
+                f"the run's record or retention is late, and training continues; tried again in "
+                f"{HOUSEKEEPING_PAUSE_S:.0f} s: {error.message}",
+                flush=True,
+            )
 
 
 @dataclass

@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--json", type=Path, help="write the rows as one list")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     device = torch.device("cuda")
     configure_device(device)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)

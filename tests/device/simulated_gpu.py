@@ -65,8 +65,14 @@ class Stream:
 _streams = [Stream()]  # the last one is current
 
 
+def current_stream(device: object = None) -> Stream:
+    """Return the stream of the operators that run now, as `torch.cuda.current_stream` does."""
+    return _streams[-1]
+
+
 @contextlib.contextmanager
-def _on_stream(stream: Stream) -> Iterator[None]:
+def on_stream(stream: Stream) -> Iterator[None]:
+    """Run operators on a stream, as `torch.cuda.stream` does."""
     for other in _streams:
         other.awaited.discard(stream)  # nobody has waited for what the stream does from now on
     _streams.append(stream)
@@ -249,7 +255,7 @@ def _register() -> None:
         return lambda *_: answer
 
     module = types.SimpleNamespace(**{name: answering(answer) for name, answer in answers.items()})
-    module.Stream, module.stream, module.current_stream = Stream, _on_stream, lambda device=None: _streams[-1]
+    module.Stream, module.stream, module.current_stream = Stream, on_stream, current_stream
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # assigning `data` would not move `inner`
     torch.Tensor.pin_memory = _pin  # type: ignore[assignment, method-assign]

@@ -153,14 +153,14 @@ def test_a_pageable_copy_is_noticed() -> None:
 
 def test_a_stream_that_does_not_wait_is_noticed() -> None:
     stream = simulated_gpu.Stream()
-    with simulated_gpu._on_stream(stream):
+    with simulated_gpu.on_stream(stream):
         made = upload(torch.ones(3))
     with pytest.raises(RuntimeError, match="another stream"):
         made + 1
-    simulated_gpu._streams[-1].wait_stream(stream)
+    simulated_gpu.current_stream().wait_stream(stream)
     with pytest.raises(RuntimeError, match="record_stream"):
         made + 1
-    made.record_stream(simulated_gpu._streams[-1])  # type: ignore[arg-type]
+    made.record_stream(simulated_gpu.current_stream())  # type: ignore[arg-type]
     assert torch.equal(host(made + 1), torch.full((3,), 2.0))
 
 

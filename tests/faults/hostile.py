@@ -359,7 +359,6 @@ def main() -> int:
         ground = Ground(Path(folder).resolve(), options.seed, failures)
         ground.plant()
         _measure_clean(ground)
-        counts: dict[str, Counter[str]] = {}
         inputs = _in_turn()
         if options.only:
             name, _, number = options.only.rpartition(":") if options.only not in KINDS else (options.only, "", "")
@@ -368,7 +367,7 @@ def main() -> int:
             ground.show = bool(number)
         elif most is not None:
             inputs = (following for following, _ in zip(inputs, range(most), strict=False))
-        counts = {name: Counter() for name in KINDS}
+        counts = {name: Counter[str]() for name in KINDS}
         with contextlib.suppress(KeyboardInterrupt):
             _fuzz(ground, inputs, until, counts)
     Console(width=None if sys.stdout.isatty() else 160).print(_table({n: c for n, c in counts.items() if c}))

@@ -104,7 +104,7 @@ def test_a_fault_of_storage_is_said_and_the_work_is_done_later(
     housekeeping, seen = Housekeeping(run), Snapshot(starts=1, uploaded=[old.name, new.name])
     proxy.inject("credentials_revoked", times=math.inf)
     housekeeping.follow(seen)
-    assert "training goes on" in capsys.readouterr().out
+    assert "training continues" in capsys.readouterr().out
     proxy.clear()
     housekeeping.follow(seen)
     assert run.stored.checkpoints() == [new]
