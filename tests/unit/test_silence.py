@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 TESTS = """
@@ -61,16 +61,14 @@ def test_silence_fails_a_test_and_progress_does_not(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     hooks = "pytest_fixture_setup, pytest_timeout_cancel_timer, pytest_timeout_set_timer"
     (tmp_path / "conftest.py").write_text(f"from tests.silence import {hooks}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rA", f"--rootdir={tmp_path}", "-c", "/dev/null", "--timeout=2", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = re.findall(r"^(PASSED|FAILED|ERROR) \S*::(\w+)", done.stdout, re.MULTILINE)
-    outcomes = {name: outcome for outcome, name in found}
-    assert len(outcomes) == TESTS.count("def test_"), done.stdout
-    for name, outcome in outcomes.items():
-        assert (outcome == "PASSED") == name.startswith("test_passes"), done.stdout
-    assert done.stdout.count("Failed: Timeout") == TESTS.count("def test_fails"), done.stdout
+    report = tmp_path / "report.xml"
+    options = [f"--junitxml={report}", f"--rootdir={tmp_path}", "-c", "/dev/null", "--timeout=2"]
+    subprocess.run([sys.executable, "-m", "pytest", *options, tmp_path], cwd=ROOT, check=False)
+    messages = {
+        case.attrib["name"]: [problem.attrib["message"] for problem in case]
+        for case in ElementTree.parse(report).iter("testcase")
+    }
+    assert len(messages) == TESTS.count("def test_")
+    for name, problems in messages.items():
+        assert len(problems) == name.startswith("test_fails"), (name, problems)
+        assert all("Timeout" in problem for problem in problems), (name, problems)
