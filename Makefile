@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
-BENCHMARKS = $(filter-out _% gpu reference turns,$(basename $(notdir $(wildcard tests/benchmarks/*.py))))
+BENCHMARKS = $(filter-out _% gpu,$(basename $(notdir $(wildcard tests/benchmarks/*.py))))
 
 .PHONY: help setup quickstart test test-slow test-gpu lint audit schema bench clean
 

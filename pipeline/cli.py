@@ -362,10 +362,10 @@ def promote(
     Without --force, the version must be better than the champion. With --force, all newer and all better versions are
     withdrawn, and training does not make them champion again.
     """
-    from pipeline.tracking import registry
+    from pipeline.tracking import champion
     from pipeline.tracking.mlflow_run import default_uri
 
-    registry.promote(default_uri(), name, version, force)
+    champion.promote(default_uri(), name, version, force)
     print(f"models:/{name}@champion is version {version}")
 
 

@@ -203,8 +203,8 @@ def _shared_memory() -> Check:
 
 
 def _inception() -> Check:
-    from pipeline.evaluation.extractors.fidelity_networks import published
-    from pipeline.evaluation.extractors.pretrained import default_place
+    from pipeline.evaluation.extractors.published_networks import published
+    from pipeline.evaluation.extractors.published_weights import default_place
 
     known = published("inception")
     assert known is not None

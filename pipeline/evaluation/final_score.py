@@ -5,11 +5,12 @@ from __future__ import annotations
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
 from pipeline.errors import shown_url
-from pipeline.evaluation import champion, metrics
+from pipeline.evaluation import metrics, publish_scores
 from pipeline.evaluation.features import Generated
 from pipeline.evaluation.moments import frechet_distance
 from pipeline.evaluation.score_checkpoints import draw_grid, open_job_scorer, score_and_record
-from pipeline.runs.records import RunScores, best_score
+from pipeline.runs.best_checkpoint import best_score
+from pipeline.runs.records import RunScores
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.open_model import model_of_checkpoint
 from sagan.sampling import Model
@@ -61,18 +62,20 @@ def _finalise(job: TrainJob, run_id: str) -> RunScores:
         scores = [record for record in run.scores() if record.checkpoint in complete]
         best = best_score(scores)
         if best is None:
-            champion.log_scores(job, run_id, scores, [])
+            publish_scores.log_scores(job, run_id, scores, [])
             return RunScores()
         checkpoint = run.checkpoint(best.checkpoint)
         model = model_of_checkpoint(checkpoint, job.evaluate, scorer.extractor.device)
         registered = None
         if job.track.register_model:
-            champion.make_comparable(job, best.score, scorer)
-            registered = champion.register(job, run_id, best, model, draw_grid(job, best, model, scorer.collection))
+            publish_scores.make_comparable(job, best.score, scorer)
+            registered = publish_scores.register(
+                job, run_id, best, model, draw_grid(job, best, model, scorer.collection)
+            )
     final = _final_scores(job, model)
     assert final.final is not None
     # All scores are sent again, since the tracker may have missed some during an outage.
-    champion.log_scores(job, run_id, [*scores, best.model_copy(update={"score": final.final})], [])
+    publish_scores.log_scores(job, run_id, [*scores, best.model_copy(update={"score": final.final})], [])
     return final.model_copy(
         update={
             "score": best.score,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.extractors.extractor import Extractor
-from pipeline.evaluation.extractors.fidelity_networks import import_torch_fidelity
+from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
 from pipeline.evaluation.moments import Moments, frechet_distance
 
 ISC_SPLITS = 10

@@ -12,15 +12,16 @@ from PIL import Image
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.errors import SaganError
-from pipeline.evaluation import champion, metrics
+from pipeline.evaluation import metrics, publish_scores
 from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.classifier import Classifier, require_classes
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.features import Real
 from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import Scorer, open_scorer
+from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import ScoreRecord, best_score
+from pipeline.runs.records import ScoreRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
@@ -108,13 +109,13 @@ def score_and_record(job: TrainJob, checkpoint: StoredCheckpoint, run_id: str, s
         path = temp / f"{checkpoint.name}.png"
         picture.save(path)
         files.upload(path, run.grid_url(checkpoint.name))
-        champion.log_scores(job, run_id, [record], [path])
+        publish_scores.log_scores(job, run_id, [record], [path])
     run.write_score(record)  # last, since a checkpoint with a record is not processed again
     best = best_score(run.scores())
     if job.track.register_model and best and best.checkpoint == checkpoint.name:
         try:
-            champion.make_comparable(job, score, scorer)
-            champion.register(job, run_id, record, model, picture)
+            publish_scores.make_comparable(job, score, scorer)
+            publish_scores.register(job, run_id, record, model, picture)
         except SaganError as error:
             log.warning(
                 "%s is not registered now; it will be registered after training: %s", checkpoint.name, error.message

@@ -7,16 +7,11 @@ listed images, including broken and excluded ones. So a broken or excluded image
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 from webdataset import TarWriter
 
 from pipeline.collection.image_codec import EXTENSIONS, crop_and_encode
@@ -25,8 +20,7 @@ from pipeline.collection.shard_file import read_shard
 from pipeline.compute.tasks import map_parallel
 from pipeline.compute.threads import map_ahead
 from pipeline.config.schema import PackSection
-from pipeline.errors import CorruptError, UsageError, shown_url
-from pipeline.packing.existing_shards import index_shards
+from pipeline.errors import UsageError, shown_url
 from pipeline.packing.finish_collection import (
     SECTION,
     PackedShard,
@@ -37,28 +31,15 @@ from pipeline.packing.finish_collection import (
     storable_class_names,
 )
 from pipeline.packing.image_source import Source
+from pipeline.packing.index_webdataset import index_shards
 from pipeline.packing.recognise import open_source
+from pipeline.packing.resume_packing import delete_receipts, fetch_complete_shard, upload_complete_shard
 from pipeline.progress import Report, progress
 from pipeline.storage import files, stored_json
-from pipeline.storage.file_sets import FileEntry
-from pipeline.storage.stored_json import Sha256, Size, printable
+from pipeline.storage.stored_json import printable
 from sagan.random import Purpose, permutation
 
-# Folder with one receipt per complete shard. It is deleted after the manifest is written.
-_RECEIPTS = ".packing"
-_WHAT = "the receipt of a shard"
 _THREADS = 4  # threads per shard, so that reading from a bucket and decoding overlap
-
-
-class _Receipt(BaseModel):
-    """What is known about a complete shard of a packing that has not ended."""
-
-    size: Size
-    sha256: Sha256
-    inputs: str
-    """SHA-256 of what determines the shard (see `_inputs`)."""
-    broken: dict[str, str]
-    """Reason for each image that the shard leaves out, by its index in the source."""
 
 
 def pack(
@@ -107,21 +88,22 @@ def pack(
         "class_names": class_names,
     }
     collection = finish_collection(destination, record, facts, done, source)
-    files.delete(files.join(destination, _RECEIPTS))
+    delete_receipts(destination)
     return collection
 
 
 def pack_shard(part: ShardPlan, source: Source, section: PackSection, destination: str) -> PackedShard:
-    """Write a shard and its receipt, unless `destination` has both already."""
+    """Write a shard and its receipt, unless `destination` has both already.
+
+    A shard is written again where an image that was broken can be used now.
+    """
     with files.temporary_folder("pack") as folder:
         path = folder / part.name
-        broken = _fetch_complete_shard(path, part, source, section, destination)
-        if broken is None:
+        broken = fetch_complete_shard(path, part, source, section, destination)
+        if broken is None or not all(isinstance(_encoded(int(i), source, section), str) for i in broken):
             broken = _write(path, part, source, section)
             if len(broken) < len(part.ids):
-                files.upload(path, files.join(destination, part.name))
-                receipt = asdict(FileEntry.of(path)) | {"inputs": _inputs(part, source, section), "broken": broken}
-                files.write_json(_receipt_url(destination, part), receipt)
+                upload_complete_shard(path, broken, part, source, section, destination)
         lines = [f"{printable(source.keys[i])}: {broken[str(i)]}" for i in part.ids if str(i) in broken]
         kept = [int(i) for i in part.ids if str(i) not in broken]
         if not kept:
@@ -207,35 +189,3 @@ def _encoded(i: int, source: Source, section: PackSection) -> bytes | str:
         return "the file does not exist"
     except ValueError as reason:
         return str(reason)
-
-
-def _fetch_complete_shard(
-    path: Path, part: ShardPlan, source: Source, section: PackSection, destination: str
-) -> dict[str, str] | None:
-    """Download a complete shard that an earlier packing of the same images wrote.
-
-    Returns the reason for each image that the shard leaves out, by its index as text. Returns None where there is no
-    complete shard, or where an image that was broken can be used now.
-    """
-    with suppress(FileNotFoundError, CorruptError):
-        url = _receipt_url(destination, part)
-        receipt = stored_json.validate(_Receipt, stored_json.parse(stored_json.read(url), url, _WHAT), url, _WHAT)
-        known = receipt.broken.keys() <= {str(i) for i in part.ids}
-        if known and receipt.inputs == _inputs(part, source, section):
-            files.download(files.join(destination, part.name), path, most=receipt.size)
-            is_whole = FileEntry.of(path) == FileEntry(receipt.size, receipt.sha256)
-            if is_whole and all(isinstance(_encoded(int(i), source, section), str) for i in receipt.broken):
-                return receipt.broken
-    return None
-
-
-def _inputs(part: ShardPlan, source: Source, section: PackSection) -> str:
-    """Return the SHA-256 of everything that determines a shard, except the contents of its images."""
-    keys = {"resolution", "encoding", "quality", "chroma"}
-    images = [(int(n), source.keys[i], int(source.labels[i])) for n, i in zip(part.numbers, part.ids, strict=True)]
-    text = json.dumps([section.model_dump(include=keys), bool(source.class_names), images])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _receipt_url(destination: str, part: ShardPlan) -> str:
-    return files.join(destination, _RECEIPTS, f"{part.name}.json")

@@ -8,7 +8,7 @@ import time
 from pipeline.compute.tasks import run_as_task
 from pipeline.config.schema import TrainJob
 from pipeline.errors import shown_url
-from pipeline.report.animation import animate
+from pipeline.report.grids_gif import animate
 from pipeline.report.runs_and_models import Reader
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredRun

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from pipeline.config.schema import DataSection, EvaluateSection, TrainJob
 from pipeline.errors import CorruptError, UsageError
+from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import RunRecord, ScoreRecord, TrainSummary, best_score
+from pipeline.runs.records import RunRecord, ScoreRecord, TrainSummary
 from pipeline.runs.score_protocol import ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep, open_folder
 from pipeline.storage import files

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
-from pipeline.runs.score_protocol import Score, better_first, comparable
+from pipeline.runs.score_protocol import Score
 from pipeline.storage import files, stored_json
 from pipeline.storage.stored_json import PlainName, Size
 
@@ -251,18 +250,3 @@ class SweepSummary(RunScores):
     mlflow_run_id: str
     picture: str
     """Path or URL of the picture of the score over the space."""
-
-
-def best_score(records: Iterable[ScoreRecord]) -> ScoreRecord | None:
-    """Return the best record of all that can be compared with the newest record; None where no record has a value.
-
-    A record can be compared where its protocol equals that of the newest record and where it has the metric that ranks
-    the newest record. Of two equally good records, the one with the later position wins.
-    """
-    valued = sorted((r for r in records if r.score.value is not None), key=lambda record: record.time_ms)
-    if not valued:
-        return None
-    last = valued[-1].score
-    rivals = [(r, score) for r in valued for score in comparable([r.score], last)]
-    best, score = min(rivals, key=lambda rival: (better_first(rival[1]), -rival[0].images))
-    return best.model_copy(update={"score": score})

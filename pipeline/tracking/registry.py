@@ -1,4 +1,4 @@
-"""Versions of a model in MLflow's registry, and the alias `champion`.
+"""Registers models in MLflow's registry, lists their versions, and downloads them.
 
 Tags of a version hold all values that ranking needs:
     metric: Protocol key under which the version was registered, for example `fid/3fa9c1d2`.
@@ -7,9 +7,6 @@ Tags of a version hold all values that ranking needs:
     better: `lower` or `higher`, the direction of the protocol key in `metric`.
     files_sha256: Digest of the manifest of the version's files.
     withdrawn: Reason why the version must not become champion.
-
-MLflow sets an alias without compare-and-swap. So `promote_best` sets the alias and reads it again until it names the
-best version.
 """
 
 from __future__ import annotations
@@ -20,12 +17,12 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
+from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import file_sets, files
 from pipeline.tracking import pulled_folder
 from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors
@@ -84,7 +81,7 @@ def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str
 
     Raises EnvironmentFault.
     """
-    with _errors_explained(uri):
+    with registry_errors(uri):
         mlflow = client(uri)
         _ensure_model(mlflow, name)
         for version in versions(uri, name):
@@ -103,92 +100,6 @@ def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str
         return number
 
 
-def promote_best(uri: str, name: str) -> int | None:
-    """Set `champion` to the best READY version that is not withdrawn.
-
-    Versions are compared under the protocol key of the newest version; versions without a score under this key are not
-    considered. A champion without such a score cannot be compared and keeps the alias.
-
-    Returns the number of the champion; None where there is no champion. Raises EnvironmentFault where MLflow cannot be
-    used, and SaganError where other processes undo the change in every attempt.
-    """
-    from mlflow.exceptions import MlflowException
-
-    with _errors_explained(uri):
-        mlflow = client(uri)
-        for _ in range(ATTEMPTS):
-            eligible = [v for v in versions(uri, name) if v.ready and "withdrawn" not in v.tags]
-            champion = champion_of(uri, name)
-            if not eligible:
-                return champion.number if champion else None
-            newest = eligible[-1]
-            if champion and "withdrawn" not in champion.tags and not champion.compares(newest):
-                log.warning(
-                    "the champion of %s stays version %d, because that version has no score under %s; compare the "
-                    "versions yourself, and set the champion with `sagan promote`",
-                    name,
-                    champion.number,
-                    newest.metric,
-                )
-                return champion.number
-            best = min(eligible, key=lambda version: (version.rank(newest), version.number))
-            if champion and champion.number == best.number:
-                return best.number
-            with suppress(MlflowException):  # another process set the alias at the same moment
-                mlflow.set_registered_model_alias(name, CHAMPION, str(best.number))
-    raise SaganError(
-        f"the champion of {name} could not be set in {ATTEMPTS} attempts",
-        f"set it with: sagan promote {name} {best.number}",
-    )
-
-
-def promote(uri: str, name: str, version: int, force_reason: str | None = None) -> int:
-    """Set `champion` to a version that a person chose, and return its number.
-
-    Without `force_reason`, the version must be better than the champion under the champion's protocol. With
-    `force_reason`, every version that is newer or that ranks better is tagged withdrawn, so that `promote_best` does
-    not choose it later. The chosen version is no longer withdrawn.
-
-    Raises UsageError where the version does not exist, is not READY or is not better; EnvironmentFault where MLflow
-    cannot be used.
-    """
-    with _errors_explained(uri):
-        mlflow = client(uri)
-        all_versions = versions(uri, name)
-        chosen = next((v for v in all_versions if v.number == version and v.ready), None)
-        if chosen is None:
-            numbers = ", ".join(str(v.number) for v in all_versions if v.ready) or "none"
-            raise UsageError(f"{name} has no version {version} that is READY", f"choose one of: {numbers}")
-        champion = champion_of(uri, name)
-        if force_reason is None and champion is not None and champion.number != version:
-            _require_better(name, chosen, champion)
-        if force_reason is not None:
-            for other in all_versions:
-                wins = other.rank(chosen) < chosen.rank(chosen)
-                if other.number > version or wins:
-                    mlflow.set_model_version_tag(name, str(other.number), "withdrawn", force_reason)
-            mlflow.set_model_version_tag(name, str(version), "promoted", force_reason)
-        if "withdrawn" in chosen.tags:
-            mlflow.delete_model_version_tag(name, str(version), "withdrawn")
-        mlflow.set_registered_model_alias(name, CHAMPION, str(version))
-        return version
-
-
-def _require_better(name: str, chosen: Version, champion: Version) -> None:
-    """Check that `chosen` is better than the champion under the champion's protocol. Raises UsageError."""
-    if not chosen.compares(champion):
-        problem = "and the champion were scored under different protocols, so they cannot be compared"
-    elif chosen.rank(champion) >= champion.rank(champion):
-        problem = "is not better than the champion under the same protocol"
-    else:
-        return
-    descriptions = f"{chosen.described(champion)}\n  {champion.described(champion)}"
-    raise UsageError(
-        f"version {chosen.number} of {name} {problem}\n  {descriptions}",
-        f'to promote it anyway, give a reason: sagan promote {name} {chosen.number} --force "…"',
-    )
-
-
 def pull(uri: str, model_uri: str, destination: Path) -> Path:
     """Download the model `models:/NAME@ALIAS` or `models:/NAME/VERSION` into the folder `destination`.
 
@@ -200,7 +111,7 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
     registered, or where the version does not say which files were registered.
     """
     destination = Path(destination).expanduser().absolute()
-    with pulled_folder.replacing(destination) as folder, _errors_explained(uri):
+    with pulled_folder.replacing(destination) as folder, registry_errors(uri):
         from mlflow.artifacts import download_artifacts
 
         name, number = _resolve(uri, model_uri)
@@ -242,7 +153,7 @@ def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
     """
     destination = Path(destination).expanduser().absolute()
     pulled_folder.require_empty(destination)
-    with _errors_explained(uri):
+    with registry_errors(uri):
         name, number = _resolve(uri, model_uri)
         tags = next(version.tags for version in versions(uri, name) if version.number == number)
     try:
@@ -280,7 +191,7 @@ def champion_of(uri: str, name: str, alias: str = CHAMPION) -> Version | None:
 
 def checkpoints(uri: str, name: str) -> set[str]:
     """Return the URLs of the checkpoints from which versions were exported. Raises EnvironmentFault."""
-    with _errors_explained(uri):
+    with registry_errors(uri):
         return {version.tags["checkpoint"] for version in versions(uri, name) if "checkpoint" in version.tags}
 
 
@@ -289,7 +200,7 @@ def add_score(uri: str, name: str, version: int, metric: str, value: float) -> N
 
     Raises EnvironmentFault.
     """
-    with _errors_explained(uri):
+    with registry_errors(uri):
         client(uri).set_model_version_tag(name, str(version), metric, repr(value))
 
 
@@ -384,7 +295,7 @@ def _requirements() -> list[str]:
 
 
 @contextmanager
-def _errors_explained(uri: str) -> Iterator[None]:
+def registry_errors(uri: str) -> Iterator[None]:
     """Raise EnvironmentFault where MLflow raises an error inside the `with` block."""
     try:
         yield

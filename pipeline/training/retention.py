@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, shown_url
+from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import best_score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry

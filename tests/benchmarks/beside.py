@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pipeline
-from tests.benchmarks.turns import median_ratio
+from tests.benchmarks._interleaved import median_ratio
 
 JOB = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
 BATCH = 32

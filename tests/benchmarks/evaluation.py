@@ -33,13 +33,13 @@ from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.evaluation import metrics
-from pipeline.evaluation.extractors.fidelity_networks import import_torch_fidelity
+from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
 from pipeline.evaluation.features import Real
 from pipeline.evaluation.moments import Moments, frechet_distance
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.packing.pack import pack
 from pipeline.streaming.read_images import read_images
-from tests.benchmarks.turns import Figures, Server, serve
+from tests.benchmarks._interleaved import Figures, Server, serve
 from tests.real_data import real_file
 
 import_torch_fidelity()

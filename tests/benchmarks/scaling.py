@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pipeline.compute.devices import ALLOCATOR, configure_device
 from sagan import ModelConfig, OptimConfig, Step, TrainState, World
 from sagan.cost import parameters
-from tests.benchmarks.turns import Figures, Server, median_ratio, serve
+from tests.benchmarks._interleaved import Figures, Server, median_ratio, serve
 
 MODEL = ModelConfig(resolution=32, num_classes=10, multipliers_g=(8, 8, 4, 2), multipliers_d=(2, 4, 8, 8))
 RANKS = 2

@@ -1,6 +1,6 @@
 """A training step at 128 px against a fair reference: `python -m tests.benchmarks.step [--json FILE]`.
 
-The official SAGAN (42.1 M / 39.5 M parameters, attention at 32×32). The reference (tests/benchmarks/reference.py) is
+The official SAGAN (42.1 M / 39.5 M parameters, attention at 32×32). The reference (tests/benchmarks/_plain_sagan.py) is
 eager float32, TF32 on CUDA. Each variant is a process of its own, so that allocator settings and peak memory are its
 own; they take their steps in turn, round after round, and a figure is the median of the ratios round by round. Images,
 logits and gradients are compared first. Shares of a peak use nominal FLOP (149.5 GFLOP per image), whatever a variant
@@ -31,9 +31,9 @@ from pipeline.compute.devices import ALLOCATOR, configure_device
 from sagan import ModelConfig, OptimConfig, Step, TrainState, World
 from sagan.batch_norm import Groups
 from sagan.cost import parameters, step_flop_per_image
-from tests.benchmarks import reference
-from tests.benchmarks.turns import Server, median_ratio
-from tests.benchmarks.turns import serve as answer
+from tests.benchmarks import _plain_sagan
+from tests.benchmarks._interleaved import Server, median_ratio
+from tests.benchmarks._interleaved import serve as answer
 
 MODEL, OPTIM = ModelConfig(resolution=128, num_classes=1000, attention=(32,)), OptimConfig()
 LEAST_REFERENCE_SHARE = 0.5
@@ -151,7 +151,7 @@ def training(name: str, batch: int, device: str) -> Callable[[], dict[str, float
     real, y = torch.rand(batch, 3, 128, 128, device=device) * 2 - 1, torch.arange(batch, device=device)
     step: Callable[[], Any]
     if name == "reference":
-        plain = reference.Step(MODEL, OPTIM, device)
+        plain = _plain_sagan.Step(MODEL, OPTIM, device)
         step = lambda: plain(real, y)  # noqa: E731
     else:
         ours = Step(TrainState(MODEL, OPTIM, 0, device), batch, precision=name)
@@ -228,13 +228,13 @@ def check_equal(device: str) -> None:
     (measured on narrow networks, as between permutations of one batch). In float64 the same comparison is a test with a
     bound of 1e-10 (tests/unit/sagan/test_reference.py).
     """
-    state, plain = TrainState(MODEL, OPTIM, 0, device), reference.Step(MODEL, OPTIM, device)
+    state, plain = TrainState(MODEL, OPTIM, 0, device), _plain_sagan.Step(MODEL, OPTIM, device)
     pairs = {
         "generator": (state.generator, plain.generator),
         "discriminator": (state.discriminator, plain.discriminator),
     }
     for ours, theirs in pairs.values():
-        reference.copy_from(ours, theirs)
+        _plain_sagan.copy_from(ours, theirs)
     z, y = torch.randn(2, MODEL.z_dim, device=device), torch.tensor([3, 5], device=device)
     groups = Groups(range(2), 1, World(), torch.device(device))
     images, expected = state.generator(z, y, groups), plain.generator(z, y)
@@ -244,7 +244,7 @@ def check_equal(device: str) -> None:
     logits.sum().backward()
     expected_logits.sum().backward()
     for part, (ours, theirs) in pairs.items():
-        require_equal(f"gradients of the {part}", *reference.gradients(ours, theirs), bound=1e-2)
+        require_equal(f"gradients of the {part}", *_plain_sagan.gradients(ours, theirs), bound=1e-2)
 
 
 def require_equal(what: str, ours: Tensor, theirs: Tensor, bound: float) -> None:

@@ -49,7 +49,7 @@ from pipeline.tracking import registry
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
 from sagan.train_state import TrainState
-from tests.foreign import change_manifest, write_index
+from tests.hostile_collection import change_manifest, write_index
 from tests.mutations import (
     changed_image,
     changed_json,

@@ -26,7 +26,7 @@ from pipeline.packing.pack import pack
 from pipeline.storage import file_sets
 from pipeline.streaming.stream import Stream
 from sagan.world import World
-from tests.foreign import contents_below, write_index
+from tests.hostile_collection import contents_below, write_index
 
 thorough = settings(max_examples=100, deadline=None)
 CANARY = "mine"

@@ -34,6 +34,7 @@ from pipeline.pictures import grid
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
+from pipeline.tracking.champion import promote, promote_best
 from pipeline.tracking.mlflow_run import MlflowRun, client
 from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
@@ -76,6 +77,7 @@ RIVAL = """
 import sys, uuid
 from pathlib import Path
 from pipeline.tracking import registry
+from pipeline.tracking.champion import promote, promote_best
 
 uri, folder, run_id = sys.argv[1:]
 print("ready", flush=True)
@@ -83,7 +85,7 @@ for line in sys.stdin:
     name, value = line.split()
     tags = {"metric": "fd_x/11111111", "fd_x/11111111": value, "better": "lower", "checkpoint_sha256": uuid.uuid4().hex}
     registry.register(uri, name, Path(folder), run_id, tags)
-    registry.promote_best(uri, name)
+    promote_best(uri, name)
     print("done", flush=True)
 """
 
@@ -236,7 +238,7 @@ def test_a_registered_model_is_found_pulled_and_sampled_without_this_system(
 ) -> None:
     facts = tags(12.5)
     version = registry.register(server.uri, name, folder, run_id, facts)
-    assert registry.promote_best(server.uri, name) == version
+    assert promote_best(server.uri, name) == version
     assert registry.register(server.uri, name, folder, run_id, facts) == version
     assert registry.checkpoints(server.uri, name) == {facts["checkpoint"]}
     source = client(server.uri).get_model_version(name, str(version)).source
@@ -350,7 +352,7 @@ def test_mlflow_opens_it_without_pickle_and_without_this_repository(
     server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path
 ) -> None:
     registry.register(server.uri, name, folder, run_id, tags(1.0))
-    registry.promote_best(server.uri, name)
+    promote_best(server.uri, name)
     environment = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     assert not list(registry.pull(server.uri, f"models:/{name}@champion", tmp_path / "pulled").rglob("*.pkl"))
     printed = isolated("-c", PREDICT, server.uri, f"models:/{name}@champion", cwd=tmp_path, **environment)
@@ -361,7 +363,7 @@ def test_mlflow_opens_it_without_pickle_and_without_this_repository(
 
 def test_it_is_served_over_http(server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path) -> None:
     registry.register(server.uri, name, folder, run_id, tags(1.0))
-    registry.promote_best(server.uri, name)
+    promote_best(server.uri, name)
     asked: list[dict[str, Any]] = [{"class": "seven", "seed": 3, "truncation": 0.7}, {"class": 2, "seed": 5}, {}]
     with Serving(server.uri, f"models:/{name}@champion") as serving:
         rows = serving.predict(asked)
@@ -394,53 +396,53 @@ def test_champion_moves_to_better_ones_only_and_never_across_protocols(
 ) -> None:
     def add(value: float, **changes: str) -> int:
         registry.register(server.uri, name, folder, run_id, tags(value, **changes))
-        champion = registry.promote_best(server.uri, name)
+        champion = promote_best(server.uri, name)
         assert champion is not None
         return champion
 
-    assert registry.promote_best(server.uri, name) is None
+    assert promote_best(server.uri, name) is None
     assert [add(5.0), add(6.0), add(4.0)] == [1, 1, 3]
     assert add(0.1, metric="fd_x/22222222") == 3
     registry.add_score(server.uri, name, 3, "fd_x/22222222", 0.2)  # once scored under the other protocol, it is beaten
-    assert registry.promote_best(server.uri, name) == 4
+    assert promote_best(server.uri, name) == 4
 
 
 def test_each_key_ranks_in_its_own_direction(server: MlflowServer, run_id: str, name: str, folder: Path) -> None:
     """A distance champion is scored by recall too: there the higher one wins."""
     registry.register(server.uri, name, folder, run_id, tags(5.0))
-    registry.promote_best(server.uri, name)
+    promote_best(server.uri, name)
     registry.add_score(server.uri, name, 1, "recall/33333333", 0.9)
     registry.register(server.uri, name, folder, run_id, tags(0.7, "recall/33333333", "higher"))
-    assert registry.promote_best(server.uri, name) == 1
+    assert promote_best(server.uri, name) == 1
     registry.register(server.uri, name, folder, run_id, tags(0.95, "recall/33333333", "higher"))
-    assert registry.promote_best(server.uri, name) == 3
+    assert promote_best(server.uri, name) == 3
 
 
 def test_a_higher_score_wins_where_higher_is_better(server: MlflowServer, run_id: str, name: str, folder: Path) -> None:
     for value in (0.5, 0.9, 0.7):
         registry.register(server.uri, name, folder, run_id, tags(value, "recall/33333333", "higher"))
-    assert registry.promote_best(server.uri, name) == 2
+    assert promote_best(server.uri, name) == 2
 
 
 def test_promotion_by_hand_needs_a_reason_and_lasts(server: MlflowServer, run_id: str, name: str, folder: Path) -> None:
     for value in (3.0, 2.0, 1.0):
         registry.register(server.uri, name, folder, run_id, tags(value))
-    registry.promote_best(server.uri, name)
+    promote_best(server.uri, name)
     with pytest.raises(UsageError) as refused:
-        registry.promote(server.uri, name, 2)
+        promote(server.uri, name, 2)
     assert "fd_x/11111111 = 2.0" in refused.value.message
     assert "fd_x/11111111 = 1.0" in refused.value.message
     with pytest.raises(UsageError, match="no version 9"):
-        registry.promote(server.uri, name, 9)
+        promote(server.uri, name, 9)
 
-    assert registry.promote(server.uri, name, 2, "3 shows memorised images") == 2
-    assert registry.promote_best(server.uri, name) == 2
+    assert promote(server.uri, name, 2, "3 shows memorised images") == 2
+    assert promote_best(server.uri, name) == 2
     withdrawn = {v.number: v.tags.get("withdrawn") for v in registry.versions(server.uri, name)}
     assert withdrawn == {1: None, 2: None, 3: "3 shows memorised images"}
     registry.register(server.uri, name, folder, run_id, tags(1.5))
-    assert registry.promote_best(server.uri, name) == 4
-    assert registry.promote(server.uri, name, 3) == 3
-    assert registry.promote_best(server.uri, name) == 3
+    assert promote_best(server.uri, name) == 4
+    assert promote(server.uri, name, 3) == 3
+    assert promote_best(server.uri, name) == 3
 
 
 def test_across_protocols_nothing_is_promoted_and_both_are_said(
@@ -450,7 +452,7 @@ def test_across_protocols_nothing_is_promoted_and_both_are_said(
     one, other = tags(5.0), tags(0.1, metric="fd_x/22222222")
     for facts in (one, other):
         registry.register(server.uri, name, folder, run_id, facts)
-        registry.promote_best(server.uri, name)
+        promote_best(server.uri, name)
     with pytest.raises(UsageError, match="different protocols") as refused:
         sagan("promote", name, "2")
     assert all(facts["protocol"] in refused.value.message for facts in (one, other))
@@ -468,11 +470,11 @@ def test_the_commands_promote_forward_and_back_and_sample_the_champion(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     for value in (2.0, 1.0):
         registry.register(server.uri, name, folder, run_id, tags(value))
-    registry.promote_best(server.uri, name)
+    promote_best(server.uri, name)
     with pytest.raises(UsageError, match="not better"):
         sagan("promote", name, "1")
     assert "version 1" in sagan("promote", name, "1", "--force", "2 shows memorised images")
-    assert registry.promote_best(server.uri, name) == 1
+    assert promote_best(server.uri, name) == 1
     champion = f"models:/{name}@champion"
     assert "sagan.load" in sagan("pull", champion, str(tmp_path / "pulled"))
     asked = ["--classes", "golden retriever", "--n", "16", "--truncation", "0.7", "--seed", "0"]
@@ -481,7 +483,7 @@ def test_the_commands_promote_forward_and_back_and_sample_the_champion(
     expected = grid(images, ["golden retriever"] * 16, columns=4)
     assert Image.open(tmp_path / "grid.png").tobytes() == expected.tobytes()
     assert "version 2" in sagan("promote", name, "2")
-    assert registry.promote_best(server.uri, name) == 2
+    assert promote_best(server.uri, name) == 2
 
 
 def sagan(*arguments: str) -> str:
@@ -544,7 +546,7 @@ def test_what_an_outage_kept_back_arrives_when_the_server_is_back(server: Mlflow
     for step in (1, 2):
         tracker.log({"loss": float(step)}, step, step)
     with pytest.raises(EnvironmentFault, match="cannot be used"):
-        registry.promote_best(tracker.uri, "x")
+        promote_best(tracker.uri, "x")
     with way_to(server.port, port):
         tracker.log({"loss": 3.0}, 3, 3)
         assert tracker.close(timeout_s=60) == 0

@@ -8,7 +8,7 @@ from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.evaluation.extractors.classifier import classifier
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.extractors.extractor_file import extractor_from_file
-from pipeline.evaluation.extractors.pretrained import pretrained
+from pipeline.evaluation.extractors.published_weights import load_published
 
 
 def load_extractor(
@@ -37,7 +37,7 @@ def load_extractor(
             sha256=section.extractor_sha256,
             trusted=section.trust_extractor,
         )
-    return pretrained(
+    return load_published(
         section.extractor,
         section.extractor_weights,
         resize=section.resize,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.extractors.fidelity_networks import published
+from pipeline.evaluation.extractors.published_networks import published
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 Dtype = Literal["float32", "float64"]

@@ -12,7 +12,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError, shown_url
-from pipeline.evaluation.extractors import fidelity_networks
+from pipeline.evaluation.extractors import published_networks
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.progress import progress
 from pipeline.storage import files
@@ -50,7 +50,7 @@ def extractor_from_file(
             network = torch.jit.load(io.BytesIO(content), map_location=device).eval()
             network = torch.jit.freeze(network.to(memory_format=torch.channels_last))  # a third faster on CPUs
         extractor = Extractor(
-            f"{stem}-file" if stem in ("classifier", *fidelity_networks.names()) else stem,
+            f"{stem}-file" if stem in ("classifier", *published_networks.names()) else stem,
             digest,
             network,
             device=device,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.collection.manifest import Collection
 from pipeline.errors import CorruptError, UsageError
-from tests.foreign import change_index, change_manifest, write_index
+from tests.hostile_collection import change_index, change_manifest, write_index
 
 
 def test_the_manifest_describes_the_collection(packed: Collection) -> None:

@@ -13,7 +13,7 @@ from pipeline.collection.manifest import Collection
 from pipeline.collection.shard_file import read_shard
 from pipeline.collection.verify import verify_collection
 from pipeline.errors import CorruptError, SaganError
-from tests.foreign import change_manifest, contents_below
+from tests.hostile_collection import change_manifest, contents_below
 
 
 def test_a_whole_collection_passes(packed: Collection) -> None:

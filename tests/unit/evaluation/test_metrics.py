@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.extractors.extractor import Extractor
-from pipeline.evaluation.extractors.fidelity_networks import FILES, import_torch_fidelity
+from pipeline.evaluation.extractors.published_networks import FILES, import_torch_fidelity
 from pipeline.evaluation.metrics import (
     METRICS,
     Images,

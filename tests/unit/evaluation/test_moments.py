@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.extractors.fidelity_networks import import_torch_fidelity
+from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
 from pipeline.evaluation.moments import Moments, frechet_distance
 
 

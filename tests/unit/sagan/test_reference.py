@@ -1,4 +1,4 @@
-"""The networks and their gradients are those of the formulas, written plainly (tests/benchmarks/reference.py).
+"""The networks and their gradients are those of the formulas, written plainly (tests/benchmarks/_plain_sagan.py).
 
 Float64, random weights and σ far from convergence: resampling folded into convolutions, weights kept as kernels read
 them, in-place rectifiers, custom gradients and grouped batch norm change nothing beyond rounding.
@@ -10,7 +10,7 @@ import torch
 from sagan import ModelConfig, OptimConfig, TrainState, World
 from sagan.batch_norm import Groups
 from sagan.losses import discriminator_hinge, generator_hinge
-from tests.benchmarks import reference
+from tests.benchmarks import _plain_sagan
 
 BOUND = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -26,10 +26,10 @@ def test_losses_and_all_gradients_equal_the_formulas(resolution, attention):
         for name, parameter in network.named_parameters():
             if name.endswith(("gamma", "bias")) or ".norm" in name:  # not at the values where they hide
                 torch.nn.init.normal_(parameter, 0.5, 0.2)
-    plain = reference.Step(config, OptimConfig(), "cpu")
+    plain = _plain_sagan.Step(config, OptimConfig(), "cpu")
     pairs = {"generator": plain.generator.double(), "discriminator": plain.discriminator.double()}
     for name, theirs in pairs.items():
-        reference.copy_from(getattr(state, name), theirs)
+        _plain_sagan.copy_from(getattr(state, name), theirs)
 
     real, y = torch.rand(6, 3, resolution, resolution, dtype=torch.float64) * 2 - 1, torch.arange(6) % 5
     z, y_fake = torch.randn(6, 12, dtype=torch.float64), torch.tensor([4, 0, 0, 2, 1, 3])
@@ -53,5 +53,5 @@ def test_losses_and_all_gradients_equal_the_formulas(resolution, attention):
 
 
 def same_gradients(ours, theirs):
-    mine, expected = reference.gradients(ours, theirs)
+    mine, expected = _plain_sagan.gradients(ours, theirs)
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10 * max(1.0, float(expected.abs().max())))

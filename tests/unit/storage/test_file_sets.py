@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import CorruptError, SaganError
 from pipeline.storage import file_sets, files
-from tests.foreign import change_manifest, contents_below
+from tests.hostile_collection import change_manifest, contents_below
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pipeline.cli import app
 from pipeline.errors import CorruptError
 from pipeline.storage import files
 from pipeline.tracking import registry
+from pipeline.tracking.champion import promote_best
 from pipeline.tracking.mlflow_run import MlflowRun, client
 from sagan.config import ModelConfig, OptimConfig
 from sagan.sampling import Model
@@ -39,7 +40,7 @@ def artifact(uri: str, tmp_path: Path) -> Path:
     tracker.close(timeout_s=10)
     tags = {"metric": "fd/1", "fd/1": "1.0", "better": "lower", "checkpoint_sha256": uuid.uuid4().hex}
     assert registry.register(uri, "digits", folder, tracker.run_id, tags) == 1
-    registry.promote_best(uri, "digits")
+    promote_best(uri, "digits")
     return files.local_path(client(uri).get_model_version("digits", "1").source)
 
 

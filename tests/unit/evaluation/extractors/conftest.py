@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.evaluation.extractors.fidelity_networks import import_torch_fidelity
+from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
 
 
 @pytest.fixture(scope="session")

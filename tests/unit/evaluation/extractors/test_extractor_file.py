@@ -16,7 +16,7 @@ from pipeline.cli import app
 from pipeline.config.schema import EvaluateSection
 from pipeline.errors import ConfigError, CorruptError, EnvironmentFault, UsageError
 from pipeline.evaluation.extractors.extractor_file import extractor_from_file
-from pipeline.evaluation.extractors.pretrained import pretrained
+from pipeline.evaluation.extractors.published_weights import load_published
 from pipeline.evaluation.metrics import FRECHET_DISTANCE
 
 
@@ -161,5 +161,5 @@ def test_trust_is_for_files_alone() -> None:
 def test_clip_weights_run_nothing(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     with pytest.raises(UsageError, match="weights of clip-vit-b-32"):
-        pretrained("clip-vit-b-32", str(torchscript_trap(tmp_path, mark)))
+        load_published("clip-vit-b-32", str(torchscript_trap(tmp_path, mark)))
     assert not mark.exists()

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
-from pipeline.evaluation.extractors import fidelity_networks
+from pipeline.evaluation.extractors import published_networks
 from pipeline.evaluation.extractors.dinov2 import DinoV2, dinov2
 from pipeline.evaluation.extractors.extractor import Extractor
-from pipeline.evaluation.extractors.pretrained import pretrained
+from pipeline.evaluation.extractors.published_weights import load_published
 from pipeline.evaluation.metrics import FRECHET_DISTANCE
 from pipeline.evaluation.moments import Moments, frechet_distance
 
@@ -30,7 +30,7 @@ def images(n: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 
 def test_inception_under_other_weights_is_never_called_fid(inception_file: Path) -> None:
-    extractor = pretrained("inception", str(inception_file))
+    extractor = load_published("inception", str(inception_file))
     digest = hashlib.sha256(inception_file.read_bytes()).hexdigest()
     assert extractor.digest == digest
     assert FRECHET_DISTANCE.name_under(extractor) == f"fid_inception_{digest[:8]}"
@@ -40,7 +40,7 @@ def test_inception_features_and_distance_are_torch_fidelitys(inception_file: Pat
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    ours = pretrained("inception", str(inception_file))
+    ours = load_published("inception", str(inception_file))
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_file)
     )
@@ -60,7 +60,7 @@ def test_inception_features_and_distance_are_torch_fidelitys(inception_file: Pat
 @pytest.mark.parametrize("size", [32, 128, 512])
 def test_the_clean_resize_is_pillows_on_float_channels(size: int) -> None:
     pixels = images(2, size)
-    resized, _ = fidelity_networks.Network(torch.nn.Identity(), 299, [0.0] * 3, [1.0] * 3, resize="clean")(pixels)
+    resized, _ = published_networks.Network(torch.nn.Identity(), 299, [0.0] * 3, [1.0] * 3, resize="clean")(pixels)
 
     def by_pillow(channel: torch.Tensor) -> torch.Tensor:
         image = Image.fromarray(channel.numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
@@ -71,8 +71,8 @@ def test_the_clean_resize_is_pillows_on_float_channels(size: int) -> None:
 
 
 def test_a_resize_has_its_own_features_but_where_nothing_is_to_resize(inception_file: Path) -> None:
-    usual = pretrained("inception", str(inception_file))
-    clean = pretrained("inception", str(inception_file), resize="clean")
+    usual = load_published("inception", str(inception_file))
+    clean = load_published("inception", str(inception_file), resize="clean")
     assert (usual.resize, clean.resize) == ("tf1-bilinear-299", "clean-bicubic-299")
     assert FRECHET_DISTANCE.name_under(clean) == f"{FRECHET_DISTANCE.name_under(usual)}_clean"
     small, large = images(1), images(1, size=299)
@@ -81,8 +81,8 @@ def test_a_resize_has_its_own_features_but_where_nothing_is_to_resize(inception_
 
 
 def test_float64_is_computed_in_float64(inception_file: Path) -> None:
-    double = pretrained("inception", str(inception_file), dtype="float64")
-    single = pretrained("inception", str(inception_file))
+    double = load_published("inception", str(inception_file), dtype="float64")
+    single = load_published("inception", str(inception_file))
     features, logits = double(images(1))
     assert features.dtype == logits.dtype == torch.float64
     assert not torch.equal(features, features.float().double())
@@ -92,7 +92,7 @@ def test_float64_is_computed_in_float64(inception_file: Path) -> None:
 
 def test_an_unknown_name_is_refused_with_all_known_ones() -> None:
     with pytest.raises(UsageError, match="no extractor 'inceptoin'") as caught:
-        pretrained("inceptoin", None)
+        load_published("inceptoin", None)
     for name in ("inception", "vgg16", "clip-vit-b-32", "dinov2-vit-g-14", "classifier", ".pt2"):
         assert name in caught.value.remedy
 
@@ -107,7 +107,7 @@ def test_vgg16_is_torch_fidelitys(tmp_path: Path) -> None:
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in vgg16().state_dict().items()}
     torch.save({key: overlapping(shape) for key, shape in shapes.items()}, tmp_path / "vgg16.pth")
-    ours = pretrained("vgg16", str(tmp_path / "vgg16.pth"))
+    ours = load_published("vgg16", str(tmp_path / "vgg16.pth"))
     theirs = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=str(tmp_path / "vgg16.pth"))
     assert_same_without_logits(ours, theirs, features=4096)
     assert ours.resize == "tf1-bilinear-224"
@@ -115,14 +115,14 @@ def test_vgg16_is_torch_fidelitys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "rn"])
 def test_clip_is_torch_fidelitys(kind: str, tmp_path: Path) -> None:
-    fidelity_networks.import_torch_fidelity()
+    published_networks.import_torch_fidelity()
     from torch_fidelity.feature_extractor_clip import CLIPVisual, FeatureExtractorCLIP
 
     layers: int | tuple[int, ...] = 2 if kind == "vit" else (1, 1, 1, 1)
     tensors = random(CLIPVisual(32, 64, layers, 64, 32)).state_dict() | {"text_projection": torch.zeros(8, 32)}
     path = str(tmp_path / "clip.pt")
     torch.jit.script(holder(tensors)).save(path)
-    ours, theirs = pretrained("clip-vit-b-32", path), FeatureExtractorCLIP("clip-vit-b-32", ["clip"], path)
+    ours, theirs = load_published("clip-vit-b-32", path), FeatureExtractorCLIP("clip-vit-b-32", ["clip"], path)
     assert_same_without_logits(ours, theirs, features=32)
     assert ours.resize == "tf1-bilinear-64"
 
@@ -137,7 +137,7 @@ def test_dinov2_is_read_and_normalised_as_torch_fidelity_does(tmp_path: Path) ->
 
     model = random(dinov2("dinov2-vit-s-14"))
     torch.save(model.state_dict() | {"mask_token": torch.zeros(1, 384)}, tmp_path / "s.pth")
-    ours = pretrained("dinov2-vit-s-14", str(tmp_path / "s.pth"))
+    ours = load_published("dinov2-vit-s-14", str(tmp_path / "s.pth"))
     assert_same_without_logits(ours, Here(model), features=384)
 
 
@@ -250,7 +250,7 @@ def publish(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def as_inception(digest: str) -> Path:
         monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.setitem(fidelity_networks.FILES, "inception", fidelity_networks.Published(server.url, digest))
+        monkeypatch.setitem(published_networks.FILES, "inception", published_networks.Published(server.url, digest))
         return tmp_path / ".cache/sagan/weights-inception.pth"
 
     return as_inception
@@ -262,12 +262,12 @@ def test_published_weights_are_downloaded_once_where_that_is_asked_for(
     digest = hashlib.sha256(server.content).hexdigest()
     place = publish(digest)
     with pytest.raises(EnvironmentFault, match="no extractor file at ~/.cache/sagan/weights-inception.pth"):
-        pretrained("inception", None)
+        load_published("inception", None)
     assert server.requests == 0
-    extractor = pretrained("inception", None, download=True)
+    extractor = load_published("inception", None, download=True)
     assert place.read_bytes() == server.content
     assert (extractor.digest, FRECHET_DISTANCE.name_under(extractor)) == (digest, "fid")
-    pretrained("inception", None, download=True)
+    load_published("inception", None, download=True)
     assert server.requests == 1
 
 
@@ -277,22 +277,22 @@ def test_a_download_that_breaks_off_leaves_nothing_and_can_be_repeated(
     place = publish(hashlib.sha256(server.content).hexdigest())
     server.breaks = True
     with pytest.raises(EnvironmentFault, match=f"{server.url}: the transfer broke off"):
-        pretrained("inception", None, download=True)
+        load_published("inception", None, download=True)
     assert not place.exists()
     server.breaks = False
-    pretrained("inception", None, download=True)
+    load_published("inception", None, download=True)
     assert place.exists()
 
 
 def test_what_is_not_the_published_file_is_not_kept(publish: Callable[[str], Path]) -> None:
     place = publish(hashlib.sha256(b"another file").hexdigest())
     with pytest.raises(CorruptError, match="is not the published file"):
-        pretrained("inception", None, download=True)
+        load_published("inception", None, download=True)
     assert not place.exists()
 
 
 def test_weights_may_be_named_by_their_url(server: Server) -> None:
-    assert pretrained("inception", server.url).digest == hashlib.sha256(server.content).hexdigest()
+    assert load_published("inception", server.url).digest == hashlib.sha256(server.content).hexdigest()
 
 
 # --- weights that are refused ----------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_weights_may_be_named_by_their_url(server: Server) -> None:
 def test_missing_inception_weights_say_where_they_are_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(EnvironmentFault) as caught:
-        pretrained("inception", None)
+        load_published("inception", None)
     assert "~/.cache/sagan/weights-inception-2015-12-05-6726825d.pth" in caught.value.message
     for hint in ("evaluate.extractor_weights", "evaluate.download", "https://", "classifier"):
         assert hint in caught.value.remedy
@@ -315,15 +315,15 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"x": Trap()}, path)
     with pytest.raises(UsageError, match="weights of inception"):
-        pretrained("inception", str(path))
+        load_published("inception", str(path))
     assert not (tmp_path / "trapped").exists()
     path.write_bytes(pickle.dumps(Trap(), protocol=2))
     with pytest.raises(UsageError, match="weights of inception"):
-        pretrained("inception", str(path))
+        load_published("inception", str(path))
     assert not (tmp_path / "trapped").exists()
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "weights.pth")
     with pytest.raises(UsageError, match=r"weights\.pth does not hold"):
-        pretrained("inception", str(tmp_path / "weights.pth"))
+        load_published("inception", str(tmp_path / "weights.pth"))

@@ -7,17 +7,17 @@ import hashlib
 import torch
 
 from pipeline.errors import CorruptError, UsageError
-from pipeline.evaluation.extractors import fidelity_networks
+from pipeline.evaluation.extractors import published_networks
 from pipeline.evaluation.extractors.extractor import Dtype, Extractor
 from pipeline.evaluation.extractors.extractor_file import first_line, read_extractor_file
 from pipeline.storage import files
 
 
-def pretrained(
+def load_published(
     name: str,
     location: str | None,
     *,
-    resize: fidelity_networks.Resize = "fidelity",
+    resize: published_networks.Resize = "fidelity",
     dtype: Dtype = "float32",
     download: bool = False,
     device: str = "cpu",
@@ -37,12 +37,12 @@ def pretrained(
         EnvironmentFault: The file does not exist or cannot be read.
         CorruptError: The downloaded file is not the published file.
     """
-    if name not in fidelity_networks.names():
+    if name not in published_networks.names():
         raise UsageError(
             f"there is no extractor {name!r}",
-            f"use classifier, a .ts or .pt2 file, or one of: {', '.join(fidelity_networks.names())}",
+            f"use classifier, a .ts or .pt2 file, or one of: {', '.join(published_networks.names())}",
         )
-    known = fidelity_networks.published(name)
+    known = published_networks.published(name)
     assert known is not None
     if location is None:
         location = default_place(known)
@@ -54,7 +54,7 @@ def pretrained(
         "path or URL; evaluate.extractor: classifier needs no file",
     )
     try:
-        network = fidelity_networks.network(name, content, resize).to(device, getattr(torch, dtype))
+        network = published_networks.network(name, content, resize).to(device, getattr(torch, dtype))
     except Exception as error:
         raise UsageError(
             f"{location} does not hold weights of {name}: {first_line(error)}",
@@ -71,12 +71,12 @@ def pretrained(
     )
 
 
-def default_place(known: fidelity_networks.Published) -> str:
+def default_place(known: published_networks.Published) -> str:
     """Return the path where a node keeps a published file."""
     return f"~/.cache/sagan/{files.name(known.url)}"
 
 
-def _download(known: fidelity_networks.Published, place: str) -> None:
+def _download(known: published_networks.Published, place: str) -> None:
     content = read_extractor_file(known.url, "set evaluate.extractor_weights to the path or URL of the file")
     digest = hashlib.sha256(content).hexdigest()
     if known.digest and digest != known.digest:

@@ -1,4 +1,4 @@
-"""Logs scores to MLflow, registers the best model of a run, and moves the alias `champion` to the better model."""
+"""Publishes scores and models to MLflow: logs scores, and registers the best model of a run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
+from pipeline.tracking.champion import promote_best
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.tracking.model_card import model_card
 from pipeline.tracking.open_model import open_model
@@ -85,7 +86,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, grid
         grid.save(folder / "samples.png")
         (folder / "README.md").write_text(model_card(job.registry_name, model, score, training))
         version = registry.register(uri, job.registry_name, folder, run_id, tags)
-    alias = registry.CHAMPION if registry.promote_best(uri, job.registry_name) == version else None
+    alias = registry.CHAMPION if promote_best(uri, job.registry_name) == version else None
     return RegisteredModel(model=job.registry_name, version=version, alias=alias)
 
 
