@@ -155,7 +155,10 @@ def free_port() -> int:
     kernels = Path("/proc/sys/net/ipv4/ip_local_port_range")
     first = int(kernels.read_text().split()[0]) if kernels.exists() else 32768
     least = 20_000  # Ray gives the ports below to its workers
-    while taken(port := random.randrange(least, max(first, 2 * least))):  # noqa: S311  # not a secret
+    beyond = (
+        first if first >= least + 1000 else 65_536
+    )  # where the kernel's range leaves too few ports, all may be taken
+    while taken(port := random.randrange(least, beyond)):  # noqa: S311  # not a secret
         pass
     return port
 

@@ -33,15 +33,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, SaganError
 
-# A client is cached by these variables. A changed value, such as a corrected key, creates another client.
-_IDENTITY = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_PROFILE",
-)
 _CONNECT_S, _SILENCE_S = 5, 20  # seconds: limits for opening a connection, and for a server that sends nothing
 _SLOWEST = 50_000  # bytes per second: a slower download fails
 _ATTEMPTS = 4
@@ -287,8 +278,19 @@ def filesystem(url: str, attempts: int = _ATTEMPTS) -> tuple[Any, str]:
     if is_local(url):
         return _filesystem("file", (), os.getpid(), 1), str(local_path(url))
     protocol, _, _ = url.partition("://")
-    identity = tuple(os.environ.get(variable) for variable in _IDENTITY)
-    return _filesystem(protocol, identity, os.getpid(), attempts), strip_protocol(url)
+    # Servers other than AWS answer a range request with the checksum of the whole object. botocore would reject it.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    return _filesystem(protocol, _settings(), os.getpid(), attempts), strip_protocol(url)
+
+
+def _settings() -> tuple[tuple[str, str], ...]:
+    """Return the environment variables that a client reads when it is created.
+
+    A changed value, such as a corrected key or another proxy, needs another client.
+    """
+    names = ("HOME", *(name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")))
+    return tuple((name, os.environ.get(name, "")) for name in sorted(names))
 
 
 @contextmanager
@@ -320,8 +322,8 @@ def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
 
 
 @lru_cache(maxsize=16)
-def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attempts: int) -> Any:
-    """Create a file system. `identity` and `pid` are used only as keys of the cache."""
+def _filesystem(protocol: str, settings: tuple[tuple[str, str], ...], pid: int, attempts: int) -> Any:
+    """Create a file system. `settings` and `pid` are used only as keys of the cache."""
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
@@ -331,9 +333,6 @@ def _filesystem(protocol: str, identity: tuple[str | None, ...], pid: int, attem
         return fsspec.filesystem(protocol, skip_instance_cache=True, client_kwargs=client)
     if protocol != "s3":
         return fsspec.filesystem(protocol, skip_instance_cache=True)
-    # Servers other than AWS answer a range request with the checksum of the whole object. botocore would reject it.
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     config = {
         "connect_timeout": _CONNECT_S,
         "read_timeout": _SILENCE_S,

@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError
 
 import infra.local.server_process
 from infra.local import end_with_parent
-from infra.local.server_process import BIN, CHECKOUT
+from infra.local.server_process import BIN, CHECKOUT, free_port
 from infra.local.servers import S3, Credentials, MlflowServer, Ray
 from infra.local.state_folder import local_mlflow, local_s3
 from pipeline import doctor
@@ -188,6 +188,13 @@ def test_grandchildren_in_sessions_of_their_own_end_too(tmp_path):
     held.terminate()
     held.wait()
     assert not runs(grandchild)
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_connections():
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if first < 21_000:
+        pytest.skip("the kernel's range leaves no ports for servers")
+    assert all(20_000 <= free_port() < first for _ in range(200))
 
 
 def test_kept_credentials_are_the_owners_alone(tmp_path):

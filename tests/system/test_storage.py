@@ -152,6 +152,20 @@ def test_no_credentials_at_all(s3: Any, tmp_path: Path, monkeypatch: pytest.Monk
         files.list_names("s3://bucket/runs")
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY"])
+def test_the_client_of_a_proxy_is_not_kept(bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """A proxy that was set for a while decides nothing afterwards, also where nothing was stored before."""
+    files._filesystem.cache_clear()
+    with monkeypatch.context() as proxied:
+        proxied.setenv(variable, f"http://127.0.0.1:{free_port()}")
+        proxied.setenv("no_proxy", "")
+        proxied.setenv("NO_PROXY", "")
+        with pytest.raises(EnvironmentFault):
+            files.write_bytes(f"{bucket}/a.bin", b"1")
+    files.write_bytes(f"{bucket}/a.bin", b"2")
+    assert files.read_bytes(f"{bucket}/a.bin") == b"2"
+
+
 def test_sets_are_committed_verified_and_removed(bucket: str, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "state.bin").write_bytes(b"state")
