@@ -190,7 +190,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the latents. The same seed gives the same images.")] = 0,
 ) -> None:
     """Write a labelled grid of samples as a PNG file."""
-    from pipeline.pictures import grid
+    from pipeline.image_grid import grid
     from pipeline.tracking.open_model import open_model
 
     generator = open_model(model)

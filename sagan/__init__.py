@@ -5,10 +5,10 @@ images = model.sample(classes=["7"], n=16, seed=0)    # uint8 [16, 3, H, W]
 """
 
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
+from sagan.ranks import World
 from sagan.step import Step
 from sagan.train_state import TrainState
-from sagan.world import World
+from sagan.trained_model import Model
 
 load = Model.load
 

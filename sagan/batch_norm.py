@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sagan.world import World, on_device
+from sagan.ranks import World, on_device
 
 # Decay of the running averages per generator update (official code): all layers but the last, and the last layer
 DECAY, LAST_DECAY = 0.999, 0.9999

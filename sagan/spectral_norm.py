@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sagan.world import World
+from sagan.initial_weights import initial_weight
+from sagan.ranks import World
 
 # From a random u, σ reaches 80 % of its true value after one iteration and 99.8 % after thirty. So a network starts
 # from a converged u.
@@ -150,7 +151,7 @@ class Conv2d(SpectralNorm):
     """Convolution at stride 1 that keeps the size of the feature map. The weight is [out, height, width, in]."""
 
     def __init__(self, in_: int, out: int, size: int, spectral: Spectral | None, *, bias: bool = True) -> None:
-        weight = _standard_layout(_glorot(out, in_, size, size).permute(0, 2, 3, 1))
+        weight = _standard_layout(initial_weight(out, in_, size, size).permute(0, 2, 3, 1))
         super().__init__(weight, out if bias else 0, spectral)
 
     @property
@@ -169,7 +170,7 @@ class TransposedConv2d(SpectralNorm):
     """
 
     def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
-        weight = _standard_layout(_glorot(out, in_, 3, 3).permute(1, 2, 3, 0))
+        weight = _standard_layout(initial_weight(out, in_, 3, 3).permute(1, 2, 3, 0))
         super().__init__(weight, out, spectral, transposed=True)
 
     @property
@@ -182,7 +183,7 @@ class Linear(SpectralNorm):
     """Linear layer with a bias. The weight is [out, in]."""
 
     def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
-        super().__init__(_glorot(out, in_), out, spectral)
+        super().__init__(initial_weight(out, in_), out, spectral)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.normalised_weight, self.bias)
@@ -192,7 +193,7 @@ class Embedding(SpectralNorm):
     """Table of one vector per class. The weight is [num_classes, width]."""
 
     def __init__(self, num_classes: int, width: int, spectral: Spectral | None) -> None:
-        super().__init__(_glorot(num_classes, width), 0, spectral)
+        super().__init__(initial_weight(num_classes, width), 0, spectral)
 
     def forward(self, y: Tensor) -> Tensor:
         return F.embedding(y, self.normalised_weight)
@@ -204,11 +205,6 @@ def _standard_layout(weight: Tensor) -> Tensor:
     `contiguous` leaves other strides on sides of length 1, and DDP then copies gradients.
     """
     return weight.clone(memory_format=torch.contiguous_format)
-
-
-def _glorot(*shape: int) -> Tensor:
-    """Return Glorot-uniform values (official code) for a weight [out, in, …]."""
-    return nn.init.xavier_uniform_(torch.empty(shape))
 
 
 def layers(network: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:

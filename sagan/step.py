@@ -14,8 +14,8 @@ from sagan.batch_norm import Groups
 from sagan.learning_rate import learning_rate_factor
 from sagan.losses import discriminator_hinge, generator_hinge
 from sagan.random import Purpose, draw_labels, draw_latents
+from sagan.ranks import World, on_device
 from sagan.train_state import TrainState
-from sagan.world import World, on_device
 
 METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from infra.local.servers import S3, MlflowServer, Ray
-from tests.silence import pytest_fixture_setup, pytest_timeout_cancel_timer, pytest_timeout_set_timer
+from tests.progress_timeout import pytest_fixture_setup, pytest_timeout_cancel_timer, pytest_timeout_set_timer
 
 __all__ = ["pytest_fixture_setup", "pytest_timeout_cancel_timer", "pytest_timeout_set_timer"]
 

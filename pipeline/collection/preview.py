@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.collection.image_codec import decode_into
 from pipeline.collection.manifest import Collection
 from pipeline.compute.threads import map_ahead
-from pipeline.pictures import LEAST_TILE, grid
+from pipeline.image_grid import LEAST_TILE, grid
 from pipeline.storage import files
 
 _ROWS, _COLUMNS = 20, 8

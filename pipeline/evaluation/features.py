@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.collection.manifest import Collection
-from pipeline.compute.actors import ActorPool
+from pipeline.compute.actor_pool import ActorPool
 from pipeline.compute.resources import require_resources
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import UsageError
@@ -24,7 +24,7 @@ from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.moments import Moments
 from pipeline.streaming.read_images import read_images
 from sagan.random import Purpose, draw_labels, draw_latents
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 # About 50 chunks keep any number of workers busy. Summing a chunk of 1 024 images costs less than extracting its
 # features. Chunk sizes are multiples of 64, the default batch size.

@@ -13,7 +13,7 @@ from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.records import RunScores
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.open_model import model_of_checkpoint
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 ACCURACY_SAMPLES = 1000
 """Number of generated images from which the final class accuracy is computed."""

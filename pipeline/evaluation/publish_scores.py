@@ -21,7 +21,7 @@ from pipeline.tracking.champion import promote_best
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.tracking.model_card import model_card
 from pipeline.tracking.open_model import open_model
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 log = logging.getLogger(__name__)
 

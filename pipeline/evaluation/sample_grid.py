@@ -8,10 +8,10 @@ from PIL import Image
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection
-from pipeline.pictures import beside_real
+from pipeline.image_grid import beside_real
 from pipeline.streaming.read_images import read_images
 from sagan.random import Purpose, draw_latents
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 COLUMNS = 8
 

@@ -26,7 +26,7 @@ from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.tracking.open_model import model_of_checkpoint
-from sagan.sampling import Model, statistics_name
+from sagan.trained_model import Model, statistics_name
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.collection.derived_tensors import NoFacts, Tensors, derived
 from pipeline.collection.manifest import Collection
-from pipeline.compute.actors import ActorPool
+from pipeline.compute.actor_pool import ActorPool
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation import metrics
@@ -27,7 +27,7 @@ from pipeline.evaluation.metrics import Images, Metric
 from pipeline.evaluation.moments import Moments
 from pipeline.progress import progress
 from pipeline.runs.score_protocol import Score, ScoreProtocol
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 CLASSES_MATCH = 0.5
 """The extractor's classes count as the collection's where it recognises more than this share of the real images."""

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from pipeline.pictures import GAP, PAPER
+from pipeline.image_grid import GAP, PAPER
 from sagan.attention import SelfAttention
 from sagan.discriminator import Discriminator
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 MOST_QUERIES, MOST_KEYS = 32, 16  # largest number of cells per side: at most 256 KiB per image and layer
 FULL = 8.0  # a cell has full colour from this multiple of the uniform share

@@ -20,7 +20,7 @@ from pipeline.runs.stored_run import StoredRun, StoredSweep, open_folder
 from pipeline.storage import files
 from pipeline.tracking.open_model import is_checkpoint, load_checkpoint, model_of_state, open_model
 from sagan.discriminator import Discriminator
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 _REMEDY = (
     "give the folder of a run or a sweep (<checkpoint.root>/<name>), a checkpoint's URL, models:/NAME@ALIAS, or a "

@@ -19,7 +19,7 @@ from pipeline.streaming.read_images import read_images
 from sagan.batch_norm import ConditionalBatchNorm
 from sagan.generator import Generator
 from sagan.random import Purpose, draw_labels, draw_latents
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 NEIGHBOURS = 4  # real images beside each generated image
 _CHUNK = 1024  # rows whose distances are in memory at once

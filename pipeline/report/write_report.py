@@ -18,7 +18,7 @@ from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
 from pipeline.tuning.sweep import best_first
 from sagan.random import Purpose, draw_latents
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 EXPLORED = 6  # largest number of images in the attention explorer
 FRAMES, FRAME_WIDTH = 6, 960  # number of sample grids over training, and their width in pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sagan.random import draw_flips
-from sagan.world import on_device
+from sagan.ranks import on_device
 
 
 def mirror_at_random(images: torch.Tensor, positions: range, seed: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from pipeline.streaming.order import Order
 from pipeline.streaming.prefetch import Prefetch
 from pipeline.streaming.read_images import BatchMemory, read_batch
 from pipeline.streaming.shard_cache import ShardCache
-from sagan.world import World
+from sagan.ranks import World
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import printable
 from pipeline.runs.score_protocol import Score
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 _CARD = """# {name}
 

@@ -8,8 +8,8 @@ from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint, load_s
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import default_uri
-from sagan.sampling import Model, check_class_names
 from sagan.train_state import FACTS, TrainState
+from sagan.trained_model import Model, check_class_names
 
 _REMEDY = "give models:/NAME@ALIAS, a checkpoint's URL, or a folder that `sagan pull` wrote"
 

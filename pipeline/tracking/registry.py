@@ -26,7 +26,7 @@ from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import file_sets, files
 from pipeline.tracking import pulled_folder
 from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
-from pipeline.training import ray_train
+from pipeline.training import worker_group
 from pipeline.training.console import Console
 from pipeline.training.retention import delete_superfluous_checkpoints
-from pipeline.training.status import Snapshot, create_status
+from pipeline.training.run_status import Snapshot, create_status
 from pipeline.training.training_run import Evaluation, TrainingRun
 
 POLL_SECONDS = 0.5
@@ -226,12 +226,12 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
     import ray
 
     job = run.job
-    beside = ray_train.require_room(job)
+    beside = worker_group.require_room(job)
     if not beside:
         print("the cluster has no room to score beside training: training waits for each score", flush=True)
     status = create_status(run.reached, run.record.starts, run.record.images_lost)
     housekeeping = Housekeeping(run)
-    workers = _Background(lambda: ray_train.run_workers(run, status, evaluation, beside))
+    workers = _Background(lambda: worker_group.run_workers(run, status, evaluation, beside))
     seen = Snapshot(starts=run.record.starts)
     with _signals(lambda: status.request_stop.remote()) as signals, Console(job) as console:
         workers.start()

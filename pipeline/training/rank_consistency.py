@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SaganError
+from sagan.ranks import World
 from sagan.train_state import TrainState
-from sagan.world import World
 
 LOWER_RATES = "start a new run with another name and lower learning rates; the earlier checkpoints of this run are kept"
 

@@ -11,7 +11,7 @@ from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.runs.records import Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
-from pipeline.tuning.points import ranked, read_records, to_resume, to_start
+from pipeline.tuning.draw_points import ranked, read_records, to_resume, to_start
 
 TRIAL_CPUS = 0.01  # reserved for the function that drives a trial; its Ray Train workers reserve their own CPUs
 
@@ -64,7 +64,7 @@ def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, 
     from ray import tune
     from ray.tune import RunConfig, TuneConfig, Tuner
 
-    from pipeline.tuning.searcher import RecordedSearcher
+    from pipeline.tuning.ray_searcher import RecordedSearcher
 
     # Ray Tune would end normally after SIGINT, and would say that its own state resumes the sweep.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

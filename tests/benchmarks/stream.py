@@ -50,7 +50,7 @@ from pipeline.compute.threads import map_ahead
 from pipeline.config.schema import DataSection
 from pipeline.storage import files
 from pipeline.streaming.stream import Stream
-from sagan.world import World
+from sagan.ranks import World
 from tests.benchmarks import _readers
 from tests.benchmarks._readers import BATCH, SIDE, Batches
 from tests.faults.proxy import fault_proxy

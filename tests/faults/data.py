@@ -39,7 +39,7 @@ from pipeline.errors import SaganError
 from pipeline.packing.pack import pack
 from pipeline.streaming.order import Order
 from pipeline.streaming.stream import Stream
-from sagan.world import World
+from sagan.ranks import World
 from tests.faults.proxy import FaultProxy, fault_proxy
 
 WORKERS, BATCH, SEED = 2, 96, 5

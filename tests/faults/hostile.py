@@ -47,7 +47,7 @@ from tests.faults.hostile_kinds import KINDS, Kind  # noqa: E402
 
 # What the commands import while they run. torch imports `_dynamo`, and much with it, for its first optimiser.
 _IMPORTED = (
-    *("pipeline.collection.verify", "pipeline.evaluation.evaluate_model", "pipeline.job_runner", "pipeline.pictures"),
+    *("pipeline.collection.verify", "pipeline.evaluation.evaluate_model", "pipeline.job_runner", "pipeline.image_grid"),
     *("pipeline.packing.pack", "pipeline.report.write_report", "pipeline.tracking.open_model", "sagan.cost"),
     *("mlflow.pyfunc", "pandas", "pyarrow.parquet", "torch._dynamo"),
 )

@@ -47,10 +47,9 @@ from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage.file_sets import MANIFEST, Manifest, read_manifest
 from pipeline.tracking import registry
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
-from tests.hostile_collection import change_manifest, write_index
-from tests.mutations import (
+from sagan.trained_model import Model
+from tests.faults.hostile_changes import (
     changed_image,
     changed_json,
     changed_tar,
@@ -59,6 +58,7 @@ from tests.mutations import (
     damaged,
     hostile_value,
 )
+from tests.hostile_collection import change_manifest, write_index
 
 NETWORKS = ModelConfig(resolution=32, num_classes=2, z_dim=8, channels_g=2, channels_d=8)
 FORMATS: dict[str, dict[str, Any]] = {

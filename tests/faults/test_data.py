@@ -15,7 +15,7 @@ import pytest
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection
 from pipeline.streaming.stream import Stream
-from sagan.world import World
+from sagan.ranks import World
 from tests.faults import data
 from tests.faults.data import FAULTS, NOT_RUN, SLOW, Outcome, Place
 

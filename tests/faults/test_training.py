@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.storage import files
 from tests.faults.proxy import fault_proxy
-from tests.system.driving import Driver
+from tests.system.command_process import Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 

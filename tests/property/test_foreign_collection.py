@@ -25,7 +25,7 @@ from pipeline.errors import SaganError
 from pipeline.packing.pack import pack
 from pipeline.storage import file_sets
 from pipeline.streaming.stream import Stream
-from sagan.world import World
+from sagan.ranks import World
 from tests.hostile_collection import contents_below, write_index
 
 thorough = settings(max_examples=100, deadline=None)

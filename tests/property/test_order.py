@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.streaming.order import Order
-from sagan.world import World
+from sagan.ranks import World
 
 thorough = settings(max_examples=50, deadline=None)  # no deadline: how busy the machine is is not what is tested
 

@@ -29,8 +29,8 @@ from pipeline.config.schema import PackSection
 from pipeline.errors import UsageError
 from pipeline.packing.pack import pack
 from pipeline.storage import files
-from tests.unit.packing.coloured import picture
-from tests.unit.packing.reading import bytes_of
+from tests.unit.packing.coloured_images import picture
+from tests.unit.packing.read_collection import bytes_of
 
 ODD = "ab é#%?&'\"$[]*{}~!@\\\n\udce9"
 NAMES = st.text(ODD, min_size=1, max_size=4).filter(lambda name: name not in (".", ".."))

@@ -24,9 +24,9 @@ from pipeline.evaluation.features import Features, Generated, NotFinite, Real
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.packing.pack import pack
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
-from tests.system.driving import ray_workers
+from sagan.trained_model import Model
+from tests.system.command_process import ray_workers
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 

@@ -27,7 +27,7 @@ from infra.local.state_folder import local_mlflow, local_s3
 from pipeline import doctor
 from pipeline.errors import EnvironmentFault
 from pipeline.tracking.mlflow_run import MlflowRun, default_uri
-from tests.system.driving import Driver
+from tests.system.command_process import Driver
 
 pytestmark = pytest.mark.system
 

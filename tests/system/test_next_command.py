@@ -22,7 +22,7 @@ from pipeline.config.schema import PackSection
 from pipeline.errors import UsageError
 from pipeline.packing.pack import pack
 from pipeline.storage import files
-from tests.unit.packing.coloured import picture, png, tar, write
+from tests.unit.packing.coloured_images import picture, png, tar, write
 
 CHECKOUT = Path(__file__).parents[2]
 pytestmark = pytest.mark.system

@@ -25,10 +25,10 @@ from pipeline.streaming.read_images import read_images
 from pipeline.tracking.mlflow_run import MlflowRun, client, default_uri
 from pipeline.tracking.open_model import open_model
 from sagan.config import OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 from tests.unit.evaluation.conftest import NETWORKS, commit_checkpoint
-from tests.unit.packing.coloured import picture, tar, write
+from tests.unit.packing.coloured_images import picture, tar, write
 
 pytestmark = pytest.mark.system
 

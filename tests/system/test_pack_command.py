@@ -28,8 +28,8 @@ from pipeline.config.schema import PackSection
 from pipeline.errors import SaganError, UsageError, shown_url
 from pipeline.packing.pack import pack
 from pipeline.packing.recognise import open_source
-from tests.unit.packing.coloured import by_colour, picture, tar, write
-from tests.unit.packing.reading import bytes_of
+from tests.unit.packing.coloured_images import by_colour, picture, tar, write
+from tests.unit.packing.read_collection import bytes_of
 
 CHECKOUT = Path(__file__).parents[2]
 pytestmark = pytest.mark.system

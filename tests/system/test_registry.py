@@ -30,7 +30,7 @@ from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
 from infra.local.servers import MlflowServer
 from pipeline.cli import app
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
-from pipeline.pictures import grid
+from pipeline.image_grid import grid
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
@@ -38,8 +38,8 @@ from pipeline.tracking.champion import promote, promote_best
 from pipeline.tracking.mlflow_run import MlflowRun, client
 from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 pytestmark = pytest.mark.system
 

@@ -27,7 +27,7 @@ from pipeline.storage import files
 from pipeline.streaming.read_images import read_images
 from sagan import Model, TrainState
 from tests.shipped_jobs import JOBS, shipped
-from tests.system.driving import Driver
+from tests.system.command_process import Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 

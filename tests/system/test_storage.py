@@ -20,7 +20,7 @@ from pipeline.packing.pack import pack
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.streaming.stream import Stream
-from sagan.world import World
+from sagan.ranks import World
 
 pytestmark = pytest.mark.system
 

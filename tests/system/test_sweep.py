@@ -20,7 +20,7 @@ from pipeline.compute.resources import release_placement_groups
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
-from tests.system.driving import JOBS, TINY, Driver
+from tests.system.command_process import JOBS, TINY, Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 

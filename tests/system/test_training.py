@@ -18,7 +18,7 @@ from infra.local.server_process import BIN
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.storage import files
 from tests.document_blocks import ROOT, block
-from tests.system.driving import Driver, score_key, training_workers
+from tests.system.command_process import Driver, score_key, training_workers
 
 MORE_THAN_THERE_ARE = 16  # CPUs of the cluster, so that nothing fits beside training
 

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 SCRIPT = """
 import os
 import ray
-from pipeline.compute.actors import ActorPool
+from pipeline.compute.actor_pool import ActorPool
 from pipeline.compute.tasks import map_parallel, run_as_task
 
 

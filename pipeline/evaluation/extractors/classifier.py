@@ -21,7 +21,7 @@ from pipeline.errors import UsageError, shown_url
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.streaming.read_images import read_images
 from pipeline.streaming.stream import Stream
-from sagan.world import World
+from sagan.ranks import World
 
 log = logging.getLogger(__name__)
 

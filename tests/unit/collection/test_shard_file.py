@@ -10,7 +10,7 @@ import webdataset
 from pipeline.collection.manifest import Collection
 from pipeline.collection.shard_file import label_of, read_shard
 from pipeline.errors import CorruptError
-from tests.unit.packing.coloured import tar
+from tests.unit.packing.coloured_images import tar
 
 
 def test_samples_are_where_the_index_says(packed: Collection) -> None:

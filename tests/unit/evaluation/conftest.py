@@ -21,8 +21,8 @@ from pipeline.runs.records import CheckpointFacts
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import MlflowRun
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 NETWORKS = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=8, channels_d=8)
 

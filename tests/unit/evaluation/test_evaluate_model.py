@@ -16,7 +16,7 @@ from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
 from pipeline.storage.file_sets import Manifest
 from pipeline.tracking.open_model import open_model
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 Commit = Callable[..., StoredCheckpoint]
 

@@ -9,8 +9,8 @@ from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import open_scorer
 from sagan.config import OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 TILE = 64 + 4
 

@@ -18,7 +18,7 @@ from pipeline.evaluation.metrics import METRICS, Metric
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.score_protocol import Score
 from pipeline.storage import file_sets
-from sagan.sampling import Model
+from sagan.trained_model import Model
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 

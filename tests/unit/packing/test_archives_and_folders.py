@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import Tree, ignored
 from pipeline.packing.labels_and_splits import split_in
-from tests.unit.packing.coloured import picture, tar, write
+from tests.unit.packing.coloured_images import picture, tar, write
 
 
 def test_a_tar_is_a_folder_wherever_it_stands(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pipeline.config.schema import PackSection, TrainJob
 from pipeline.packing.finish_collection import next_command
 from pipeline.packing.pack import pack
 from tests.shipped_jobs import JOBS
-from tests.unit.packing.coloured import png
+from tests.unit.packing.coloured_images import png
 
 
 class TestWarnings:

@@ -23,7 +23,7 @@ from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import IMAGES
 from pipeline.packing.pack import pack
 from pipeline.packing.recognise import open_source
-from tests.unit.packing.coloured import picture, tar, write
+from tests.unit.packing.coloured_images import picture, tar, write
 
 CHECKOUT = Path(__file__).parents[3]
 

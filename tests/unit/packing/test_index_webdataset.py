@@ -18,7 +18,7 @@ from pipeline.collection.verify import verify_collection
 from pipeline.config.schema import PackSection
 from pipeline.errors import CorruptError, UsageError
 from pipeline.packing.pack import pack
-from tests.unit.packing.coloured import png
+from tests.unit.packing.coloured_images import png
 
 
 @pytest.fixture

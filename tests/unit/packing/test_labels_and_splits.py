@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.packing.labels_and_splits import class_order, splits_of_folders
 from pipeline.packing.pack import pack
 from pipeline.packing.recognise import open_source
-from tests.unit.packing.coloured import by_colour, picture, tar, write
+from tests.unit.packing.coloured_images import by_colour, picture, tar, write
 
 
 def shards(folder: Path, labels: list[Any]) -> str:

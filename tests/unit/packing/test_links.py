@@ -22,8 +22,8 @@ from pipeline.packing.archives_and_folders import Tree
 from pipeline.packing.pack import pack
 from pipeline.packing.recognise import open_source
 from pipeline.storage import files
-from tests.unit.packing.coloured import by_colour, picture, png, tar, write
-from tests.unit.packing.reading import bytes_of
+from tests.unit.packing.coloured_images import by_colour, picture, png, tar, write
+from tests.unit.packing.read_collection import bytes_of
 
 
 def tar_with_links(path: Path, contents: dict[str, bytes], links: dict[str, str], kind: bytes = tarfile.SYMTYPE) -> str:

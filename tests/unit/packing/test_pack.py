@@ -15,7 +15,7 @@ from pipeline.config.schema import PackSection
 from pipeline.errors import CorruptError, UsageError
 from pipeline.packing.pack import pack
 from tests.unit.conftest import quiet
-from tests.unit.packing.reading import bytes_of, read_back
+from tests.unit.packing.read_collection import bytes_of, read_back
 
 
 def interrupt(done: int, total: int | None) -> None:

@@ -14,8 +14,8 @@ from pipeline.collection.verify import verify_collection
 from pipeline.config.schema import DataSection, PackSection
 from pipeline.packing.pack import pack
 from pipeline.streaming.stream import Stream
-from sagan.world import World
-from tests.unit.packing.reading import bytes_of, read_back
+from sagan.ranks import World
+from tests.unit.packing.read_collection import bytes_of, read_back
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.packing.image_source import Source
 from pipeline.packing.recognise import open_source
 from pipeline.storage import files
-from tests.unit.packing.coloured import by_colour, picture, tar, write
+from tests.unit.packing.coloured_images import by_colour, picture, tar, write
 
 
 def image_bytes(shade: int) -> bytes:

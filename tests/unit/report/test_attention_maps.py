@@ -10,8 +10,8 @@ from pipeline.report import attention_maps
 from sagan.attention import SelfAttention
 from sagan.config import AttentionForm, ModelConfig, OptimConfig
 from sagan.random import Purpose, draw_latents
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 
 @torch.no_grad()

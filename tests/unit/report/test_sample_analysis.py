@@ -9,8 +9,8 @@ from pipeline.evaluation.moments import Moments
 from pipeline.report import sample_analysis
 from sagan.config import ModelConfig, OptimConfig
 from sagan.random import Purpose, draw_latents
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 
 @pytest.fixture(scope="module")

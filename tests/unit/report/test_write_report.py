@@ -25,8 +25,8 @@ from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.tuning.sweep_picture import draw_plane
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 MEGABYTE = 1_000_000
 PROTOCOL = ScoreProtocol(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from sagan import spectral_norm
 from sagan.attention import SelfAttention
 from sagan.spectral_norm import Spectral
-from tests.unit.sagan.exact import EXACT, rand
+from tests.unit.sagan.float64 import EXACT, rand
 
 
 def attention(channels=8, form="released"):

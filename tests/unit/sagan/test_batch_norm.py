@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from sagan import batch_norm
 from sagan.batch_norm import BatchNorm, ConditionalBatchNorm, Groups
-from sagan.world import World
-from tests.unit.sagan.exact import EXACT, rand
+from sagan.ranks import World
+from tests.unit.sagan.float64 import EXACT, rand
 
 EPS = 1e-5
 

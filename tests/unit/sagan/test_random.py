@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagan.random import Purpose, draw_flips, draw_labels, draw_latents, permutation
-from sagan.world import World
+from sagan.ranks import World
 
 
 @given(

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from sagan.resample import conv_down, double, halve, up_conv
-from tests.unit.sagan.exact import EXACT, rand
+from tests.unit.sagan.float64 import EXACT, rand
 
 
 @pytest.mark.parametrize("size", [2, 4, 7])

@@ -6,9 +6,9 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from sagan import spectral_norm
+from sagan.ranks import World
 from sagan.spectral_norm import Spectral
-from sagan.world import World
-from tests.unit.sagan.exact import EXACT, rand
+from tests.unit.sagan.float64 import EXACT, rand
 
 CONVERGED = Spectral()
 THROUGH = Spectral(through_iteration=True)

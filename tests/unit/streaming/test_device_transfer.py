@@ -5,7 +5,7 @@ import torch
 from pipeline.streaming.device_transfer import to_device
 from pipeline.streaming.stream import Batch
 from sagan.random import draw_flips
-from sagan.world import World
+from sagan.ranks import World
 
 
 def batch_of(positions: range) -> Batch:

@@ -22,7 +22,7 @@ from pipeline.errors import CorruptError, UsageError
 from pipeline.packing.pack import pack
 from pipeline.streaming.order import Order
 from pipeline.streaming.stream import Batch, Stream
-from sagan.world import World
+from sagan.ranks import World
 
 SEED, LANES, WINDOW = 11, 4, 5
 

@@ -8,8 +8,8 @@ from markdown_it import MarkdownIt
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 NAMES = [f"name {i}" for i in range(12)]
 

@@ -17,8 +17,8 @@ from pipeline.tracking import registry
 from pipeline.tracking.champion import promote_best
 from pipeline.tracking.mlflow_run import MlflowRun, client
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 NETWORKS = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=4, channels_d=4)
 

@@ -10,8 +10,8 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.tracking.served_model import Generator
 from sagan.config import ModelConfig, OptimConfig
-from sagan.sampling import Model
 from sagan.train_state import TrainState
+from sagan.trained_model import Model
 
 
 def served(num_classes: int) -> Generator:

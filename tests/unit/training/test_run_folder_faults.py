@@ -18,7 +18,7 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.training import driver
 from pipeline.training.driver import Housekeeping, complete_job, find_or_start
-from pipeline.training.status import Snapshot
+from pipeline.training.run_status import Snapshot
 from tests.conftest import TestS3
 from tests.faults.proxy import FaultProxy, fault_proxy
 from tests.unit.evaluation.conftest import commit_checkpoint

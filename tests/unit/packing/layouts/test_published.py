@@ -23,8 +23,8 @@ from pipeline.config.schema import PackSection
 from pipeline.errors import UsageError
 from pipeline.packing.pack import pack
 from pipeline.packing.recognise import open_source
-from tests.unit.packing.coloured import by_colour, colour, picture, tar, write
-from tests.unit.packing.reading import stored
+from tests.unit.packing.coloured_images import by_colour, colour, picture, tar, write
+from tests.unit.packing.read_collection import stored
 
 
 class TestImageNet:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.packing.recognise import open_source
-from tests.unit.packing.coloured import by_colour, picture, write
+from tests.unit.packing.coloured_images import by_colour, picture, write
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, InterruptedRun, printable, shown_url
 from pipeline.runs.records import FINISHED, STOPPED_EARLY, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
-from pipeline.tuning.points import start, to_resume, to_start
+from pipeline.tuning.draw_points import start, to_resume, to_start
 
 
 class RecordedSearcher(Searcher):

@@ -43,14 +43,14 @@ from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.training import rank_consistency
 from pipeline.training.actions_after_step import Actions, actions_after_step
-from pipeline.training.status import TimeShares
+from pipeline.training.run_status import TimeShares
 from pipeline.training.training_run import Assignment
 from sagan import spectral_norm
 from sagan.attention import SelfAttention
+from sagan.ranks import World
 from sagan.step import METRICS as STEP_METRICS
 from sagan.step import Step
 from sagan.train_state import TrainState
-from sagan.world import World
 
 
 def train_worker(assignment: Assignment) -> None:

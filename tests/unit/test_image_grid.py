@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.pictures import beside_real, grid
+from pipeline.image_grid import beside_real, grid
 
 
 def flat(colours: list[int], size: int = 32) -> torch.Tensor:

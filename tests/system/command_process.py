@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runs.score_protocol import Score
-from tests.silence import progress_seen
+from tests.progress_timeout import progress_seen
 
 JOBS = Path(__file__).parents[2] / "jobs"
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = """
 import subprocess, sys, threading
 import pytest
-from tests.silence import progress_seen
+from tests.progress_timeout import progress_seen
 
 def wait(seconds):
     threading.Event().wait(seconds)
@@ -60,7 +60,7 @@ def test_fails_where_it_computes_for_ever():
 def test_silence_fails_a_test_and_progress_does_not(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     hooks = "pytest_fixture_setup, pytest_timeout_cancel_timer, pytest_timeout_set_timer"
-    (tmp_path / "conftest.py").write_text(f"from tests.silence import {hooks}\n")
+    (tmp_path / "conftest.py").write_text(f"from tests.progress_timeout import {hooks}\n")
     report = tmp_path / "report.xml"
     options = [f"--junitxml={report}", f"--rootdir={tmp_path}", "-c", "/dev/null", "--timeout=2"]
     subprocess.run([sys.executable, "-m", "pytest", *options, tmp_path], cwd=ROOT, check=False)

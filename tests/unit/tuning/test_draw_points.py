@@ -10,7 +10,7 @@ from pipeline.config.schema import TuneJob
 from pipeline.errors import CorruptError
 from pipeline.runs.records import FINISHED, RUNNING, STOPPED_EARLY, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
-from pipeline.tuning.points import read_records, start, to_resume, to_start
+from pipeline.tuning.draw_points import read_records, start, to_resume, to_start
 
 LR = {"optim.lr_d": {"loguniform": [1.0e-4, 1.0e-3]}}
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.compute.cluster import connect, ray_storage
 from pipeline.compute.devices import ALLOCATOR, uses_gpu, visible_gpus
+from pipeline.compute.environment import split_environment
 from pipeline.compute.resources import has_resources, require_resources
 from pipeline.config.schema import TrainJob
 from pipeline.errors import shown_url
@@ -16,8 +15,8 @@ from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
+from pipeline.training.training_loop import train_worker
 from pipeline.training.training_run import Assignment, Evaluation, TrainingRun
-from pipeline.training.worker import train_worker
 
 
 def require_room(job: TrainJob) -> bool:
@@ -95,19 +94,6 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
         if beside
         else None,
     ).fit()
-
-
-def split_environment(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the variables that Ray may show, and the others, which workers set themselves.
-
-    Ray sets the former before a worker's process starts, and shows them in its state and its dashboard. The latter have
-    the name of a secret, or hold a URL with a password.
-    """
-    secrets = {name: value for name, value in env.items() if _SECRET.search(name.upper()) or shown_url(value) != value}
-    return {name: value for name, value in env.items() if name not in secrets}, secrets
-
-
-_SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|KEY|AUTH")
 
 
 def _scored_by_one_process(job: TrainJob, gpu: bool) -> TrainJob:

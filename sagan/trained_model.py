@@ -17,8 +17,8 @@ from sagan.batch_norm import Groups
 from sagan.config import ModelConfig
 from sagan.generator import Generator
 from sagan.random import Purpose, draw_labels, draw_latents
+from sagan.ranks import World
 from sagan.train_state import TrainState
-from sagan.world import World
 
 FORMAT = 4
 TENSORS, FACTS = "generator.safetensors", "config.json"
