@@ -17,7 +17,8 @@ from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.ranks import World, on_device
 from sagan.train_state import TrainState
 
-METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake")
+METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake", "gradient_d", "gradient_g")
+"""Losses, mean logits, and the Euclidean norms of the gradients of both networks."""
 
 
 class Step:
@@ -59,7 +60,8 @@ class Step:
         """Run one step and return this rank's part of each metric, float [len(METRICS)].
 
         The sum over ranks is the metric. With several discriminator updates, the discriminator's metrics belong to the
-        last one. Nothing is copied to the host.
+        last one. All ranks have the same gradients and return the same parts of their norms. Nothing is copied to the
+        host.
 
         Args:
             batches: n_dis pairs of this rank's real images, [b, 3, H, W] in [−1, 1], and their labels, int64 [b]. An
@@ -68,19 +70,19 @@ class Step:
         state = self.state
         position = state.images
         for images, labels in batches:
-            loss_d, logit_real, logit_fake = self._update_discriminator(position, images, labels)
+            loss_d, logit_real, logit_fake, gradient_d = self._update_discriminator(position, images, labels)
             position += self.batch
-        loss_g = self._update_generator(state.images)
+        loss_g, gradient_g = self._update_generator(state.images)
         state.images = position
         decay = state.optim.ema_decay if position >= 1000 * state.optim.ema_start_kimg else 0.0
         moving_average.update(state.ema, state.generator, decay)
-        return torch.stack([loss_d, loss_g, logit_real, logit_fake])
+        return torch.stack([loss_d, loss_g, logit_real, logit_fake, gradient_d, gradient_g])
 
     def _update_discriminator(self, start: int, images: Tensor, labels: Tensor) -> Tensor:
         """Update the discriminator with the batch at position `start`.
 
-        Returns [3]: the loss, the real logits and the logits of generated images, each summed over this rank's images
-        and divided by the global batch size.
+        Returns this rank's parts of four metrics, [4]: the loss, the real logits and the logits of generated images,
+        each summed over this rank's images and divided by the global batch size, and the norm of the gradient.
         """
         state = self.state
         metrics = torch.zeros(3, dtype=self.dtype, device=self.device)
@@ -98,12 +100,15 @@ class Step:
             self._backward(loss)
             with torch.no_grad():
                 metrics += torch.stack([loss, logit_real.sum() / self.batch, logit_fake.sum() / self.batch])
-        self._descend(state.optimizer_d, state.optim.lr_d)
+        gradient = self._descend(state.optimizer_d, state.optim.lr_d)
         spectral_norm.advance(state.discriminator, self.world)
-        return metrics
+        return torch.cat([metrics, gradient[None]])
 
-    def _update_generator(self, start: int) -> Tensor:
-        """Update the generator with the latents at position `start`, and return this rank's part of the loss."""
+    def _update_generator(self, start: int) -> tuple[Tensor, Tensor]:
+        """Update the generator with the latents at position `start`.
+
+        Returns this rank's parts of the loss and of the norm of the gradient.
+        """
         state = self.state
         total_loss = torch.zeros((), dtype=self.dtype, device=self.device)
         statistics = []
@@ -117,10 +122,10 @@ class Step:
             total_loss += loss.detach()
             statistics.append(batch_norm.used(state.generator))
         state.discriminator.requires_grad_(True)
-        self._descend(state.optimizer_g, state.optim.lr_g)
+        gradient = self._descend(state.optimizer_g, state.optim.lr_g)
         spectral_norm.advance(state.generator, self.world)
         batch_norm.track(state.generator, torch.stack(statistics).mean(0), self.world)
-        return total_loss
+        return total_loss, gradient
 
     # --- a pass ------------------------------------------------------------------------------------------------------
 
@@ -158,12 +163,19 @@ class Step:
         """Compute gradients. The factor cancels DDP's mean over ranks, so that losses of ranks add up."""
         (loss * self.world.size).backward()
 
-    def _descend(self, optimizer: torch.optim.Adam, lr: float) -> None:
-        """Run one optimiser step at the learning rate of the state's position, and clear the gradients."""
+    def _descend(self, optimizer: torch.optim.Adam, lr: float) -> Tensor:
+        """Run one optimiser step at the learning rate of the state's position, and clear the gradients.
+
+        Returns this rank's part of the norm of the gradient, which is the norm / ranks.
+        """
+        gradients = []
         for group in optimizer.param_groups:
             group["lr"] = lr * learning_rate_factor(self.state.optim, self.state.images)
+            gradients += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         optimizer.step()
         optimizer.zero_grad()
+        return norm.to(self.dtype) / self.world.size
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -21,6 +21,15 @@ ALLOCATOR = {
 """Environment variables of a training process, by device type. An allocator reads them when the process starts."""
 
 
+def worker_device() -> torch.device:
+    """Return the GPU that Ray Train gave to this worker, or the CPU where it gave none."""
+    import ray
+    from ray.train.torch import get_device
+
+    device: torch.device = get_device() if ray.get_gpu_ids() else torch.device("cpu")
+    return device
+
+
 def configure_device(device: torch.device) -> None:
     """Set torch's settings for the process.
 

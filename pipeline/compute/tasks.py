@@ -67,6 +67,41 @@ def run_as_task(function: Callable[..., R], *arguments: Any, cpus: float, gpus: 
     return value
 
 
+class BackgroundTask:
+    """A call of `function` in a task of the connected Ray cluster, while the caller goes on.
+
+    The task reserves `cpus` CPUs and `gpus` GPUs. It is not repeated where its process dies.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, cpus: float, gpus: float) -> None:
+        import ray
+
+        options = {"num_cpus": cpus, **visible_gpus(gpus), "max_retries": 0}
+        # Without "DEFAULT", Ray would place the task in the placement group of a sweep's trial.
+        task = ray.remote(scheduling_strategy="DEFAULT", **options)(_call)
+        self._reference = task.remote(function, arguments)
+
+    def is_done(self) -> bool:
+        """Return whether the call has ended. The call does not wait."""
+        import ray
+
+        return bool(ray.wait([self._reference], timeout=0)[0])
+
+    def result(self) -> Any:
+        """Wait for the call and return its result. Raises the exceptions of the function, and Ray's where it died."""
+        return result(self._reference)
+
+    def cancel(self) -> None:
+        """End the task's process."""
+        import ray
+
+        ray.cancel(self._reference, force=True)
+
+
+def _call(function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+    return function(*arguments)
+
+
 def _run(function: Callable[..., R], item: T, references: tuple[Any, ...]) -> R:
     return function(item, *_fetched(references))
 

@@ -175,7 +175,8 @@ class TrainSection(Section):
     log_kimg: float = Field(1.0, gt=0)
     """Interval between logged points, in thousands of images."""
     max_failures: int = Field(3, ge=-1)
-    """How often failed workers are started again from the newest checkpoint before the run fails; -1: without limit."""
+    """How often in a row failed workers are started again without a newer checkpoint before the run fails; -1: without
+    limit. From the second start on, the workers wait 5 s, 10 s, … up to 5 minutes before they start."""
 
 
 class CheckpointSection(Section):
@@ -251,6 +252,9 @@ class EvaluateSection(Section):
     training waits for each score."""
     gpus: float = Field(0.0, ge=0)
     """Number of GPUs of each evaluation process."""
+    timeout_s: float = Field(21_600.0, gt=0)
+    """Longest time for one score during training, in seconds. A checkpoint whose score takes longer is scored after
+    training."""
     grid: int = Field(64, ge=1)
     """Greatest number of generated images in the sample grid."""
 

@@ -9,17 +9,17 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.config.schema import TrainJob
-from pipeline.training.run_status import Snapshot
+from pipeline.training.run_status import Status
 
 LINE_SECONDS = 10.0  # seconds between two lines where the output is not a terminal
 
 
 class Console:
-    """Prints the events and the progress of one run to stdout."""
+    """Prints the lines and the progress of one run to stdout."""
 
     def __init__(self, job: TrainJob) -> None:
         self.job = job
-        self.shown_events = 0
+        self.shown_lines = 0
         self.last_line = 0.0
         self.started: tuple[float, int] | None = None
         self.output = RichConsole()
@@ -46,11 +46,11 @@ class Console:
     ) -> None:
         self.progress.stop()
 
-    def show(self, now: Snapshot) -> None:
-        """Print the events that are new in `now`, and the progress."""
-        for event in now.events[self.shown_events :]:
-            self._print(event)
-        self.shown_events = len(now.events)
+    def show(self, now: Status) -> None:
+        """Print the lines that are new in `now`, and the progress."""
+        for line in now.lines[self.shown_lines :]:
+            self._print(line)
+        self.shown_lines = len(now.lines)
         if not now.metrics:
             return
         kimg = f"{now.images / 1000:.1f}/{self.job.train.kimg:g} kimg"
@@ -60,7 +60,7 @@ class Console:
             self.last_line = time.monotonic()
             self._print(f"{kimg}  {_short(now.metrics)}{self._left(now)}")
 
-    def _left(self, now: Snapshot) -> str:
+    def _left(self, now: Status) -> str:
         if self.started is None:
             self.started = (time.monotonic(), now.images)
         seconds, images = time.monotonic() - self.started[0], now.images - self.started[1]

@@ -14,6 +14,8 @@ from typing import Any
 
 from pipeline.collection.manifest import MANIFEST, Collection
 from pipeline.compute.cluster import join_named_cluster
+from pipeline.compute.devices import uses_gpu
+from pipeline.compute.mailbox import Mailbox, Question
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
 from pipeline.config.schema import TrainJob, sqlite_database
@@ -26,11 +28,13 @@ from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
 from pipeline.training import worker_group
 from pipeline.training.console import Console
+from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
-from pipeline.training.run_status import Snapshot, create_status
+from pipeline.training.run_status import NotFiniteAt, StartAsked, Status
+from pipeline.training.scoring import Scoring, ScoringBeside
 from pipeline.training.training_run import Evaluation, TrainingRun
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 HOUSEKEEPING_PAUSE_S = 30.0  # after a fault of storage
 SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the source version of the run
 
@@ -218,41 +222,45 @@ def _require_own_checkpoints(stored: StoredRun, method_digest: str) -> None:
 # --- while the run trains ---------------------------------------------------------------------------------------------
 
 
-def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, float | None], None] | None) -> Snapshot:
-    """Run Ray Train in a background thread. The calling thread shows progress, applies retention and handles signals.
+def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, float | None], None] | None) -> Status:
+    """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
     Returns the last status of the run.
     """
-    import ray
-
     job = run.job
     beside = worker_group.require_room(job)
     if not beside:
         print("the cluster has no room to score beside training: training waits for each score", flush=True)
-    status = create_status(run.reached, run.record.starts, run.record.images_lost)
-    housekeeping = Housekeeping(run)
-    workers = _Background(lambda: worker_group.run_workers(run, status, evaluation, beside))
-    seen = Snapshot(starts=run.record.starts)
-    with _signals(lambda: status.request_stop.remote()) as signals, Console(job) as console:
+    status = Status(images=run.reached, starts=run.record.starts, images_lost=run.record.images_lost)
+    mailbox, housekeeping = Mailbox(), Housekeeping(run)
+    scoring = Scoring.of(run, mailbox.sender, evaluation)
+    scores = ScoringBeside(scoring) if beside else None
+    in_line = None if beside else scoring.in_line(uses_gpu(job.resources.device))
+    workers = _Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))
+    with _signals() as signals, Console(job) as console:
         workers.start()
-        while not workers.done.wait(POLL_SECONDS):
-            before, seen = seen, ray.get(status.snapshot.remote())
-            console.show(seen)
-            for images, _, value in seen.scores[len(before.scores) :]:
+        training = scoring_goes_on = True
+        while training or scoring_goes_on:
+            training = not workers.done.wait(POLL_SECONDS)
+            known = len(status.scores)
+            _receive(mailbox, status, job, stop=bool(signals))
+            console.show(status)
+            for images, _, value in status.scores[known:]:
                 if on_score is not None:
                     on_score(images, value)
-            housekeeping.follow(seen)
-            if seen.stopped:
+            housekeeping.follow(status)
+            scoring_goes_on = scores is not None and scores.follow(status.to_score)
+            if status.stopped or (signals and not training):
                 break
-        seen = ray.get(status.snapshot.remote())
-        console.show(seen)
-    if signals and seen.images < 1000 * job.train.kimg:
+        if scores is not None:
+            scores.cancel()
+    if signals and status.images < 1000 * job.train.kimg:
         raise InterruptedRun(
-            f"stopped at {seen.images / 1000:.1f} kimg; {_newest_checkpoint(run)}",
+            f"stopped at {status.images / 1000:.1f} kimg; {_newest_checkpoint(run)}",
             "run the same command again to resume",
         )
-    if seen.failure is not None:
-        raise seen.failure
+    if status.failure is not None:
+        raise status.failure
     if workers.error is not None:
         cause = root_cause(workers.error)
         if isinstance(cause, SaganError):
@@ -261,7 +269,23 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
             f"training {job.name} failed: {type(cause).__name__}: {cause}",
             f"{_newest_checkpoint(run)}; correct the cause, then run the same command again to resume",
         ) from workers.error
-    return seen
+    if status.images < 1000 * job.train.kimg:
+        raise SaganError(
+            f"the workers of {job.name} ended at {status.images / 1000:.1f} kimg without a message",
+            f"{_newest_checkpoint(run)}; run the same command again to resume",
+        )
+    return status
+
+
+def _receive(mailbox: Mailbox, status: Status, job: TrainJob, *, stop: bool) -> None:
+    """Apply all messages of the mailbox to the status, and answer the questions among them."""
+    for message in mailbox.collect(stop=stop):
+        asked = message.message if isinstance(message, Question) else message
+        repeated = isinstance(asked, NotFiniteAt) and asked.images in status.not_finite
+        status.apply(asked)
+        if isinstance(message, Question):
+            start = next_start(status.attempts, job.train.max_failures)
+            mailbox.answer(message, start if isinstance(asked, StartAsked) else repeated)
 
 
 def _newest_checkpoint(run: TrainingRun) -> str:
@@ -281,7 +305,7 @@ class Housekeeping:
         self._kept = 0  # checkpoints and scores for which retention was applied
         self._again_at = -math.inf
 
-    def follow(self, seen: Snapshot) -> None:
+    def follow(self, seen: Status) -> None:
         """Write the record after a start of the workers. Delete checkpoints after a new checkpoint or a new score."""
         run, known = self._run, len(seen.uploaded) + len(seen.scores)
         if time.monotonic() < self._again_at:
@@ -325,11 +349,11 @@ class _Background:
 
 
 @contextlib.contextmanager
-def _signals(on_signal: Callable[[], Any]) -> Iterator[list[int]]:
+def _signals() -> Iterator[list[int]]:
     """Handle SIGINT and SIGTERM inside a `with` block.
 
-    Yields a list that receives the number of the first signal. The first signal also calls `on_signal`. A second signal
-    raises KeyboardInterrupt. Outside the main thread no handler is installed and the list stays empty.
+    Yields a list that receives the number of the first signal. A second signal raises KeyboardInterrupt. Outside the
+    main thread no handler is installed and the list stays empty.
     """
     received: list[int] = []
     # A trial of a sweep runs in another thread. The driver of the sweep handles signals there.
@@ -343,7 +367,6 @@ def _signals(on_signal: Callable[[], Any]) -> Iterator[list[int]]:
         received.append(number)
         name = signal.Signals(number).name
         print(f"received {name}: training stops after this step and writes a checkpoint …", flush=True)
-        on_signal()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -356,7 +379,7 @@ def _signals(on_signal: Callable[[], Any]) -> Iterator[list[int]]:
 # --- at the end ------------------------------------------------------------------------------------------------------
 
 
-def _summary(run: TrainingRun, seen: Snapshot, scores: RunScores) -> TrainSummary:
+def _summary(run: TrainingRun, seen: Status, scores: RunScores) -> TrainSummary:
     return TrainSummary(
         name=run.job.name,
         images=seen.images,

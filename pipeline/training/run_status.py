@@ -1,17 +1,124 @@
-"""The status of a run: a Ray actor through which the driver, the workers and the evaluation tasks exchange values."""
+"""The status of a run: messages that workers and evaluation tasks send to the driver, and what they add up to."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from typing import Any
 
-from pipeline.errors import SaganError
+from pipeline.errors import EnvironmentFault, LastingFault, SaganError
+
+
+@dataclass(frozen=True)
+class GroupStarted:
+    """A worker group starts at position `images`, from a checkpoint or, where it is None, from the beginning."""
+
+    images: int
+    checkpoint: str | None
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Metrics of a log at position `images`, and the seconds of training up to it."""
+
+    images: int
+    metrics: dict[str, float]
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A rank has completed a step that ends at position `images`."""
+
+    rank: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A checkpoint is complete. `to_score` says whether it is due for a score beside training."""
+
+    checkpoint: str
+    to_score: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A checkpoint at position `images` has a score. `value` is None where its samples are not finite."""
+
+    images: int
+    metric: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A line for the driver's console."""
+
+    line: str
+
+
+@dataclass(frozen=True)
+class StartAsked:
+    """A worker group asks for permission to start. The driver answers with a `Start`."""
+
+
+@dataclass(frozen=True)
+class NotFiniteAt:
+    """Values of the step that ends at position `images` are not finite. The driver answers whether they were before."""
+
+    images: int
+
+
+@dataclass(frozen=True)
+class WorkerFailed:
+    """A worker has raised an exception, and Ray Train starts the workers again.
+
+    Attributes:
+        error: What the worker raised. Exceptions of other libraries become a SaganError with their name and message.
+        images: Position at which the worker failed.
+        kind: Name of the exception's class.
+    """
+
+    error: SaganError
+    images: int
+    kind: str
+
+    @property
+    def waiting_helps(self) -> bool:
+        """Whether the cause can end by itself."""
+        return isinstance(self.error, EnvironmentFault) and not isinstance(self.error, LastingFault)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run that was asked to stop has a complete checkpoint, or stopped before its first step."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An error that ends the run, because a restart of the workers would not correct it."""
+
+    error: SaganError
+
+
+Message = (
+    StartAsked
+    | GroupStarted
+    | Logged
+    | Stepped
+    | Uploaded
+    | Scored
+    | Noted
+    | NotFiniteAt
+    | WorkerFailed
+    | Stopped
+    | Failed
+)
 
 
 @dataclass
-class Snapshot:
-    """The status of a run at one moment.
+class Status:
+    """The status of a run, as its driver knows it.
 
     Attributes:
         images: Position of the run.
@@ -20,12 +127,16 @@ class Snapshot:
         resumed_from: Name of the last checkpoint from which workers resumed; None where none did.
         metrics: Metrics of the last log.
         uploaded: Names of the checkpoints that this driver's workers completed.
+        to_score: Names of those that are due for a score beside training.
         scores: (position in images, name of the metric, value) of every score. The value is None where the model
             generates images that are not finite.
-        events: Messages for the console, the oldest first.
+        lines: Lines for the console, the oldest first.
+        attempts: What workers raised, for every worker group since the newest checkpoint, the oldest group first.
         stopped: Whether the run was asked to stop and its last checkpoint is complete.
         failure: An error that a restart of the workers would not correct.
         train_seconds: Seconds of training up to `images`.
+        positions: Last completed position of every rank of the present group.
+        not_finite: Positions at which values were not finite.
     """
 
     images: int = 0
@@ -34,113 +145,60 @@ class Snapshot:
     resumed_from: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     uploaded: list[str] = field(default_factory=list)
+    to_score: list[str] = field(default_factory=list)
     scores: list[tuple[int, str, float | None]] = field(default_factory=list)
-    events: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    attempts: list[list[WorkerFailed]] = field(default_factory=list)
     stopped: bool = False
     failure: SaganError | None = None
     train_seconds: float = 0.0
+    positions: dict[int, int] = field(default_factory=dict)
+    not_finite: set[int] = field(default_factory=set)
 
+    def apply(self, message: Message) -> None:
+        """Change the status as a message says."""
+        match message:
+            case StartAsked():
+                self.attempts.append([])
+            case GroupStarted():
+                self._group_started(message)
+            case Logged(images, metrics, train_seconds):
+                self.images, self.metrics, self.train_seconds = images, metrics, train_seconds
+            case Stepped(rank, images):
+                self.positions[rank] = images
+                self.images = max(self.images, images)
+            case Uploaded(checkpoint, to_score):
+                self.uploaded.append(checkpoint)
+                if to_score:
+                    self.to_score.append(checkpoint)
+                self.attempts = [[]]
+                self.lines.append(f"checkpoint {checkpoint}")
+            case Scored(images, metric, value):
+                self.scores.append((images, metric, value))
+                text = "not finite" if value is None else f"{value:.4g}"
+                self.lines.append(f"score at {images / 1000:.1f} kimg: {metric} {text}")
+            case Noted(line):
+                self.lines.append(line)
+            case NotFiniteAt(images):
+                self.not_finite.add(images)
+            case WorkerFailed(error):
+                self.attempts[-1].append(message)
+                self.lines.append(f"a worker failed: {error.message}")
+            case Stopped():
+                self.stopped = True
+            case Failed(error):
+                self.failure = error
 
-class RunStatus:
-    """A Ray actor that holds the status of a run. It lives on the driver's node and ends with the driver.
-
-    Workers and evaluation tasks report events to it. The driver reads snapshots.
-    """
-
-    def __init__(self, images: int, starts: int, images_lost: int) -> None:
-        """Initialise the status with values of earlier drivers of the run.
-
-        Args:
-            images: Position that an earlier driver reached.
-            starts: Number of worker-group starts so far.
-            images_lost: Number of lost images so far.
-        """
-        self._now = Snapshot(images=images, starts=starts, images_lost=images_lost)
-        self._stop = False
-
-    def group_started(self, images: int, checkpoint: str | None, train_seconds: float) -> None:
-        """Record that a worker group starts at position `images`.
-
-        Images that an earlier group trained on beyond this position are added to `images_lost`.
-        """
-        now = self._now
-        now.starts += 1
-        now.images_lost += max(0, now.images - images)
-        if checkpoint:
-            now.resumed_from = checkpoint
-            reached = f"; the run had reached {now.images / 1000:.1f} kimg" if now.images > images else ""
-            now.events.append(f"resumed from {checkpoint}{reached}")
-        elif now.starts > 1:
-            now.events.append(
-                f"started over, because no checkpoint was complete; the run had reached {now.images / 1000:.1f} kimg"
+    def _group_started(self, now: GroupStarted) -> None:
+        """Count a start. Images that an earlier group trained on beyond its position are lost."""
+        self.starts += 1
+        self.images_lost += max(0, self.images - now.images)
+        if now.checkpoint:
+            self.resumed_from = now.checkpoint
+            reached = f"; the run had reached {self.images / 1000:.1f} kimg" if self.images > now.images else ""
+            self.lines.append(f"resumed from {now.checkpoint}{reached}")
+        elif self.starts > 1:
+            self.lines.append(
+                f"started over, because no checkpoint was complete; the run had reached {self.images / 1000:.1f} kimg"
             )
-        now.images, now.train_seconds = images, train_seconds
-
-    def progress(self, images: int, metrics: dict[str, float] | None = None, train_seconds: float = 0.0) -> bool:
-        """Record a completed step. Return whether the run is asked to stop.
-
-        A log passes `metrics` and `train_seconds`. Without `metrics`, `train_seconds` is ignored.
-        """
-        self._now.images = images
-        if metrics is not None:
-            self._now.metrics, self._now.train_seconds = metrics, train_seconds
-        return self._stop
-
-    def uploaded(self, checkpoint: str) -> None:
-        """Record that the checkpoint of this name is complete."""
-        self._now.uploaded.append(checkpoint)
-        self._now.events.append(f"checkpoint {checkpoint}")
-
-    def scored(self, images: int, metric: str, value: float | None) -> None:
-        """Record the score of the checkpoint at position `images`. `value` is None for images that are not finite."""
-        self._now.scores.append((images, metric, value))
-        text = "not finite" if value is None else f"{value:.4g}"
-        self._now.events.append(f"score at {images / 1000:.1f} kimg: {metric} {text}")
-
-    def failed(self, error: SaganError) -> None:
-        """Record an error that a restart of the workers would not correct."""
-        self._now.failure = error
-
-    def note(self, message: str) -> None:
-        """Show the message on the driver's console."""
-        self._now.events.append(message)
-
-    def request_stop(self) -> None:
-        """Ask the workers to stop after the current step."""
-        self._stop = True
-
-    def stopped(self) -> None:
-        """Record that the last checkpoint of a run that was asked to stop is complete."""
-        self._now.stopped = True
-
-    def snapshot(self) -> Snapshot:
-        """Return the status as it is now."""
-        return self._now
-
-
-def create_status(images: int, starts: int, images_lost: int) -> Any:
-    """Create a `RunStatus` actor and return its handle. The actor reserves no CPU."""
-    import ray
-
-    return ray.remote(RunStatus).options(num_cpus=0).remote(images, starts, images_lost)
-
-
-class TimeShares:
-    """Shares of the time of rank 0 since the last log: waiting for data, checkpoints, and scores on rank 0.
-
-    The remaining time is spent in steps.
-    """
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.data = self.checkpoint = self.evaluation = 0.0
-
-    def metrics(self, images: int) -> dict[str, float]:
-        """Return images per second over `images` images, and the shares, in [0, 1]."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {
-            "images_per_s": images / seconds,
-            "data_wait_share": self.data / seconds,
-            "checkpoint_share": self.checkpoint / seconds,
-            "evaluation_share": self.evaluation / seconds,
-        }
+        self.images, self.train_seconds, self.positions = now.images, now.train_seconds, {}

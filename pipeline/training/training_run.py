@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.compute.mailbox import Sender
 from pipeline.config.run_method import digest_of
 from pipeline.config.schema import TrainJob
 from pipeline.runs.checkpoints import StoredCheckpoint
@@ -61,10 +62,12 @@ class Assignment:
     """The job as plain values."""
     tracking_uri: str
     mlflow_run_id: str
-    status: Any
-    """Handle of the `RunStatus` actor."""
+    driver: Sender
+    """Takes messages for the driver."""
     method_digest: str
     secrets: dict[str, str]
     """Environment variables of `resources.env` that Ray must not show. The worker sets them itself."""
     score_in_line: Callable[[StoredCheckpoint], Score] | None
     """Scores a complete checkpoint; None where tasks beside training score checkpoints."""
+    step_timeout_s: float
+    """Longest wait of ranks for each other, in seconds."""

@@ -1,22 +1,16 @@
-"""Ray Train: the workers of a run and the tasks that score its checkpoints."""
+"""Runs the workers of a run with Ray Train."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from pipeline.compute.cluster import connect, ray_storage
-from pipeline.compute.devices import ALLOCATOR, uses_gpu, visible_gpus
+from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.environment import split_environment
+from pipeline.compute.mailbox import Sender
 from pipeline.compute.resources import has_resources, require_resources
 from pipeline.config.schema import TrainJob
-from pipeline.errors import shown_url
-from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.score_protocol import Score
-from pipeline.runs.stored_run import StoredRun
-from pipeline.storage import files
-from pipeline.training.training_loop import train_worker
-from pipeline.training.training_run import Assignment, Evaluation, TrainingRun
+from pipeline.training.scoring import Scoring
+from pipeline.training.training_run import Assignment, TrainingRun
+from pipeline.training.worker.training_loop import train_worker
 
 
 def require_room(job: TrainJob) -> bool:
@@ -36,14 +30,17 @@ def require_room(job: TrainJob) -> bool:
     )
 
 
-def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: bool) -> None:
+def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None) -> None:
     """Train with Ray Train until the workers return. The call blocks and raises the exceptions of Ray.
 
+    Ray Train starts failed workers again without limit. The driver decides about each start (`restart_budget`). Ray
+    Train knows nothing of the checkpoints: it would end the run where storage fails while it writes its own records.
+
     Args:
-        beside: If true, tasks of the cluster score checkpoints while training continues. Otherwise rank 0 scores them
-            and the other ranks wait.
+        driver: Takes the messages of the workers.
+        score_in_line: Scores a checkpoint on rank 0 while the other ranks wait; None where tasks beside training score.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from pipeline.compute.process_group import ProcessGroup
@@ -51,21 +48,20 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
     job = run.job
     gpu = uses_gpu(job.resources.device)
     filesystem, path = ray_storage(job.checkpoint.root)
-    _delete_ray_snapshot(run.stored)
-    scoring = Scoring(job if beside else _scored_by_one_process(job, gpu), run.mlflow_run_id, status, evaluation)
     public, secrets = split_environment(job.resources.env)
+    timeout_s = 300 + int(job.data.patience_s)  # longer than a worker waits for data, and than a pause before a start
     assignment = Assignment(
-        job.model_dump(mode="json", by_alias=True),
-        run.tracking_uri,
-        run.mlflow_run_id,
-        status,
-        run.method_digest,
-        secrets,
-        None if beside else scoring,
+        job=job.model_dump(mode="json", by_alias=True),
+        tracking_uri=run.tracking_uri,
+        mlflow_run_id=run.mlflow_run_id,
+        driver=driver,
+        method_digest=run.method_digest,
+        secrets=secrets,
+        score_in_line=score_in_line,
+        step_timeout_s=timeout_s,
     )
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
     env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **public}
-    timeout_s = 300 + int(job.data.patience_s)  # longer than a worker waits for data
     TorchTrainer(
         lambda: train_worker(assignment),  # Ray Train would show a `train_loop_config` in its state
         torch_config=ProcessGroup(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
@@ -78,56 +74,7 @@ def run_workers(run: TrainingRun, status: Any, evaluation: Evaluation, beside: b
             name=job.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.train.max_failures),
+            failure_config=FailureConfig(max_failures=-1),
             worker_runtime_env={"env_vars": env},
         ),
-        validation_config=ValidationConfig(
-            fn=lambda _, url: scoring(StoredCheckpoint(url)).values,
-            ray_remote_kwargs={
-                # With several evaluation workers, this task only waits for them and needs no resources.
-                "num_cpus": job.evaluate.cpus if job.evaluate.workers == 1 else 0,
-                **visible_gpus(job.evaluate.gpus if job.evaluate.workers == 1 else 0),
-                # Without this, Ray would place the task in the placement group of a sweep's trial.
-                "scheduling_strategy": "DEFAULT",
-            },
-        )
-        if beside
-        else None,
     ).fit()
-
-
-def _scored_by_one_process(job: TrainJob, gpu: bool) -> TrainJob:
-    """Return the job with evaluation settings for one process that scores on its training device."""
-    section = job.evaluate.model_copy(update={"workers": 1, "gpus": float(gpu)})
-    return job.model_copy(update={"evaluate": section})
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Scores complete checkpoints of a run and reports the scores to the driver. It works in any process."""
-
-    job: TrainJob
-    mlflow_run_id: str
-    status: Any
-    evaluation: Evaluation
-
-    def __call__(self, checkpoint: StoredCheckpoint) -> Score:
-        """Return the score of the checkpoint.
-
-        Raises the exceptions of `Evaluation.score_checkpoint`, after a note on the driver's console.
-        """
-        try:
-            score = self.evaluation.score_checkpoint(self.job, checkpoint, self.mlflow_run_id)
-        except Exception as error:
-            reason = shown_url(str(error))
-            self.status.note.remote(f"scoring {checkpoint.name} failed; it will be scored after training: {reason}")
-            raise
-        self.status.scored.remote(checkpoint.images, score.metric, score.value)
-        return score
-
-
-def _delete_ray_snapshot(run: StoredRun) -> None:
-    """Delete Ray's list of checkpoints. An earlier driver wrote it, and it may name checkpoints that were deleted."""
-    snapshot = files.join(run.url, "checkpoint_manager_snapshot.json")
-    if files.exists(snapshot):
-        files.delete(snapshot)

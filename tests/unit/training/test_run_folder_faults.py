@@ -18,7 +18,7 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.training import driver
 from pipeline.training.driver import Housekeeping, complete_job, find_or_start
-from pipeline.training.run_status import Snapshot
+from pipeline.training.run_status import Status
 from tests.conftest import TestS3
 from tests.faults.proxy import FaultProxy, fault_proxy
 from tests.unit.evaluation.conftest import commit_checkpoint
@@ -101,7 +101,7 @@ def test_a_fault_of_storage_is_said_and_the_work_is_done_later(
     run = find_or_start(job, _evaluation())
     old, new = (commit_checkpoint(job, images, to_score=False) for images in (16, 32))
     monkeypatch.setattr(driver, "HOUSEKEEPING_PAUSE_S", 0.0)
-    housekeeping, seen = Housekeeping(run), Snapshot(starts=1, uploaded=[old.name, new.name])
+    housekeeping, seen = Housekeeping(run), Status(starts=1, uploaded=[old.name, new.name])
     proxy.inject("credentials_revoked", times=math.inf)
     housekeeping.follow(seen)
     assert "training continues" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Checks that all ranks hold the same finite state. A failed check stops the run and names a tensor."""
+"""Checks that all ranks hold the same state. A failed check stops the run and names a tensor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from torch import Tensor
 from pipeline.errors import SaganError
 from sagan.ranks import World
 from sagan.train_state import TrainState
-
-LOWER_RATES = "start a new run with another name and lower learning rates; the earlier checkpoints of this run are kept"
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
@@ -34,18 +32,4 @@ def check_ranks(state: TrainState, world: World) -> None:
             f"and {len(differs) - 1} other tensors differ between ranks",
             "resume from the last checkpoint; if this happens again, look for a faulty device or for code that runs on "
             "one rank only",
-        )
-
-
-def require_finite(state: TrainState) -> None:
-    """Check that every tensor of the state is finite.
-
-    Raises SaganError where a tensor holds NaN or infinity. The message names the first such tensor.
-    """
-    broken = [name for name, tensor in state.tensors() if not tensor.isfinite().all()]
-    if broken:
-        raise SaganError(
-            f"training diverged at {state.images / 1000:.1f} kimg: "
-            f"{broken[0]} and {len(broken) - 1} other tensors are not finite",
-            LOWER_RATES,
         )

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import TrainJob
-from pipeline.training.actions_after_step import actions_after_step, is_due
+from pipeline.training.worker.actions_after_step import actions_after_step, is_due
 
 
 def job(**train):

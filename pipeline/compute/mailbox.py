@@ -1,0 +1,145 @@
+"""A mailbox of the driver, to which workers and tasks of the cluster send messages without waiting for it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+from pipeline.errors import EnvironmentFault
+
+_POLL_S = 0.1  # seconds between two looks for an answer
+
+
+class _Actor:
+    """The process that holds the messages. It lives on the driver's node and ends with the driver."""
+
+    def __init__(self) -> None:
+        self._messages: list[Any] = []
+        self._answers: dict[str, Any] = {}
+        self._stop = False
+
+    def put(self, message: Any) -> bool:
+        if message is not None:
+            self._messages.append(message)
+        return self._stop
+
+    def collect(self, stop: bool) -> list[Any]:
+        self._stop = stop
+        messages, self._messages = self._messages, []
+        return messages
+
+    def give(self, question: str, answer: Any) -> None:
+        self._answers[question] = (answer,)
+
+    def take(self, question: str) -> Any:
+        return self._answers.pop(question, None)
+
+
+class Question:
+    """A message that the driver answers with `Mailbox.answer`."""
+
+    def __init__(self, message: Any) -> None:
+        self.message = message
+        self.key = uuid4().hex
+
+
+class Sender:
+    """The end of a mailbox that workers and tasks hold. It can be sent to them.
+
+    The actor that holds the messages may die at any time. Ray starts it again without the messages that the driver has
+    not collected yet.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._asked: Any = None
+        self._stop = False
+
+    def send(self, message: Any) -> None:
+        """Send a message without waiting. It is lost where the mailbox is not available."""
+        self._actor.put.remote(message)
+
+    def deliver(self, message: Any, timeout_s: float = 60.0) -> None:
+        """Send a message and wait until the mailbox has it.
+
+        Raises EnvironmentFault where the mailbox is not available for `timeout_s` seconds.
+        """
+        self._call(timeout_s, "put", message)
+
+    def ask(self, message: Any, timeout_s: float = 60.0) -> Any:
+        """Send a message to the driver and return its answer.
+
+        Raises EnvironmentFault where the driver does not answer within `timeout_s` seconds.
+        """
+        question, until = Question(message), time.monotonic() + timeout_s
+        self.deliver(question, timeout_s)
+        while time.monotonic() < until:
+            if (answer := self._call(timeout_s, "take", question.key)) is not None:
+                return answer[0]
+            time.sleep(_POLL_S)
+        raise EnvironmentFault(f"the driver did not answer within {timeout_s:.0f} s")
+
+    def exchange(self, message: Any) -> bool:
+        """Send a message, unless an earlier one is still on its way, and return whether the driver asks to stop.
+
+        The call never waits. The result is the answer to an earlier call, which usually arrives after a millisecond.
+        """
+        import ray
+
+        if self._asked is not None:
+            done, _ = ray.wait([self._asked], timeout=0)
+            if not done:
+                return self._stop
+            with suppress(ray.exceptions.RayError):  # the mailbox is being started again
+                self._stop = ray.get(done[0])
+        self._asked = self._actor.put.remote(message)
+        return self._stop
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sender, (self._actor,)
+
+    def _call(self, timeout_s: float, method: str, argument: Any) -> Any:
+        """Call a method of the actor, again while Ray starts the actor again. Raises EnvironmentFault."""
+        import ray
+
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                left = max(until - time.monotonic(), _POLL_S)
+                return ray.get(getattr(self._actor, method).remote(argument), timeout=left)
+            except ray.exceptions.RayError as error:
+                if time.monotonic() > until:
+                    raise EnvironmentFault(f"the driver's mailbox is not available: {type(error).__name__}") from error
+            time.sleep(_POLL_S)
+
+
+class Mailbox:
+    """The driver's end of a mailbox. Ray starts its actor again where it dies."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+        self._actor = ray.remote(_Actor).options(**options).remote()
+        self.sender = Sender(self._actor)
+
+    def collect(self, *, stop: bool, timeout_s: float = 5.0) -> list[Any]:
+        """Return the messages that arrived since the last call, the oldest first, and say whether senders must stop.
+
+        Returns [] where the mailbox is not available.
+        """
+        import ray
+
+        try:
+            messages: list[Any] = ray.get(self._actor.collect.remote(stop), timeout=timeout_s)
+        except ray.exceptions.RayError:  # its process died and is being started again
+            return []
+        return messages
+
+    def answer(self, question: Question, answer: Any) -> None:
+        """Answer a question that was collected. The call does not wait."""
+        self._actor.give.remote(question.key, answer)

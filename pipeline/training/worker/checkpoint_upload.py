@@ -1,0 +1,75 @@
+"""Uploads checkpoints in a thread while training continues. An outage of storage delays an upload and ends nothing."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import EnvironmentFault, LastingFault
+from pipeline.runs.checkpoints import StoredCheckpoint, upload_checkpoint
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
+_LEAVING_S = 30.0  # longest wait at the end for an upload that goes on
+
+
+class CheckpointUpload:
+    """Uploads one checkpoint after another.
+
+    Args:
+        note: Called with lines for the driver's console.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+        self._error: Exception | None = None
+
+    def start(self, folder: Path, checkpoint: StoredCheckpoint, then: Callable[[], None]) -> None:
+        """Upload the files of `folder` in a thread, call `then`, and delete `folder`.
+
+        Waits until the previous upload has ended. So at most one checkpoint waits on this machine. Raises what `wait`
+        raises.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(folder, checkpoint, then), name="upload", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last upload has ended. Raises what it raised, which is no passing fault of storage."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Wait at most 30 s for the upload, and give it up."""
+        self._ending.set()
+        if self._thread is not None:
+            self._thread.join(_LEAVING_S)
+
+    def _run(self, folder: Path, checkpoint: StoredCheckpoint, then: Callable[[], None]) -> None:
+        pause = FIRST_PAUSE_S
+        try:
+            while True:
+                try:
+                    upload_checkpoint(folder, checkpoint)
+                    then()
+                except LastingFault:
+                    raise
+                except EnvironmentFault as error:
+                    self._note(
+                        f"checkpoint {checkpoint.name} waits for storage and is sent again in {pause:.0f} s; training "
+                        f"continues to the next checkpoint: {error.message}"
+                    )
+                    if self._ending.wait(pause):
+                        raise
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
+                else:
+                    return
+        except Exception as error:
+            self._error = error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

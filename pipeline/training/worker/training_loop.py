@@ -1,0 +1,349 @@
+"""The training worker. It restores the state, then steps, logs, writes checkpoints and scores them until the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.collection.manifest import Collection
+from pipeline.compute.devices import configure_device, worker_device
+from pipeline.config.schema import TrainJob
+from pipeline.errors import CorruptError, EnvironmentFault, SaganError
+from pipeline.runs.checkpoints import (
+    METRICS,
+    StoredCheckpoint,
+    fetch_newest_checkpoint,
+    load_state,
+    write_checkpoint,
+)
+from pipeline.runs.records import CheckpointFacts
+from pipeline.runs.stored_run import StoredRun
+from pipeline.storage import file_sets
+from pipeline.storage.scratch_folder import ScratchFolder
+from pipeline.streaming.device_transfer import to_device
+from pipeline.streaming.stream import Batch, Stream
+from pipeline.tracking.git_commit import git_commit
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.training import run_status
+from pipeline.training.restart_budget import LONGEST_PAUSE_S, Start
+from pipeline.training.training_run import Assignment
+from pipeline.training.worker import rank_consistency
+from pipeline.training.worker.actions_after_step import Actions, actions_after_step
+from pipeline.training.worker.checkpoint_upload import CheckpointUpload
+from pipeline.training.worker.finite_check import FiniteCheck, NotFinite, diverged, first_not_finite
+from pipeline.training.worker.time_shares import TimeShares
+from pipeline.training.worker.watchdog import Watchdog
+from sagan import spectral_norm
+from sagan.attention import SelfAttention
+from sagan.ranks import World
+from sagan.step import METRICS as STEP_METRICS
+from sagan.step import Step
+from sagan.train_state import TrainState
+
+_GRADIENTS = slice(STEP_METRICS.index("gradient_d"), None)  # equal on all ranks, unlike the parts of the losses
+_HEARTBEAT_S = 1.0  # seconds between two messages about the position of a rank
+
+
+def train_worker(assignment: Assignment) -> None:
+    """Run one Ray Train worker."""
+    os.environ.update(assignment.secrets)
+    worker = Worker(assignment)
+    try:
+        with contextlib.closing(worker):
+            worker.run()
+    except (EnvironmentFault, CorruptError) as error:
+        worker.report_failure(error, error)
+        raise  # Ray Train restarts the workers. The cause may be gone by then.
+    except SaganError as error:
+        # Every rank raises this error, and would raise it again after a restart. Return, so that Ray does not restart.
+        assignment.driver.deliver(run_status.Failed(error))
+    except Exception as error:
+        worker.report_failure(SaganError(f"{type(error).__name__}: {error}"), error)
+        raise
+
+
+class Worker:
+    """One rank of a training run."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.job = TrainJob.model_validate(assignment.job)
+        self.stored = StoredRun.of(self.job)
+        self.driver = assignment.driver
+        self.world = World.current()
+        self.is_rank0 = self.world.rank == 0
+        self.device = worker_device()
+        self.images = 0  # last completed position
+        # Decisions are broadcast between hosts with gloo, so that a broadcast never waits for a GPU.
+        limit = timedelta(seconds=assignment.step_timeout_s)
+        self.control = dist.new_group(backend="gloo", timeout=limit) if self.world.size > 1 else None
+        self.watchdog = Watchdog(self.world.rank, assignment.step_timeout_s / 4, self._note)
+        self.open = contextlib.ExitStack()  # what `close` ends
+        self.open.callback(self.watchdog.close)
+
+    def run(self) -> None:
+        """Train to `train.kimg`, or until the driver asks to stop."""
+        if not self._permitted_to_start():
+            return
+        self._set_up()
+        while self.images < 1000 * self.job.train.kimg:
+            before = self.images
+            self._step()
+            actions = actions_after_step(self.job, before, self.images, self._stop_requested())
+            if actions.log:
+                self._log()
+            if actions.checkpoint:
+                self._checkpoint(actions)
+            if actions.score:
+                self._score_in_line(actions)
+            if actions.stop:
+                break
+        self._end()
+
+    def close(self) -> None:
+        """End all threads, and delete local files."""
+        self.open.close()
+
+    def report_failure(self, shown: SaganError, error: Exception) -> None:
+        """Tell the driver that this worker raises an exception, which is shown as `shown`."""
+        self.driver.send(run_status.WorkerFailed(shown, self.images, type(error).__name__))
+
+    # --- start and end -----------------------------------------------------------------------------------------------
+
+    def _permitted_to_start(self) -> bool:
+        """Ask the driver for permission to start, and wait as long as it says. Collective.
+
+        Returns False where the run is asked to stop meanwhile. Raises SaganError where the run must not go on.
+        """
+        start: Start | None = None
+        if self.is_rank0:
+            start = self.driver.ask(run_status.StartAsked())
+            if start.pause_s and start.refusal is None:
+                self._note(f"the workers start in {start.pause_s:.0f} s")
+            until = time.monotonic() + min(start.pause_s, LONGEST_PAUSE_S)
+            while time.monotonic() < until and not self.driver.exchange(None):
+                time.sleep(0.2)
+            if self.driver.exchange(None):
+                self.driver.deliver(run_status.Stopped())
+                start = None
+        start = self._from_rank0(start)
+        if start is not None and start.refusal is not None:
+            raise start.refusal
+        return start is not None
+
+    def _set_up(self) -> None:
+        """Restore the state, and open the stream and the tracker. Collective."""
+        job = self.job
+        configure_device(self.device)
+        self.scratch = ScratchFolder(f"run-{job.name}")
+        self.open.callback(self.scratch.delete)
+        self.metrics_file = self.scratch.path / METRICS
+        self.train_seconds = 0.0
+        self.git_commit = git_commit()  # read at the start, because the checkout may change during training
+        self.collection = Collection.open(job.data.train)
+        self.state = self._restore()
+        self.images = self.state.images
+        self.upload = self.open.enter_context(contextlib.closing(CheckpointUpload(self._note)))
+        self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
+        stream = Stream(
+            self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._note
+        )
+        self.open.enter_context(contextlib.closing(stream))
+        self.batches = stream.batches(self.images, job.train.batch)
+        self.tracker = MlflowRun(self.assignment.tracking_uri, self.assignment.mlflow_run_id) if self.is_rank0 else None
+        if self.tracker is not None:
+            self.open.callback(self.tracker.close, timeout_s=30)
+            if self.metrics_file.exists():  # the tracker skips points that the MLflow run has
+                self.tracker.replay(self.metrics_file.read_text())
+        self.finite = FiniteCheck()
+        self.shares, self.logged_at, self.steps = TimeShares(), self.images, 0
+        self.totals = torch.zeros(len(STEP_METRICS), device=self.device)
+        self.told_at = 0.0
+
+    def _restore(self) -> TrainState:
+        """Return the state of the newest good checkpoint, or a new state where there is no checkpoint. Collective.
+
+        Rank 0 chooses the checkpoint.
+        """
+        local = self.scratch.path / "restored"
+        local.mkdir()
+        newest = None
+        if self.is_rank0:
+            method = self.assignment.method_digest
+            newest = fetch_newest_checkpoint(self.stored.checkpoints_url, local, method, self._note)
+        checkpoint: StoredCheckpoint | None = self._from_rank0(newest)
+        if checkpoint is None:
+            state = TrainState(self.job.model, self.job.optim, self.job.seed, self.device)
+        else:
+            if not self.is_rank0:
+                file_sets.fetch_set(checkpoint.url, local)
+            restored = StoredCheckpoint(str(local))
+            state = load_state(local, checkpoint.url, self.device)
+            self.metrics_file.write_bytes(restored.metrics())
+            self.train_seconds = restored.facts().train_seconds
+        shutil.rmtree(local)
+        rank_consistency.check_ranks(state, self.world)
+        if self.is_rank0:
+            name = None if checkpoint is None else checkpoint.name
+            self.driver.send(run_status.GroupStarted(state.images, name, self.train_seconds))
+        return state
+
+    def _end(self) -> None:
+        """Wait for the last upload, and tell the driver where the run was stopped. Collective."""
+        if self.is_rank0:
+            self.upload.wait()
+            finished = self.images >= 1000 * self.job.train.kimg
+            self.driver.deliver(run_status.Stepped(0, self.images) if finished else run_status.Stopped())
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Run one training step on the next batches."""
+        self.totals += (metrics := self.step(self._next_batches()))
+        self.steps += 1
+        self.images = self.state.images
+        self.watchdog.step()
+        if (found := self.finite.step(self.images, metrics[_GRADIENTS])) is not None:
+            self._not_finite(found, "a gradient")
+
+    def _next_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        flip_seed = self.job.seed if self.job.data.flip else None
+        for number in range(self.job.optim.n_dis):
+            batch: Batch = next(self.batches)
+            self.shares.data += batch.wait_s
+            start = self.state.images + number * self.job.train.batch
+            if batch.positions != self.world.share(start, start + self.job.train.batch):
+                raise AssertionError(f"the batch has positions {batch.positions}, and the run is at {start}")
+            yield to_device(batch, self.device, flip_seed)
+
+    def _stop_requested(self) -> bool:
+        """Return whether the driver asks to stop. All ranks return what rank 0 knows. Collective."""
+        if not self.is_rank0 and time.monotonic() - self.told_at > _HEARTBEAT_S:
+            self.told_at = time.monotonic()
+            self.driver.send(run_status.Stepped(self.world.rank, self.images))
+        requested = self.is_rank0 and self.driver.exchange(run_status.Stepped(0, self.images))
+        if self.control is None:
+            return requested
+        flag = torch.tensor([requested])
+        dist.broadcast(flag, src=0, group=self.control)
+        return bool(flag)
+
+    def _not_finite(self, images: int, what: str) -> None:
+        """Raise NotFinite for the first time at a position, and SaganError for the second time. Collective.
+
+        The second time shows that the cause is the method and not a device.
+        """
+        again = self._from_rank0(self.is_rank0 and self.driver.ask(run_status.NotFiniteAt(images)))
+        if again:
+            raise diverged(images, f"{what} is not finite")
+        raise NotFinite(
+            f"{what} is not finite at {images / 1000:.1f} kimg (rank {self.world.rank} on {socket.gethostname()}); the "
+            "run goes back to its newest checkpoint and repeats the steps"
+        )
+
+    # --- actions after a step ----------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        """Log the means of the metrics since the last log. Collective."""
+        if (found := self.finite.last()) is not None:
+            self._not_finite(found, "a gradient")
+        values = dict(zip(STEP_METRICS, self.world.sum_(self.totals / self.steps).tolist(), strict=True))
+        if not all(map(math.isfinite, values.values())):
+            self._not_finite(self.images, "a loss")
+        for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
+            gammas = [m.gamma.item() for m in part.modules() if isinstance(m, SelfAttention)]
+            values.update({f"gamma_{network}{i or ''}": gamma for i, gamma in enumerate(gammas)})
+            if sigmas := [layer.sigma for _, layer in spectral_norm.layers(part)]:
+                values[f"sigma_{network}"] = torch.stack(sigmas).max().item()
+        shares = self.shares.metrics(images := self.images - self.logged_at)
+        self.train_seconds += images / shares["images_per_s"]
+        if self.tracker is not None:
+            step, now = self.images, int(time.time() * 1000)
+            metrics = {**values, **shares}
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": step, "time_ms": now, "metrics": metrics}) + "\n")
+            self.tracker.log(metrics, step, now)
+            self.driver.send(run_status.Logged(step, metrics, self.train_seconds))
+        self.totals.zero_()
+        self.shares, self.logged_at, self.steps = TimeShares(), self.images, 0
+
+    def _checkpoint(self, actions: Actions) -> None:
+        """Write a checkpoint on rank 0 and begin to upload it. Collective.
+
+        The call waits for the upload of the previous checkpoint.
+        """
+        began = time.perf_counter()
+        rank_consistency.check_ranks(self.state, self.world)
+        if tensor := first_not_finite(self.state):
+            self._not_finite(self.images, tensor)
+        if self.is_rank0:
+            local = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch.path))
+            facts = CheckpointFacts(
+                images=self.images,
+                train_seconds=self.train_seconds,
+                to_score=actions.score,
+                collection_digest=self.collection.digest,
+                class_names=self.collection.class_names,
+                method_digest=self.assignment.method_digest,
+                git_commit=self.git_commit,
+            )
+            self.checkpoint = self.stored.checkpoint(write_checkpoint(local, self.state, self.metrics_file, facts))
+            beside = actions.score and self.assignment.score_in_line is None
+            uploaded = run_status.Uploaded(self.checkpoint.name, beside)
+            self.upload.start(local, self.checkpoint, lambda: self.driver.deliver(uploaded))
+        self.shares.checkpoint += time.perf_counter() - began
+
+    def _score_in_line(self, actions: Actions) -> None:
+        """Score the last checkpoint on rank 0 while the other ranks wait. Collective.
+
+        Does nothing where tasks beside training score.
+
+        The training state and torch's random-number generators do not change. An error in scoring does not stop
+        training; the checkpoint is then scored after training.
+        """
+        score = self.assignment.score_in_line
+        if score is None or actions.interrupted:
+            return
+        began = time.perf_counter()
+        if self.is_rank0:
+            self.upload.wait()
+            devices = [self.device] if self.device.type == "cuda" else []
+            # `score` shows an error on the driver's console, and the checkpoint is scored after training.
+            with torch.random.fork_rng(devices), contextlib.suppress(Exception):
+                score(self.checkpoint)
+            configure_device(self.device)  # an extractor changes settings of torch
+        if self.control is not None:
+            limit = timedelta(seconds=self.job.evaluate.timeout_s + self.assignment.step_timeout_s)
+            dist.monitored_barrier(self.control, limit)
+        seconds = time.perf_counter() - began
+        self.shares.evaluation += seconds
+        if self.is_rank0:
+            self._note(f"training waited {seconds:.1f} s for the score")
+
+    # --- between processes -------------------------------------------------------------------------------------------
+
+    def _from_rank0(self, value: Any) -> Any:
+        """Return the value of rank 0 on every rank. Collective."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def _note(self, line: str) -> None:
+        """Show a line on the driver's console."""
+        self.driver.send(run_status.Noted(line))

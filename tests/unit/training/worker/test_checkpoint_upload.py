@@ -1,0 +1,69 @@
+"""An upload outlives an outage of storage, and training is not held up before its next checkpoint."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import LastingFault
+from pipeline.runs.checkpoints import StoredCheckpoint
+from pipeline.storage import files
+from pipeline.training.worker import checkpoint_upload
+from pipeline.training.worker.checkpoint_upload import CheckpointUpload
+from tests.conftest import TestS3
+from tests.faults.proxy import fault_proxy
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    folder = tmp_path / "written"
+    folder.mkdir()
+    (folder / "state.safetensors").write_bytes(b"state")
+    return folder
+
+
+def test_it_goes_on_after_an_outage(s3: TestS3, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_upload, "FIRST_PAUSE_S", 0.1)
+    checkpoint = StoredCheckpoint(f"{s3.bucket()}/000000000032-00000000")
+    said: list[str] = []
+    done: list[str] = []
+    with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(said.append)) as upload:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
+        proxy.inject("burst_503", times=math.inf)
+        upload.start(written, checkpoint, lambda: done.append(checkpoint.name))
+        assert proxy.wait_for("burst_503", times=9)
+        assert not done
+        proxy.clear()
+        upload.wait()
+        assert checkpoint.is_complete()
+    assert done == [checkpoint.name]
+    assert "waits for storage and is sent again" in said[0]
+    assert not written.exists(), "the local copy is deleted"
+
+
+def test_a_lasting_fault_is_raised_at_the_next_checkpoint(
+    s3: TestS3, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = StoredCheckpoint(f"{s3.bucket()}/000000000032-00000000")
+    with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(print)) as upload:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
+        proxy.inject("credentials_revoked", times=math.inf)
+        upload.start(written, checkpoint, lambda: None)
+        with pytest.raises(LastingFault):
+            upload.start(written, checkpoint, lambda: None)
+
+
+def test_uploads_follow_each_other(tmp_path: Path, written: Path) -> None:
+    done: list[str] = []
+    with closing(CheckpointUpload(print)) as upload:
+        for images in (32, 64, 96):
+            name = f"{images:012d}-00000000"
+            folder = Path(shutil.copytree(written, tmp_path / name))
+            upload.start(folder, StoredCheckpoint(str(tmp_path / "run" / name)), partial(done.append, name))
+        upload.wait()
+    assert done == files.list_names(str(tmp_path / "run"))
