@@ -9,6 +9,14 @@ from typing import Any
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import UsageError
 
+ADDED: dict[str, Any] = {}
+"""Keys that became part of the method after runs were stored, each with the value that decided those older runs.
+
+A new key of `model`, `optim` or `data` belongs here, with the behaviour of the code before it. So does the version of a
+rule that decides numbers and has no key, such as the order of samples or the initial weights, when the rule changes:
+`"order": 1`, while `method_of` gives 2.
+"""
+
 
 def complete_model(job: TrainJob, resolution: int, num_classes: int) -> TrainJob:
     """Return the job with the resolution and the number of classes of its collection.
@@ -62,6 +70,11 @@ def sweep_method_of(sweep: TuneJob, base: TrainJob, collection_digest: str) -> d
     return json.loads(json.dumps(method))
 
 
+def completed(method: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored method of a run or a sweep with the keys that it lacks because they were added later."""
+    return {**{key: value for key, value in ADDED.items() if f"space.{key}" not in method}, **method}
+
+
 def method_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """Return a line for each key in which the method of a stored run differs from that of a job."""
 
@@ -77,5 +90,9 @@ def method_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str
 
 
 def digest_of(method: dict[str, Any]) -> str:
-    """Return the SHA-256 of a method in hex."""
+    """Return the SHA-256 of a method in hex.
+
+    Added keys with the value of older runs are left out, so that the digests of older checkpoints stay valid.
+    """
+    method = {key: value for key, value in method.items() if key not in ADDED or value != ADDED[key]}
     return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()

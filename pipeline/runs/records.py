@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from pipeline.config.run_method import completed
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score
@@ -14,6 +15,10 @@ from pipeline.storage.stored_json import PlainName, Size
 
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped early"
 """Outcomes of a trial that did not fail."""
+
+
+Method = Annotated[dict[str, Any], AfterValidator(completed)]
+"""The method of a run or a sweep, by dotted key. A record of older code gets the keys that were added later."""
 
 
 class Record(BaseModel):
@@ -97,7 +102,7 @@ class RunRecord(Record):
 
     kind: Literal["train"] = "train"
     name: str
-    method: dict[str, Any]
+    method: Method
     """All values that decide the numbers of the run, by dotted key."""
     mlflow_run_id: str
     earlier_mlflow_run_ids: list[str] = []
@@ -119,7 +124,7 @@ class SweepRecord(Record):
     mlflow_run_id: str
     earlier_mlflow_run_ids: list[str] = []
     """Ids of MLflow runs that did not exist any more when the sweep was resumed, the oldest first."""
-    method: dict[str, Any]
+    method: Method
     """All values that decide which trials are run and what they give, except their number, by dotted key."""
     format: int = 3
 

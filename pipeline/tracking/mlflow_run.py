@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from pipeline.config.schema import TrainJob, absolute_tracking_uri, sqlite_database
-from pipeline.errors import EnvironmentFault, UsageError, shown_url, without_secrets_of
+from pipeline.errors import EnvironmentFault, LastingFault, UsageError, shown_url, without_secrets_of
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,10 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
 
 
 def _unusable(uri: str, error: Exception) -> EnvironmentFault:
-    """Return the EnvironmentFault that describes an exception of MLflow, with its remedy."""
+    """Return the EnvironmentFault that describes an exception of MLflow, with its remedy.
+
+    It is a LastingFault where a person must correct the cause.
+    """
     text, shown = str(error), shown_url(uri)
     upgrade = f"mlflow db upgrade {shlex.quote(shown)}"
     if "out-of-date database schema" in text:
@@ -112,7 +115,8 @@ def _unusable(uri: str, error: Exception) -> EnvironmentFault:
             "start the server (mlflow server …), or correct track.uri or MLFLOW_TRACKING_URI; track.uri=sqlite:///FILE "
             "needs no server"
         )
-    return EnvironmentFault(f"MLflow at {shown} cannot be used: {first_line(error, uri)}", remedy)
+        return EnvironmentFault(f"MLflow at {shown} cannot be used: {first_line(error, uri)}", remedy)
+    return LastingFault(f"MLflow at {shown} cannot be used: {first_line(error, uri)}", remedy)
 
 
 class MlflowRun:
@@ -339,7 +343,7 @@ def _can_resume(mlflow: Any, run_id: str, uri: str) -> bool:
 def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
     """Return the id of the experiment, which is created where it does not exist.
 
-    Raises EnvironmentFault where the experiment is deleted.
+    Raises LastingFault where the experiment is deleted.
     """
     from mlflow.exceptions import MlflowException
 
@@ -352,7 +356,7 @@ def _experiment(mlflow: Any, name: str, artifacts: str | None) -> str:
             if experiment is None:
                 raise
     if experiment.lifecycle_stage != "active":
-        raise EnvironmentFault(
+        raise LastingFault(
             f"the MLflow experiment {name} is deleted",
             f"run: mlflow experiments restore --experiment-id {experiment.experiment_id}; or choose another name with "
             "track.experiment=NAME",
@@ -375,6 +379,9 @@ def first_line(error: BaseException, uri: str) -> str:
 def last_step(uri: str, run_id: str, key: str) -> int:
     """Return the largest step of the run's points of metric `key`; 0 where the run has no such point.
 
-    Raises the exceptions of MLflow.
+    Raises EnvironmentFault where MLflow cannot be used.
     """
-    return max((metric.step for metric in client(uri).get_metric_history(run_id, key)), default=0)
+    try:
+        return max((metric.step for metric in client(uri).get_metric_history(run_id, key)), default=0)
+    except mlflow_errors() as error:
+        raise _unusable(uri, error) from error

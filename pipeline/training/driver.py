@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import threading
@@ -19,7 +20,15 @@ from pipeline.compute.mailbox import Mailbox, Question
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
 from pipeline.config.schema import TrainJob, sqlite_database
-from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun, SaganError, UsageError, shown_url
+from pipeline.errors import (
+    CorruptError,
+    EnvironmentFault,
+    InterruptedRun,
+    LastingFault,
+    SaganError,
+    UsageError,
+    shown_url,
+)
 from pipeline.packing.pack import pack
 from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
 from pipeline.runs.stored_run import StoredRun
@@ -33,6 +42,8 @@ from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import NotFiniteAt, StartAsked, Status
 from pipeline.training.scoring import Scoring, ScoringBeside
 from pipeline.training.training_run import Evaluation, TrainingRun
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 HOUSEKEEPING_PAUSE_S = 30.0  # after a fault of storage
@@ -84,7 +95,7 @@ def train(
         status = "KILLED"
         raise
     finally:
-        MlflowRun(run.tracking_uri, run.mlflow_run_id).finish(status)
+        finish_tracking(run, status)
     return summary
 
 
@@ -110,7 +121,7 @@ def complete_job(job: TrainJob) -> TrainJob:
 def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = None) -> TrainingRun:
     """Check the job before any worker starts, then find the run of this name or start it in MLflow.
 
-    Raises UsageError, EnvironmentFault or CorruptError.
+    A run that exists resumes where MLflow does not answer. Raises UsageError, EnvironmentFault or CorruptError.
     """
     files.check_writable(job.checkpoint.root)
     pack_if_missing(job)
@@ -122,8 +133,15 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
     uri = tracking_uri(job)
     if record and (summary := stored.summary()) and summary.images >= 1000 * job.train.kimg:
         return TrainingRun(job, stored, uri, record, 0, summary)
-    record = start_tracking(job, stored, record, method, parent)
-    return TrainingRun(job, stored, uri, record, last_step(uri, record.mlflow_run_id, "loss_d"), None)
+    try:
+        record = start_tracking(job, stored, record, method, parent)
+        reached = last_step(uri, record.mlflow_run_id, "loss_d")
+    except EnvironmentFault as fault:
+        if record is None or isinstance(fault, LastingFault):
+            raise
+        print(f"the run resumes without MLflow, which gets its points later: {fault.message}", flush=True)
+        reached = max((checkpoint.images for checkpoint in stored.checkpoints()), default=0)
+    return TrainingRun(job, stored, uri, record, reached, None)
 
 
 def start_tracking(
@@ -175,6 +193,20 @@ def start_tracking(
     )
     stored.write_record(record)
     return record
+
+
+def finish_tracking(run: TrainingRun, status: str) -> None:
+    """Send MLflow the points of the newest checkpoint that it lacks, and set the status of the MLflow run.
+
+    Waits at most 30 seconds for MLflow, and then logs a warning. A fault of storage is a warning too.
+    """
+    tracker = MlflowRun(run.tracking_uri, run.mlflow_run_id)
+    try:
+        for checkpoint in run.stored.checkpoints()[-1:]:
+            tracker.replay(checkpoint.metrics().decode())
+    except (EnvironmentFault, CorruptError) as error:
+        log.warning("MLflow may lack points of %s: %s", run.job.name, error.message)
+    tracker.finish(status)
 
 
 def artifact_location(job: TrainJob) -> str | None:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from infra.local.server_process import free_port
+from infra.local.servers import MlflowServer
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import parse_job
-from pipeline.config.schema import TrainJob
+from pipeline.config.schema import TrackSection, TrainJob
 from pipeline.errors import EnvironmentFault
 from pipeline.job_runner import _evaluation
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import client
-from pipeline.training.driver import find_or_start
+from pipeline.training.driver import find_or_start, finish_tracking
 from tests.unit.evaluation.conftest import commit_checkpoint
 
 POINTS = [{"step": step, "time_ms": step, "metrics": {"loss_d": step / 2}} for step in (16, 32)]
@@ -81,3 +83,31 @@ def test_a_deleted_experiment_is_named_with_what_to_do(packed: Collection, tmp_p
     assert "track.experiment=" in caught.value.remedy
     other = job_in(packed, tmp_path, tmp_path / "runs", experiment="another")
     assert find_or_start(other, _evaluation()).mlflow_run_id
+
+
+# --- MLflow is down --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_resumes_without_mlflow_and_gets_its_points_at_the_end(
+    packed: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    job = job_in(packed, tmp_path, tmp_path / "runs").model_copy(
+        update={"track": TrackSection(uri=f"http://127.0.0.1:{port}", experiment="e")}
+    )
+    with pytest.raises(EnvironmentFault, match="cannot be used"):
+        find_or_start(job, _evaluation())  # a new run needs its MLflow run
+    server = MlflowServer(tmp_path / "mlflow", port=port)
+    with server:
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+            monkeypatch.setenv(name, server.env[name])
+        first = find_or_start(job, _evaluation())
+    commit_checkpoint(job, 32, points=POINTS)
+    capsys.readouterr()
+    resumed = find_or_start(job, _evaluation())
+    assert "the run resumes without MLflow" in capsys.readouterr().out
+    assert (resumed.mlflow_run_id, resumed.reached) == (first.mlflow_run_id, 32)
+    with server:
+        finish_tracking(resumed, "FINISHED")
+        assert points(job, first.mlflow_run_id) == [(16, 8), (32, 16)]
+        assert client(job.track.uri or "").get_run(first.mlflow_run_id).info.status == "FINISHED"

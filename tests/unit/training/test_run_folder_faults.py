@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.collection.manifest import Collection
+from pipeline.config import run_method
 from pipeline.config.run_method import digest_of, method_of
 from pipeline.config.schema import TrainJob
 from pipeline.errors import UsageError
@@ -76,6 +77,29 @@ def test_a_folder_that_lost_its_record_goes_on_from_its_own_checkpoint(job: Trai
     files.delete(stored.record_url)
     find_or_start(job, _evaluation())
     assert stored.record() is not None
+
+
+def test_a_key_that_joins_the_method_later_refuses_no_older_run(
+    job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record and the checkpoint are those of code that did not know `train.batch`."""
+    method = find_or_start(job, _evaluation()).record.method
+    old = {key: value for key, value in method.items() if key != "train.batch"}
+    stored = StoredRun.of(job)
+    record = stored.record()
+    assert record is not None
+    stored.write_record(record.model_copy(update={"method": old}))
+    committed = commit_checkpoint(job, 16, method_digest=digest_of(old))
+    with pytest.raises(UsageError, match=r"train.batch: absent in that run, 16 in this job"):
+        find_or_start(job, _evaluation())
+
+    monkeypatch.setitem(run_method.ADDED, "train.batch", 16)
+    found = find_or_start(job, _evaluation())
+    assert found.method_digest == digest_of(old)
+    assert fetched(job, tmp_path / "restored") == (committed, [])
+    other = job.model_copy(update={"train": job.train.model_copy(update={"batch": 32})})
+    with pytest.raises(UsageError, match=r"train.batch: 16 in that run, 32 in this job"):
+        find_or_start(other, _evaluation())
 
 
 # --- the driver's housekeeping ---------------------------------------------------------------------------------------
