@@ -15,6 +15,8 @@ from pipeline.tuning.draw_points import ranked, read_records, to_resume, to_star
 
 TRIAL_CPUS = 0.01  # reserved for the function that drives a trial; its Ray Train workers reserve their own CPUs
 
+TRIAL_RETRIES = 3  # a trial fails only for its environment's sake, and goes on from its newest checkpoint
+
 _RANKED = "ranked"  # the metric by which the scheduler ranks trials
 
 
@@ -62,7 +64,7 @@ def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, 
         return [record.trial for record in records if record.ended]
 
     from ray import tune
-    from ray.tune import RunConfig, TuneConfig, Tuner
+    from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
     from pipeline.tuning.ray_searcher import RecordedSearcher
 
@@ -79,7 +81,12 @@ def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, 
                 scheduler=make_scheduler(sweep, base, stored, records, higher_is_better),
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
-            run_config=RunConfig(name=sweep.name, storage_path=str(folder), verbose=1),
+            run_config=RunConfig(
+                name=sweep.name,
+                storage_path=str(folder),
+                verbose=1,
+                failure_config=FailureConfig(max_failures=TRIAL_RETRIES),
+            ),
         )
         return searcher.conclude(tuner.fit())
 

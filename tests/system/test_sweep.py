@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from pipeline.compute.resources import release_placement_groups
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
-from tests.system.command_process import JOBS, TINY, Driver
+from tests.system.command_process import JOBS, TINY, Driver, ray_workers
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 
@@ -127,3 +128,28 @@ def test_a_sweep_whose_driver_was_killed_goes_on_from_its_records(s3, ray_cluste
     assert not canary.exists()
     rays = [name for name in files.list_files(f"{bucket}/runs/small") if name.endswith((".pkl", ".pickle"))]
     assert rays == ["tune/small/tuner.pkl", "tuner.pkl"], "only those that were planted"
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_was_killed_goes_on_in_the_same_sweep(s3, ray_cluster, tmp_path):
+    bucket = s3.bucket()
+    env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}
+    sweep = {
+        "kind": "tune",
+        "name": "one",
+        "base": str(JOBS / "quickstart.yaml"),
+        "overrides": {**TINY, "train.workers": 1, "evaluate.cpus": 0.5},
+        "space": {"optim.lr_d": {"loguniform": [1.0e-4, 1.0e-3]}},
+        "search": {"trials": 1, "max_concurrent": 1},
+    }
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(sweep).replace("'[", "[").replace("]'", "]"))
+    run = Driver(tmp_path, env, job=tmp_path / "one.yaml", tiny=False)
+    name = run.until(" starts at ").split()[1]
+    while not files.list_names(f"{bucket}/runs/{name}/checkpoints"):
+        time.sleep(0.2)
+    (process,) = ray_workers("ImplicitFunc", env["RAY_ADDRESS"])
+    os.kill(process, signal.SIGKILL)
+    assert run.end() == 0, run.output
+    (record,) = StoredSweep(f"{bucket}/runs/one").trial_records()
+    assert (record.ended, record.trial.outcome) == (True, "finished")
+    assert StoredSweep(f"{bucket}/runs/one").trial(name).record().starts == 2
