@@ -86,9 +86,26 @@ def complete_checkpoints(url: str) -> list[StoredCheckpoint]:
 
     Folders with other names than those of checkpoints are ignored.
     """
+    return [checkpoint for checkpoint in _all_checkpoints(url) if checkpoint.is_complete()]
+
+
+def abandoned_checkpoints(url: str) -> list[StoredCheckpoint]:
+    """Return the incomplete checkpoints below `url` that are older than the newest complete one, the oldest first.
+
+    Nobody uploads them any more. Raises EnvironmentFault.
+    """
+    found = _all_checkpoints(url)
+    complete = [checkpoint for checkpoint in found if checkpoint.is_complete()]
+    return [
+        checkpoint
+        for checkpoint in found
+        if complete and checkpoint not in complete and checkpoint.images < complete[-1].images
+    ]
+
+
+def _all_checkpoints(url: str) -> list[StoredCheckpoint]:
     names = filter(_NAME.fullmatch, sorted(files.list_names(url)))
-    found = [StoredCheckpoint(files.join(url, name)) for name in names]
-    return [checkpoint for checkpoint in found if checkpoint.is_complete()]
+    return [StoredCheckpoint(files.join(url, name)) for name in names]
 
 
 def write_checkpoint(local: Path, state: TrainState, metrics: Path, facts: CheckpointFacts) -> str:

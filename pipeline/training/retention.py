@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, shown_url
 from pipeline.runs.best_checkpoint import best_score
-from pipeline.runs.checkpoints import StoredCheckpoint
+from pipeline.runs.checkpoints import StoredCheckpoint, abandoned_checkpoints
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
@@ -18,8 +18,13 @@ log = logging.getLogger(__name__)
 
 
 def delete_superfluous_checkpoints(job: TrainJob) -> None:
-    """Delete the checkpoints of the job's run that need not be kept. Raises EnvironmentFault, CorruptError."""
-    for checkpoint in superfluous(StoredRun.of(job).checkpoints(), job.checkpoint.keep, protected(job)):
+    """Delete the checkpoints of the job's run that need not be kept, and what killed workers left of others.
+
+    Raises EnvironmentFault, CorruptError.
+    """
+    run = StoredRun.of(job)
+    kept_no_more = superfluous(run.checkpoints(), job.checkpoint.keep, protected(job))
+    for checkpoint in [*kept_no_more, *abandoned_checkpoints(run.checkpoints_url)]:
         file_sets.remove_set(checkpoint.url)
 
 

@@ -19,6 +19,7 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.training import driver
 from pipeline.training.driver import Housekeeping, complete_job, find_or_start
+from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import Status
 from tests.conftest import TestS3
 from tests.faults.proxy import FaultProxy, fault_proxy
@@ -135,3 +136,14 @@ def test_a_fault_of_storage_is_said_and_the_work_is_done_later(
     record = run.stored.record()
     assert record is not None
     assert record.starts == 1
+
+
+def test_what_killed_workers_left_of_a_checkpoint_is_deleted_later(job: TrainJob) -> None:
+    run = StoredRun.of(job)
+    left, old, newest, uploading = (commit_checkpoint(job, images, to_score=False) for images in (16, 32, 48, 64))
+    for unfinished in (left, uploading):
+        files.delete(files.join(unfinished.url, file_sets.MANIFEST))
+    delete_superfluous_checkpoints(
+        job.model_copy(update={"track": job.track.model_copy(update={"register_model": False})})
+    )
+    assert files.list_names(run.checkpoints_url) == [checkpoint.name for checkpoint in (old, newest, uploading)]

@@ -1,0 +1,313 @@
+"""Kills of training workers at named points: the run ends as if nothing had happened.
+
+    python -m tests.faults.kills --seeds 100 [--first N] [--world 1 2 4]
+
+Every seed is a run of its own. Workers, gloo, storage and MLflow are real, but the processes are started here and not
+by Ray, and a file stands in for the driver's mailbox. A seed chooses in how many worker groups a rank dies, at which
+point, and at which pass through it. The process ends there by `os._exit`. The next group starts from what storage
+holds.
+
+What is promised: the last checkpoint has the bits of the undisturbed run's. Its `metrics.jsonl` holds every point of
+the undisturbed run once. A kill loses at most the images since the newest checkpoint and those of one step. The
+temporary folder is empty, and the run's folder holds complete checkpoints alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pipeline.config.job_file import parse_job
+from pipeline.config.schema import PackSection, TrainJob
+from pipeline.job_runner import _evaluation
+from pipeline.packing.pack import pack
+from pipeline.runs.checkpoints import METRICS
+from pipeline.storage import files
+from pipeline.training import run_status
+from pipeline.training.driver import find_or_start
+from pipeline.training.restart_budget import Start
+from pipeline.training.retention import delete_superfluous_checkpoints
+from pipeline.training.run_status import Status
+from pipeline.training.training_run import Assignment, TrainingRun
+from tests.progress_timeout import progress_seen
+
+KILLED = 137
+STEP, INTERVAL, LENGTH = 32, 96, 384  # images of a step, between checkpoints, and of the run
+GROUP_S = 300.0  # longest silence of a worker group
+
+# name: (module or class, function, number of calls in a group). A rank dies before or after one of the calls.
+POINTS = {
+    "step": ("sagan.step.Step", "__call__", 12),
+    "log": ("pipeline.training.worker.training_loop.Worker", "_log", 12),
+    "write a checkpoint": ("pipeline.training.worker.training_loop", "write_checkpoint", 4),
+    "upload a file": ("pipeline.storage.files", "upload", 16),
+    "upload the manifest": ("pipeline.storage.files", "write_bytes", 4),
+    "tell the driver": ("tests.faults.kills.FileSender", "deliver", 5),
+    "fetch the checkpoint": ("pipeline.storage.file_sets", "fetch_set", 1),
+    "load the state": ("pipeline.training.worker.training_loop", "load_state", 1),
+    "open the stream": ("pipeline.training.worker.training_loop", "Stream", 1),
+    "close": ("pipeline.training.worker.training_loop.Worker", "close", 1),
+}
+RESTORING = ("fetch the checkpoint", "load the state")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Rank `rank` dies before or after its `call`-th call at a point."""
+
+    rank: int
+    point: str
+    call: int
+    after: bool
+
+    @classmethod
+    def drawn(cls, dice: random.Random, world: int, group: int) -> Kill:
+        """Draw a kill of a group. The first group, 0, has no checkpoint to restore."""
+        point = dice.choice([name for name in POINTS if group or name not in RESTORING])
+        return cls(dice.randrange(world), point, dice.randint(1, POINTS[point][2]), dice.random() < 0.5)
+
+
+@dataclass
+class FileSender:
+    """Stands in for `pipeline.compute.mailbox.Sender`: messages are in a file, which survives the sender."""
+
+    path: Path
+
+    def send(self, message: Any) -> None:
+        with self.path.open("ab") as file:
+            file.write(pickle.dumps(message))
+
+    def deliver(self, message: Any, timeout_s: float = 0.0) -> None:
+        self.send(message)
+
+    def exchange(self, message: Any) -> bool:
+        if message is not None:
+            self.send(message)
+        return False
+
+    def ask(self, message: Any, timeout_s: float = 0.0) -> Any:
+        return Start(0.0) if isinstance(message, run_status.StartAsked) else False
+
+    def received(self) -> Iterator[Any]:
+        with self.path.open("rb") as file:
+            while file.peek(1):
+                yield pickle.load(file)
+
+
+@dataclass
+class Ended:
+    """What became of a run."""
+
+    checkpoint: str
+    points: dict[tuple[int, str], float]
+    status: Status
+    seconds: list[float] = field(default_factory=list)
+    reached: list[Kill] = field(default_factory=list)
+
+
+def _found(place: str) -> Any:
+    import importlib
+
+    module, _, name = place.rpartition(".")
+    return getattr(importlib.import_module(module), name) if name[0].isupper() else importlib.import_module(place)
+
+
+def _work(rank: int, world: int, folder: Path, assignment: Assignment, kill: Kill | None) -> None:
+    """Run one rank in this process. It ends by itself, or as `kill` says."""
+    import torch.distributed as dist
+
+    from pipeline.training.worker import training_loop
+
+    sys.stderr = (folder / f"rank{rank}.log").open("a")
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    if kill is not None and kill.rank == rank:
+        _plant(kill)
+    with mock.patch.object(training_loop, "worker_device", return_value=torch.device("cpu")):
+        training_loop.train_worker(assignment)
+
+
+def _plant(kill: Kill) -> None:
+    place, name, _ = POINTS[kill.point]
+    owner = _found(place)
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == kill.call and not kill.after:
+            os._exit(KILLED)
+        result = original(*arguments, **options)
+        if calls == kill.call:
+            os._exit(KILLED)
+        return result
+
+    setattr(owner, name, dying)
+
+
+class Runs:
+    """Runs of one job below `folder`, on `world` ranks."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        self.folder, self.world = folder, world
+        collection = folder / "digits"
+        if not collection.exists():
+            pack(str(collection), PackSection(source="digits", resolution=32, shard_images=500))
+        self.values: dict[str, Any] = {
+            "kind": "train",
+            "seed": 7,
+            "data": {"train": str(collection), "cache": str(folder / "cache")},
+            "model": {"channels_g": 4, "channels_d": 4, "multipliers_g": [4, 4, 4, 4], "multipliers_d": [2, 2, 2, 2]},
+            "train": {"kimg": LENGTH / 1000, "batch": STEP, "workers": world, "log_kimg": STEP / 1000},
+            "checkpoint": {"root": str(folder / "runs"), "kimg": INTERVAL / 1000, "keep": 2},
+            "evaluate": {"extractor": "classifier", "kimg": 1000, "samples": 100},
+            "track": {"uri": f"sqlite:///{folder}/mlflow.db", "register": False},
+        }
+
+    def run(self, name: str, kills: list[Kill]) -> Ended:
+        """Train a run to its end. The n-th worker group meets the n-th kill."""
+        job = parse_job({**self.values, "name": name}, name)
+        assert isinstance(job, TrainJob)
+        run = find_or_start(job, _evaluation())
+        status, seconds, reached = Status(), [], []
+        for kill in [*kills, None]:
+            began = time.monotonic()
+            ended, codes = self._group(run, kill, status)
+            seconds.append(time.monotonic() - began)
+            delete_superfluous_checkpoints(job)
+            if kill is not None and KILLED in codes:
+                reached.append(kill)
+            if ended:
+                break
+        newest = run.stored.checkpoints()[-1]
+        points: dict[tuple[int, str], float] = {}
+        for line in files.read_bytes(f"{newest.url}/{METRICS}").decode().splitlines():
+            point = json.loads(line)
+            for key in ("loss_d", "loss_g", "gradient_d", "gradient_g"):
+                if (point["step"], key) in points:
+                    raise AssertionError(f"{name}: {key} at {point['step']} is there twice")
+                points[point["step"], key] = point["metrics"][key]
+        names = files.list_names(run.stored.checkpoints_url)
+        if names != [checkpoint.name for checkpoint in run.stored.checkpoints()]:
+            raise AssertionError(f"{name}: unfinished checkpoints are left: {names}")
+        return Ended(newest.name, points, status, seconds, reached)
+
+    def _group(self, run: TrainingRun, kill: Kill | None, status: Status) -> tuple[bool, list[int]]:
+        """Run one worker group. Returns whether all ranks came to the end, and their exit codes."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipeline.training.worker.training_loop", "mlflow"])
+        with tempfile.TemporaryDirectory(dir=self.folder) as group:
+            sender = FileSender(Path(group) / "mailbox")
+            sender.path.touch()
+            assignment = Assignment(
+                job=run.job.model_dump(mode="json", by_alias=True),
+                tracking_uri=run.tracking_uri,
+                mlflow_run_id=run.mlflow_run_id,
+                driver=sender,  # type: ignore[arg-type]
+                method_digest=run.method_digest,
+                secrets={"TMPDIR": str(self.folder / "tmp")},
+                score_in_line=None,
+                step_timeout_s=GROUP_S,
+            )
+            ranks = [
+                context.Process(target=_work, args=(rank, self.world, Path(group), assignment, kill))
+                for rank in range(self.world)
+            ]
+            for process in ranks:
+                process.start()
+            while any(process.is_alive() for process in ranks):
+                next(process for process in ranks if process.is_alive()).join(1)
+                if any(
+                    process.exitcode for process in ranks
+                ):  # Ray Train ends the group where one of its workers fails
+                    for process in ranks:
+                        process.kill()
+            status.apply(run_status.StartAsked())
+            for message in sender.received():
+                status.apply(message)
+            codes = [process.exitcode or 0 for process in ranks]
+            if kill is None and any(codes):
+                logs = "\n".join(path.read_text() for path in sorted(Path(group).glob("*.log")))
+                raise AssertionError(f"workers failed that nothing had killed: {codes}\n{logs}")
+            return not any(codes), codes
+
+
+@contextmanager
+def runs(world: int) -> Iterator[Runs]:
+    with tempfile.TemporaryDirectory(prefix="sagan-kills-") as folder:
+        (Path(folder) / "tmp").mkdir()
+        yield Runs(Path(folder), world)
+
+
+def check(seed: int, made: Runs, undisturbed: Ended) -> Ended:
+    """Train a run with the kills of a seed. Raises AssertionError where a promise is broken."""
+    dice = random.Random(seed)
+    kills = [Kill.drawn(dice, made.world, group) for group in range(dice.randint(1, 3))]
+    ended = made.run(f"seed{seed}", kills)
+    what = f"seed {seed}, {made.world} ranks, {kills}"
+    if ended.checkpoint != undisturbed.checkpoint:
+        raise AssertionError(f"{what}: the run ended in {ended.checkpoint} and not in {undisturbed.checkpoint}")
+    if ended.points != undisturbed.points:
+        raise AssertionError(f"{what}: the logged points differ")
+    most = len(ended.reached) * (INTERVAL + STEP)
+    if ended.status.images_lost > most:
+        raise AssertionError(f"{what}: {ended.status.images_lost} images were lost; at most {most} may be")
+    if left := list((made.folder / "tmp").glob("*sagan-*")):
+        raise AssertionError(f"{what}: left in the temporary folder: {left}")
+    return ended
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=100, help="number of seeds")
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, which take turns")
+    options = parser.parse_args()
+    points: Counter[str] = Counter()
+    seconds, lost, failures = [], [], 0
+    for world in options.world:
+        with runs(world) as made:
+            undisturbed = made.run("undisturbed", [])
+            for seed in range(options.first, options.first + options.seeds):
+                if options.world[seed % len(options.world)] != world:
+                    continue
+                try:
+                    ended = check(seed, made, undisturbed)
+                except AssertionError as failure:
+                    failures += 1
+                    print(f"FAILED {failure}", flush=True)
+                    continue
+                progress_seen()
+                points.update(f"{kill.point}, {'after' if kill.after else 'before'}" for kill in ended.reached)
+                seconds += ended.seconds
+                lost.append(ended.status.images_lost)
+                print(f"seed {seed}, {world} ranks: {len(ended.reached)} kills, {lost[-1]} images lost", flush=True)
+    print(f"{options.seeds} seeds, {sum(points.values())} kills met, {failures} failures")
+    if seconds:
+        print(f"worker groups: median {statistics.median(seconds):.1f} s; images lost: at most {max(lost)} in a run")
+    for point, count in sorted(points.items()):
+        print(f"| {point} | {count} |")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""A short run of the seeded kills; `python -m tests.faults.kills` has the long one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.kills import Ended, Kill, Runs, check, runs
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[tuple[Runs, Ended]]:
+    with runs(2) as made:
+        yield made, made.run("undisturbed", [])
+
+
+def test_a_run_whose_workers_are_killed_ends_as_the_undisturbed_run(two_ranks: tuple[Runs, Ended]) -> None:
+    made, undisturbed = two_ranks
+    ended = check(11, made, undisturbed)
+    assert ended.reached
+
+
+def test_each_kill_of_a_list_is_met(two_ranks: tuple[Runs, Ended]) -> None:
+    """While a checkpoint is uploaded, while it is restored, and between its files and its manifest."""
+    made, undisturbed = two_ranks
+    kills = [
+        Kill(0, "upload a file", 7, after=True),
+        Kill(1, "load the state", 1, after=False),
+        Kill(0, "upload the manifest", 1, after=False),
+    ]
+    ended = made.run("listed", kills)
+    assert ended.reached == kills
+    assert (ended.checkpoint, ended.points) == (undisturbed.checkpoint, undisturbed.points)
+    assert ended.status.images_lost > 0
