@@ -68,7 +68,7 @@ class Sender:
         """
         self._call(timeout_s, "put", message)
 
-    def ask(self, message: Any, timeout_s: float = 60.0) -> Any:
+    def ask(self, message: Any, timeout_s: float = 300.0) -> Any:
         """Send a message to the driver and return its answer.
 
         Raises EnvironmentFault where the driver does not answer within `timeout_s` seconds.

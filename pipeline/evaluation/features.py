@@ -21,7 +21,7 @@ from pipeline.compute.resources import require_resources
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import UsageError
 from pipeline.evaluation.extractors.extractor import Extractor
-from pipeline.evaluation.moments import Moments
+from pipeline.evaluation.frechet_distance import Moments
 from pipeline.streaming.read_images import read_images
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.trained_model import Model

@@ -7,7 +7,7 @@ from pipeline.config.schema import TrainJob
 from pipeline.errors import shown_url
 from pipeline.evaluation import metrics, publish_scores
 from pipeline.evaluation.features import Generated
-from pipeline.evaluation.moments import frechet_distance
+from pipeline.evaluation.frechet_distance import frechet_distance
 from pipeline.evaluation.score_checkpoints import draw_grid, open_job_scorer, score_and_record
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.records import RunScores

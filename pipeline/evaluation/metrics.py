@@ -1,6 +1,6 @@
 """The table of metrics: name, direction, inputs and computation of each.
 
-torch-fidelity's functions compute the inception score, KID, precision and recall. `moments.py` computes the Fréchet
+torch-fidelity's functions compute the inception score, KID, precision and recall. `frechet_distance.py` computes the Fréchet
 distance. Values are comparable with values in papers that use torch-fidelity. A new metric is one entry of `METRICS`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
-from pipeline.evaluation.moments import Moments, frechet_distance
+from pipeline.evaluation.frechet_distance import Moments, frechet_distance
 
 ISC_SPLITS = 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

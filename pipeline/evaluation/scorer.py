@@ -23,8 +23,8 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.features import Features, Generated, ImageSet, Real, chunks_of, extract, feature_actors
+from pipeline.evaluation.frechet_distance import Moments
 from pipeline.evaluation.metrics import Images, Metric
-from pipeline.evaluation.moments import Moments
 from pipeline.progress import progress
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from sagan.trained_model import Model

@@ -16,7 +16,7 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import SaganError, UsageError
 from pipeline.evaluation.features import ImageSet, NotFinite, Real
-from pipeline.evaluation.moments import Moments, frechet_distance
+from pipeline.evaluation.frechet_distance import Moments, frechet_distance
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from sagan.random import Purpose, draw_latents
 

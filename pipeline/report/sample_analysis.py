@@ -13,7 +13,7 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.evaluation import metrics
 from pipeline.evaluation.features import Generated
-from pipeline.evaluation.moments import Moments
+from pipeline.evaluation.frechet_distance import Moments
 from pipeline.evaluation.scorer import open_scorer
 from pipeline.streaming.read_images import read_images
 from sagan.batch_norm import ConditionalBatchNorm

@@ -182,6 +182,7 @@ class Status:
             case NotFiniteAt(images):
                 self.not_finite.add(images)
             case WorkerFailed(error):
+                self.attempts = self.attempts or [[]]  # a worker may fail before its group asks
                 self.attempts[-1].append(message)
                 self.lines.append(f"a worker failed: {error.message}")
             case Stopped():

@@ -35,7 +35,7 @@ from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.evaluation import metrics
 from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
 from pipeline.evaluation.features import Real
-from pipeline.evaluation.moments import Moments, frechet_distance
+from pipeline.evaluation.frechet_distance import Moments, frechet_distance
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.packing.pack import pack
 from pipeline.streaming.read_images import read_images

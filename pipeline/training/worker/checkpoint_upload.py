@@ -37,6 +37,12 @@ class CheckpointUpload:
         self._thread = threading.Thread(target=self._run, args=(folder, checkpoint, then), name="upload", daemon=True)
         self._thread.start()
 
+    def ended(self, within_s: float) -> bool:
+        """Wait at most `within_s` seconds for the last upload, and return whether it has ended."""
+        if self._thread is not None:
+            self._thread.join(within_s)
+        return self._thread is None or not self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until the last upload has ended. Raises what it raised, which is no passing fault of storage."""
         if self._thread is not None:

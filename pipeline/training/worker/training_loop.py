@@ -56,24 +56,25 @@ from sagan.train_state import TrainState
 
 _GRADIENTS = slice(STEP_METRICS.index("gradient_d"), None)  # equal on all ranks, unlike the parts of the losses
 _HEARTBEAT_S = 1.0  # seconds between two messages about the position of a rank
+_MEET_S = 30.0  # longest time that ranks wait for rank 0 without a sign of it
 
 
 def train_worker(assignment: Assignment) -> None:
     """Run one Ray Train worker."""
     os.environ.update(assignment.secrets)
-    worker = Worker(assignment)
+    worker = None
     try:
-        with contextlib.closing(worker):
+        with contextlib.closing(worker := Worker(assignment)):
             worker.run()
-    except (EnvironmentFault, CorruptError) as error:
-        worker.report_failure(error, error)
-        raise  # Ray Train restarts the workers. The cause may be gone by then.
-    except SaganError as error:
-        # Every rank raises this error, and would raise it again after a restart. Return, so that Ray does not restart.
-        assignment.driver.deliver(run_status.Failed(error))
     except Exception as error:
-        worker.report_failure(SaganError(f"{type(error).__name__}: {error}"), error)
-        raise
+        shown = error if isinstance(error, SaganError) else SaganError(f"{type(error).__name__}: {error}")
+        if isinstance(error, SaganError) and not isinstance(error, EnvironmentFault | CorruptError):
+            # Every rank raises this error, and would raise it again. Return, so that Ray Train does not restart.
+            assignment.driver.deliver(run_status.Failed(shown))
+            return
+        images = 0 if worker is None else worker.images
+        assignment.driver.send(run_status.WorkerFailed(shown, images, type(error).__name__))
+        raise  # Ray Train restarts the workers. The cause may be gone by then.
 
 
 class Worker:
@@ -117,10 +118,6 @@ class Worker:
     def close(self) -> None:
         """End all threads, and delete local files."""
         self.open.close()
-
-    def report_failure(self, shown: SaganError, error: Exception) -> None:
-        """Tell the driver that this worker raises an exception, which is shown as `shown`."""
-        self.driver.send(run_status.WorkerFailed(shown, self.images, type(error).__name__))
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
@@ -287,6 +284,7 @@ class Worker:
         The call waits for the upload of the previous checkpoint.
         """
         began = time.perf_counter()
+        self._wait_for_upload()
         rank_consistency.check_ranks(self.state, self.world)
         if tensor := first_not_finite(self.state):
             self._not_finite(self.images, tensor)
@@ -319,6 +317,7 @@ class Worker:
         if score is None or actions.interrupted:
             return
         began = time.perf_counter()
+        self._wait_for_upload()
         if self.is_rank0:
             self.upload.wait()
             devices = [self.device] if self.device.type == "cuda" else []
@@ -333,6 +332,14 @@ class Worker:
         self.shares.evaluation += seconds
         if self.is_rank0:
             self._note(f"training waited {seconds:.1f} s for the score")
+
+    def _wait_for_upload(self) -> None:
+        """Wait until rank 0 has uploaded the last checkpoint. Collective.
+
+        The ranks meet in between, because an outage of storage may last longer than they wait for each other.
+        """
+        while self._from_rank0(self.is_rank0 and not self.upload.ended(_MEET_S)):
+            self.watchdog.step()
 
     # --- between processes -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.extractors.published_networks import FILES, import_torch_fidelity
+from pipeline.evaluation.frechet_distance import Moments
 from pipeline.evaluation.metrics import (
     METRICS,
     Images,
@@ -17,7 +18,6 @@ from pipeline.evaluation.metrics import (
     metric_named,
     precision_recall,
 )
-from pipeline.evaluation.moments import Moments
 
 
 def normal(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from pipeline.evaluation.extractors.extractor_file import extractor_from_file
+from pipeline.evaluation.frechet_distance import Moments, frechet_distance
 from pipeline.evaluation.metrics import class_accuracy, class_distance, inception_score
-from pipeline.evaluation.moments import Moments, frechet_distance
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TOLERANCE = 1e-3  # stated with the numbers

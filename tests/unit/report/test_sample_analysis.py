@@ -5,7 +5,7 @@ import torch
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import DataSection, EvaluateSection
-from pipeline.evaluation.moments import Moments
+from pipeline.evaluation.frechet_distance import Moments
 from pipeline.report import sample_analysis
 from sagan.config import ModelConfig, OptimConfig
 from sagan.random import Purpose, draw_latents

@@ -19,8 +19,8 @@ from pipeline.evaluation.extractors import published_networks
 from pipeline.evaluation.extractors.dinov2 import DinoV2, dinov2
 from pipeline.evaluation.extractors.extractor import Extractor
 from pipeline.evaluation.extractors.published_weights import load_published
+from pipeline.evaluation.frechet_distance import Moments, frechet_distance
 from pipeline.evaluation.metrics import FRECHET_DISTANCE
-from pipeline.evaluation.moments import Moments, frechet_distance
 
 M = TypeVar("M", bound=torch.nn.Module)
 

@@ -38,8 +38,10 @@ def test_it_goes_on_after_an_outage(s3: TestS3, written: Path, monkeypatch: pyte
         upload.start(written, checkpoint, lambda: done.append(checkpoint.name))
         assert proxy.wait_for("burst_503", times=9)
         assert not done
+        assert not upload.ended(within_s=0.0)
         proxy.clear()
         upload.wait()
+        assert upload.ended(within_s=0.0)
         assert checkpoint.is_complete()
     assert done == [checkpoint.name]
     assert "waits for storage and is sent again" in said[0]

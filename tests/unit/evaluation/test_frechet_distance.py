@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
-from pipeline.evaluation.moments import Moments, frechet_distance
+from pipeline.evaluation.frechet_distance import Moments, frechet_distance
 
 
 def features(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def features(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 @settings(deadline=None)  # other processes share the CPUs
 @given(cuts=st.lists(st.integers(1, 59), max_size=8), seed=st.integers(0, 5))
-def test_moments_do_not_depend_on_how_rows_are_cut(cuts: list[int], seed: int) -> None:
+def test_frechet_distance_do_not_depend_on_how_rows_are_cut(cuts: list[int], seed: int) -> None:
     x = features(60, 5, seed)
     edges = [0, *sorted(set(cuts)), 60]
     parts = [Moments.of(x[a:b]) for a, b in itertools.pairwise(edges)]
