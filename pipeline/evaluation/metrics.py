@@ -1,7 +1,8 @@
 """The table of metrics: name, direction, inputs and computation of each.
 
-torch-fidelity's functions compute the inception score, KID, precision and recall. `frechet_distance.py` computes the Fréchet
-distance. Values are comparable with values in papers that use torch-fidelity. A new metric is one entry of `METRICS`.
+torch-fidelity's functions compute the inception score, KID, precision and recall. `frechet_distance.py` computes the
+Fréchet distance. Values are comparable with values in papers that use torch-fidelity. A new metric is one entry of
+`METRICS`.
 """
 
 from __future__ import annotations
