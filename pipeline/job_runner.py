@@ -79,11 +79,14 @@ def _connect_workers(job: EvaluateJob) -> None:
 
 def _train(job: TrainJob, fresh: bool) -> dict[str, Any]:
     from pipeline.report.publish_report import publish_report
+    from pipeline.runs.owner import claim
     from pipeline.runs.stored_run import StoredRun
     from pipeline.training.driver import train
 
     if fresh:
-        StoredRun.of(job).delete()
+        stored = StoredRun.of(job)
+        claim(stored.owners_url, print).release()  # no driver may be training the run that is deleted
+        stored.delete()
     return train(job, _evaluation(), on_end=publish_report).to_dict()
 
 

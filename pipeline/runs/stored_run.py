@@ -56,6 +56,11 @@ class StoredRun:
         """Delete the folder with all checkpoints. Registered models have files of their own."""
         files.delete(self.url)
 
+    @property
+    def owners_url(self) -> str:
+        """URL of the folder that says which driver owns the run."""
+        return files.join(self.url, "owners")
+
     # --- checkpoints ---
 
     @property

@@ -36,6 +36,7 @@ from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, SaganE
 _CONNECT_S, _SILENCE_S = 5, 20  # seconds: limits for opening a connection, and for a server that sends nothing
 _SLOWEST = 50_000  # bytes per second: a slower download fails
 _ATTEMPTS = 4
+_SETTLING_S = 1.0  # seconds after which a created object is read again where creation has no condition
 _PIECE = 2**20  # bytes of a local copy
 _DELETIONS = 8  # keys of a folder that are deleted at the same time
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -100,6 +101,44 @@ def write_bytes(url: str, data: bytes) -> None:
             _replace(Path(path), lambda temp: temp.write_bytes(data))
         else:
             fs.pipe_file(path, data)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Write an object only if there is none at `url`. Return whether this call created it. `data` must be unique.
+
+    Of several callers, one gets True. A server that ignores `If-None-Match`, and storage without such a condition,
+    promise less: of callers within a second, the last one gets True. Raises EnvironmentFault.
+    """
+    with _storage(url) as (fs, path):
+        if isinstance(fs, LocalFileSystem):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with Path(path).open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+            return True
+        if fs.exists(path):
+            return False
+        if isinstance(fs.protocol, tuple) and "s3" in fs.protocol:
+            try:
+                fs.pipe_file(path, data, mode="create")
+                fs.pipe_file(path, data, mode="create")  # succeeds where the server ignores the condition
+            except FileExistsError:
+                return bool(fs.cat_file(path) == data)
+        else:
+            fs.pipe_file(path, data)
+        time.sleep(_SETTLING_S)
+        return bool(fs.cat_file(path) == data)
+
+
+def modified(url: str) -> float:
+    """Return when an object was last written, in seconds by the clock of the storage.
+
+    Raises FileNotFoundError, EnvironmentFault.
+    """
+    with _storage(url) as (fs, path):
+        return float(fs.modified(path).timestamp())
 
 
 def write_json(url: str, value: Any) -> None:

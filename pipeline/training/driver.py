@@ -30,6 +30,7 @@ from pipeline.errors import (
     shown_url,
 )
 from pipeline.packing.pack import pack
+from pipeline.runs.owner import LostRun, Ownership, claim
 from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
@@ -72,31 +73,46 @@ def train(
             sweep chooses its champion among all trials; the checkpoints that are due are scored then, too.
         on_end: Called with (job, MLflow run id) after the summary is stored and before the MLflow run ends.
 
-    Raises UsageError, EnvironmentFault or SaganError. Raises InterruptedRun after SIGINT or SIGTERM; the checkpoint
-    after the current step is written first.
+    Raises UsageError, also where another driver trains this run, EnvironmentFault or SaganError. Raises InterruptedRun
+    after SIGINT or SIGTERM; the checkpoint after the current step is written first.
     """
-    run = find_or_start(job, evaluation, parent)
-    if run.summary is not None:
-        return run.summary
-    status = "FAILED"
+    with contextlib.ExitStack() as held:
+        run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)))
+        if run.summary is not None:
+            return run.summary
+        status = "FAILED"
+        try:
+            snapshot = _train(run, evaluation, on_score)
+            scores = RunScores()
+            if final:
+                scores = evaluation.finalise(run.job, run.mlflow_run_id)
+            else:
+                evaluation.score_due(run.job, run.mlflow_run_id)
+            summary = _summary(run, snapshot, scores)
+            _write_summary(run, summary)
+            if on_end is not None:
+                on_end(run.job, run.mlflow_run_id)
+            status = "FINISHED"
+        except (InterruptedRun, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        except LostRun:
+            status = ""  # the MLflow run is the other driver's too
+            raise
+        finally:
+            if status:
+                finish_tracking(run, status)
+        return summary
+
+
+@contextlib.contextmanager
+def owned(stored: StoredRun) -> Iterator[Ownership]:
+    """Own a run inside a `with` block. Raises what `claim` raises."""
+    owner = claim(stored.owners_url, lambda line: print(line, flush=True))
     try:
-        snapshot = _train(run, evaluation, on_score)
-        scores = RunScores()
-        if final:
-            scores = evaluation.finalise(run.job, run.mlflow_run_id)
-        else:
-            evaluation.score_due(run.job, run.mlflow_run_id)
-        summary = _summary(run, snapshot, scores)
-        _write_summary(run, summary)
-        if on_end is not None:
-            on_end(run.job, run.mlflow_run_id)
-        status = "FINISHED"
-    except (InterruptedRun, KeyboardInterrupt):
-        status = "KILLED"
-        raise
+        yield owner
     finally:
-        finish_tracking(run, status)
-    return summary
+        owner.release()
 
 
 def pack_if_missing(job: TrainJob) -> None:
@@ -118,8 +134,12 @@ def complete_job(job: TrainJob) -> TrainJob:
     return job.model_copy(update={"track": job.track.model_copy(update={"uri": tracking_uri(job)})})
 
 
-def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = None) -> TrainingRun:
+def find_or_start(
+    job: TrainJob, evaluation: Evaluation, parent: str | None, own: Callable[[StoredRun], Ownership]
+) -> TrainingRun:
     """Check the job before any worker starts, then find the run of this name or start it in MLflow.
+
+    `own` becomes the owner of a run that has not ended, before anything of it is changed.
 
     A run that exists resumes where MLflow does not answer. Raises UsageError, EnvironmentFault or CorruptError.
     """
@@ -129,10 +149,13 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
     evaluation.check(job)
     stored = StoredRun.of(job)
     method = method_of(job, Collection.open(job.data.train).digest)
-    record = _own_record(job, stored, method)
     uri = tracking_uri(job)
-    if record and (summary := stored.summary()) and summary.images >= 1000 * job.train.kimg:
-        return TrainingRun(job, stored, uri, record, 0, summary)
+    if ended := _ended_run(job, stored, method):
+        return ended
+    owner = own(stored)
+    if ended := _ended_run(job, stored, method):  # by the driver that this one has waited for
+        return ended
+    record = _own_record(job, stored, method)
     try:
         record = start_tracking(job, stored, record, method, parent)
         reached = last_step(uri, record.mlflow_run_id, "loss_d")
@@ -141,7 +164,7 @@ def find_or_start(job: TrainJob, evaluation: Evaluation, parent: str | None = No
             raise
         print(f"the run resumes without MLflow, which gets its points later: {fault.message}", flush=True)
         reached = max((checkpoint.images for checkpoint in stored.checkpoints()), default=0)
-    return TrainingRun(job, stored, uri, record, reached, None)
+    return TrainingRun(job, stored, uri, record, owner, reached, None)
 
 
 def start_tracking(
@@ -217,6 +240,14 @@ def artifact_location(job: TrainJob) -> str | None:
     return files.join(job.checkpoint.root, "mlflow") if sqlite_database(job.track.uri or "") else None
 
 
+def _ended_run(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> TrainingRun | None:
+    """Return the run of this name where it has been trained to `train.kimg`; otherwise None. Raises UsageError."""
+    record, summary = _own_record(job, stored, method), stored.summary()
+    if record is None or summary is None or summary.images < 1000 * job.train.kimg:
+        return None
+    return TrainingRun(job, stored, tracking_uri(job), record, None, 0, summary)
+
+
 def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> RunRecord | None:
     """Return the record of the run of this name; None where there is no such run.
 
@@ -259,7 +290,8 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
 
     Returns the last status of the run.
     """
-    job = run.job
+    job, owner = run.job, run.owner
+    assert owner is not None, "a run that has ended is not trained"
     beside = worker_group.require_room(job)
     if not beside:
         print("the cluster has no room to score beside training: training waits for each score", flush=True)
@@ -274,6 +306,7 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
         training = scoring_goes_on = True
         while training or scoring_goes_on:
             training = not workers.done.wait(POLL_SECONDS)
+            owner.require()
             known = len(status.scores)
             _receive(mailbox, status, job, stop=bool(signals))
             console.show(status)
@@ -282,7 +315,7 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
                     on_score(images, value)
             housekeeping.follow(status)
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
-            if status.stopped or (signals and not training):
+            if status.stopped or (signals and not training) or isinstance(status.failure, LostRun):
                 break
         if scores is not None:
             scores.cancel()

@@ -10,6 +10,7 @@ from pipeline.compute.mailbox import Sender
 from pipeline.config.run_method import digest_of
 from pipeline.config.schema import TrainJob
 from pipeline.runs.checkpoints import StoredCheckpoint
+from pipeline.runs.owner import Ownership
 from pipeline.runs.records import RunRecord, RunScores, TrainSummary
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
@@ -40,6 +41,8 @@ class TrainingRun:
     stored: StoredRun
     tracking_uri: str
     record: RunRecord
+    owner: Ownership | None
+    """This driver's ownership of the run; None for a run that has ended."""
     reached: int
     """Position of the last metrics that an earlier driver logged, in images; 0 for a new run."""
     summary: TrainSummary | None
@@ -64,6 +67,8 @@ class Assignment:
     mlflow_run_id: str
     driver: Sender
     """Takes messages for the driver."""
+    owner: int
+    """Number of the driver as the run's owner."""
     method_digest: str
     secrets: dict[str, str]
     """Environment variables of `resources.env` that Ray must not show. The worker sets them itself."""

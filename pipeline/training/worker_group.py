@@ -45,7 +45,8 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
 
     from pipeline.compute.process_group import ProcessGroup
 
-    job = run.job
+    job, owner = run.job, run.owner
+    assert owner is not None, "a run that has ended is not trained"
     gpu = uses_gpu(job.resources.device)
     filesystem, path = ray_storage(job.checkpoint.root)
     public, secrets = split_environment(job.resources.env)
@@ -55,6 +56,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
         tracking_uri=run.tracking_uri,
         mlflow_run_id=run.mlflow_run_id,
         driver=driver,
+        owner=owner.number,
         method_digest=run.method_digest,
         secrets=secrets,
         score_in_line=score_in_line,

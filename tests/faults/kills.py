@@ -36,17 +36,16 @@ import torch
 
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import PackSection, TrainJob
-from pipeline.job_runner import _evaluation
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import METRICS
 from pipeline.storage import files
 from pipeline.training import run_status
-from pipeline.training.driver import find_or_start
 from pipeline.training.restart_budget import Start
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import Status
 from pipeline.training.training_run import Assignment, TrainingRun
 from tests.progress_timeout import progress_seen
+from tests.unit.training.test_moved_run import start_run
 
 KILLED = 137
 STEP, INTERVAL, LENGTH = 32, 96, 384  # images of a step, between checkpoints, and of the run
@@ -187,7 +186,7 @@ class Runs:
         """Train a run to its end. The n-th worker group meets the n-th kill."""
         job = parse_job({**self.values, "name": name}, name)
         assert isinstance(job, TrainJob)
-        run = find_or_start(job, _evaluation())
+        run = start_run(job)
         status, seconds, reached = Status(), [], []
         for kill in [*kills, None]:
             began = time.monotonic()
@@ -216,12 +215,14 @@ class Runs:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pipeline.training.worker.training_loop", "mlflow"])
         with tempfile.TemporaryDirectory(dir=self.folder) as group:
+            assert run.owner is not None
             sender = FileSender(Path(group) / "mailbox")
             sender.path.touch()
             assignment = Assignment(
                 job=run.job.model_dump(mode="json", by_alias=True),
                 tracking_uri=run.tracking_uri,
                 mlflow_run_id=run.mlflow_run_id,
+                owner=run.owner.number,
                 driver=sender,  # type: ignore[arg-type]
                 method_digest=run.method_digest,
                 secrets={"TMPDIR": str(self.folder / "tmp")},

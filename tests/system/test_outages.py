@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,28 @@ def test_storage_fails_during_a_checkpoint_and_a_score(place: Place, s3: Any, un
         proxy.clear()
         summary = ends_the_same(place, run, "outage", undisturbed)
     assert summary["restarts"] == 0
+
+
+def test_a_second_driver_of_a_run_is_refused(place: Place) -> None:
+    folder, _, env = place
+    longer = {**SCORED, "train.kimg": 6.4}
+    run = Driver(folder, env, name="twice", **longer)
+    run.until("checkpoint 0")
+    for command in ("run",), ("run", "--fresh"):
+        second = Driver(folder, env, command=(sys.executable, "-m", "pipeline", *command), name="twice", **longer)
+        assert second.end() == 2, second.output
+        assert f"process {run.process.pid} on " in second.output
+    assert run.end() == 0, run.output
+    assert run.summary("twice")["restarts"] == 0
+
+
+def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(place: Place) -> None:
+    folder, bucket, env = place
+    run = Driver(folder, env, name="lost", **SCORED)
+    run.until("checkpoint 0")
+    before = files.list_names(f"{bucket}/runs/lost/checkpoints")
+    files.write_bytes(f"{bucket}/runs/lost/owners/00000002.json", b"{}")
+    assert run.end() == 1, run.output
+    assert "another driver has taken over the run" in run.output
+    after = files.list_names(f"{bucket}/runs/lost/checkpoints")
+    assert len(after) <= len(before) + 1, "one may have been on its way"

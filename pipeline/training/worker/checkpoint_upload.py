@@ -19,10 +19,11 @@ class CheckpointUpload:
 
     Args:
         note: Called with lines for the driver's console.
+        require_owner: Called before each upload. Raises LostRun where another driver owns the run.
     """
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
+    def __init__(self, note: Callable[[str], None], require_owner: Callable[[], None]) -> None:
+        self._note, self._require_owner = note, require_owner
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self._error: Exception | None = None
@@ -61,6 +62,7 @@ class CheckpointUpload:
         try:
             while True:
                 try:
+                    self._require_owner()
                     upload_checkpoint(folder, checkpoint)
                     then()
                 except LastingFault:

@@ -30,6 +30,7 @@ from pipeline.runs.checkpoints import (
     load_state,
     write_checkpoint,
 )
+from pipeline.runs.owner import require_owner
 from pipeline.runs.records import CheckpointFacts
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets
@@ -154,7 +155,7 @@ class Worker:
         self.collection = Collection.open(job.data.train)
         self.state = self._restore()
         self.images = self.state.images
-        self.upload = self.open.enter_context(contextlib.closing(CheckpointUpload(self._note)))
+        self.upload = self.open.enter_context(contextlib.closing(CheckpointUpload(self._note, self._require_owner)))
         self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
         stream = Stream(
             self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._note
@@ -350,6 +351,10 @@ class Worker:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def _require_owner(self) -> None:
+        """Raise LostRun where the driver of this worker does not own the run any more."""
+        require_owner(self.stored.owners_url, self.assignment.owner)
 
     def _note(self, line: str) -> None:
         """Show a line on the driver's console."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from pipeline.errors import EnvironmentFault
 from pipeline.job_runner import _evaluation
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import client
-from pipeline.training.driver import find_or_start, finish_tracking
+from pipeline.training.driver import find_or_start, finish_tracking, owned
+from pipeline.training.training_run import TrainingRun
 from tests.unit.evaluation.conftest import commit_checkpoint
 
 POINTS = [{"step": step, "time_ms": step, "metrics": {"loss_d": step / 2}} for step in (16, 32)]
@@ -36,6 +38,12 @@ def job_in(collection: Collection, folder: Path, root: Path, **track: str) -> Tr
     return job
 
 
+def start_run(job: TrainJob) -> TrainingRun:
+    """Find or start a run as a driver does that ends at once."""
+    with ExitStack() as held:
+        return find_or_start(job, _evaluation(), None, lambda stored: held.enter_context(owned(stored)))
+
+
 def points(job: TrainJob, run_id: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client(job.track.uri or "").get_metric_history(run_id, "loss_d")]
 
@@ -44,14 +52,14 @@ def test_a_run_goes_on_where_its_mlflow_run_is_not(
     packed: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = job_in(packed, tmp_path / "here", tmp_path / "runs")
-    first = find_or_start(here, _evaluation()).mlflow_run_id
+    first = start_run(here).mlflow_run_id
     commit_checkpoint(here, 32, points=POINTS)
-    assert find_or_start(here, _evaluation()).mlflow_run_id == first
+    assert start_run(here).mlflow_run_id == first
     assert points(here, first) == [], "the workers send them"
     assert not capsys.readouterr().out
 
     elsewhere = job_in(packed, tmp_path / "elsewhere", tmp_path / "runs")  # the default tracker of another folder
-    moved = find_or_start(elsewhere, _evaluation())
+    moved = start_run(elsewhere)
     said = capsys.readouterr().out
     assert f"has no run {first}: a new MLflow run begins" in said
     assert "MLFLOW_TRACKING_URI" in said
@@ -61,28 +69,28 @@ def test_a_run_goes_on_where_its_mlflow_run_is_not(
     assert params["train.batch"] == "16"
 
     client(elsewhere.track.uri or "").delete_run(moved.mlflow_run_id)
-    third = find_or_start(elsewhere, _evaluation())
+    third = start_run(elsewhere)
     assert f"mlflow runs restore --run-id {moved.mlflow_run_id}" in capsys.readouterr().out
     assert points(elsewhere, third.mlflow_run_id) == [(16, 8), (32, 16)]
     record = StoredRun.of(here).record()
     assert record is not None
     assert record.mlflow_run_id == third.mlflow_run_id
     assert record.earlier_mlflow_run_ids == [first, moved.mlflow_run_id]
-    assert find_or_start(elsewhere, _evaluation()).mlflow_run_id == third.mlflow_run_id
+    assert start_run(elsewhere).mlflow_run_id == third.mlflow_run_id
 
 
 def test_a_deleted_experiment_is_named_with_what_to_do(packed: Collection, tmp_path: Path) -> None:
     job = job_in(packed, tmp_path, tmp_path / "runs", experiment="mine")
-    find_or_start(job, _evaluation())
+    start_run(job)
     mlflow = client(job.track.uri or "")
     number = mlflow.get_experiment_by_name("mine").experiment_id
     mlflow.delete_experiment(number)
     with pytest.raises(EnvironmentFault, match="the MLflow experiment mine is deleted") as caught:
-        find_or_start(job, _evaluation())
+        start_run(job)
     assert f"mlflow experiments restore --experiment-id {number}" in caught.value.remedy
     assert "track.experiment=" in caught.value.remedy
     other = job_in(packed, tmp_path, tmp_path / "runs", experiment="another")
-    assert find_or_start(other, _evaluation()).mlflow_run_id
+    assert start_run(other).mlflow_run_id
 
 
 # --- MLflow is down --------------------------------------------------------------------------------------------------
@@ -96,15 +104,15 @@ def test_a_run_resumes_without_mlflow_and_gets_its_points_at_the_end(
         update={"track": TrackSection(uri=f"http://127.0.0.1:{port}", experiment="e")}
     )
     with pytest.raises(EnvironmentFault, match="cannot be used"):
-        find_or_start(job, _evaluation())  # a new run needs its MLflow run
+        start_run(job)  # a new run needs its MLflow run
     server = MlflowServer(tmp_path / "mlflow", port=port)
     with server:
         for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
             monkeypatch.setenv(name, server.env[name])
-        first = find_or_start(job, _evaluation())
+        first = start_run(job)
     commit_checkpoint(job, 32, points=POINTS)
     capsys.readouterr()
-    resumed = find_or_start(job, _evaluation())
+    resumed = start_run(job)
     assert "the run resumes without MLflow" in capsys.readouterr().out
     assert (resumed.mlflow_run_id, resumed.reached) == (first.mlflow_run_id, 32)
     with server:

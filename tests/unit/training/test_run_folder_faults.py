@@ -13,18 +13,17 @@ from pipeline.config import run_method
 from pipeline.config.run_method import digest_of, method_of
 from pipeline.config.schema import TrainJob
 from pipeline.errors import UsageError
-from pipeline.job_runner import _evaluation
 from pipeline.runs.checkpoints import StoredCheckpoint, fetch_newest_checkpoint, upload_checkpoint
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.training import driver
-from pipeline.training.driver import Housekeeping, complete_job, find_or_start
+from pipeline.training.driver import Housekeeping, complete_job
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import Status
 from tests.conftest import TestS3
 from tests.faults.proxy import FaultProxy, fault_proxy
 from tests.unit.evaluation.conftest import commit_checkpoint
-from tests.unit.training.test_moved_run import job_in
+from tests.unit.training.test_moved_run import job_in, start_run
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_a_checkpoint_without_a_valid_manifest_does_not_exist(job: TrainJob, tmp
     Path(bad.url, file_sets.MANIFEST).write_bytes(manifest)
     assert fetched(job, tmp_path / "restored") == (good, [])
     assert StoredRun.of(job).checkpoints() == [good]
-    find_or_start(job, _evaluation())
+    start_run(job)
 
     folder = tmp_path / "again"  # a worker that reaches the position again replaces it
     folder.mkdir()
@@ -68,15 +67,15 @@ def test_a_checkpoint_of_another_method_is_not_adopted(job: TrainJob, tmp_path: 
     assert found == own
     assert said == [f"checkpoint {foreign.name} is of another method and is skipped"]
     with pytest.raises(UsageError, match=f"no record of a run, but its checkpoint {foreign.name} is of another method"):
-        find_or_start(job, _evaluation())
+        start_run(job)
 
 
 def test_a_folder_that_lost_its_record_goes_on_from_its_own_checkpoint(job: TrainJob) -> None:
-    find_or_start(job, _evaluation())
+    start_run(job)
     commit_checkpoint(job, 16, method_digest=digest(job))
     stored = StoredRun.of(job)
     files.delete(stored.record_url)
-    find_or_start(job, _evaluation())
+    start_run(job)
     assert stored.record() is not None
 
 
@@ -84,7 +83,7 @@ def test_a_key_that_joins_the_method_later_refuses_no_older_run(
     job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record and the checkpoint are those of code that did not know `train.batch`."""
-    method = find_or_start(job, _evaluation()).record.method
+    method = start_run(job).record.method
     old = {key: value for key, value in method.items() if key != "train.batch"}
     stored = StoredRun.of(job)
     record = stored.record()
@@ -92,15 +91,15 @@ def test_a_key_that_joins_the_method_later_refuses_no_older_run(
     stored.write_record(record.model_copy(update={"method": old}))
     committed = commit_checkpoint(job, 16, method_digest=digest_of(old))
     with pytest.raises(UsageError, match=r"train.batch: absent in that run, 16 in this job"):
-        find_or_start(job, _evaluation())
+        start_run(job)
 
     monkeypatch.setitem(run_method.ADDED, "train.batch", 16)
-    found = find_or_start(job, _evaluation())
+    found = start_run(job)
     assert found.method_digest == digest_of(old)
     assert fetched(job, tmp_path / "restored") == (committed, [])
     other = job.model_copy(update={"train": job.train.model_copy(update={"batch": 32})})
     with pytest.raises(UsageError, match=r"train.batch: 16 in that run, 32 in this job"):
-        find_or_start(other, _evaluation())
+        start_run(other)
 
 
 # --- the driver's housekeeping ---------------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ def test_a_fault_of_storage_is_said_and_the_work_is_done_later(
         update={"checkpoint": job.checkpoint.model_copy(update={"root": root, "keep": 1}),
                 "track": job.track.model_copy(update={"register_model": False})}
     )  # fmt: skip
-    run = find_or_start(job, _evaluation())
+    run = start_run(job)
     old, new = (commit_checkpoint(job, images, to_score=False) for images in (16, 32))
     monkeypatch.setattr(driver, "HOUSEKEEPING_PAUSE_S", 0.0)
     housekeeping, seen = Housekeeping(run), Status(starts=1, uploaded=[old.name, new.name])

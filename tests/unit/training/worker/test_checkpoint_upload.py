@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.errors import LastingFault
 from pipeline.runs.checkpoints import StoredCheckpoint
+from pipeline.runs.owner import LostRun, lost_run
 from pipeline.storage import files
 from pipeline.training.worker import checkpoint_upload
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
@@ -27,12 +28,16 @@ def written(tmp_path: Path) -> Path:
     return folder
 
 
+def mine() -> None:
+    """The run belongs to this process's driver."""
+
+
 def test_it_goes_on_after_an_outage(s3: TestS3, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_upload, "FIRST_PAUSE_S", 0.1)
     checkpoint = StoredCheckpoint(f"{s3.bucket()}/000000000032-00000000")
     said: list[str] = []
     done: list[str] = []
-    with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(said.append)) as upload:
+    with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(said.append, mine)) as upload:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
         proxy.inject("burst_503", times=math.inf)
         upload.start(written, checkpoint, lambda: done.append(checkpoint.name))
@@ -52,7 +57,7 @@ def test_a_lasting_fault_is_raised_at_the_next_checkpoint(
     s3: TestS3, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = StoredCheckpoint(f"{s3.bucket()}/000000000032-00000000")
-    with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(print)) as upload:
+    with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(print, mine)) as upload:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
         proxy.inject("credentials_revoked", times=math.inf)
         upload.start(written, checkpoint, lambda: None)
@@ -62,10 +67,23 @@ def test_a_lasting_fault_is_raised_at_the_next_checkpoint(
 
 def test_uploads_follow_each_other(tmp_path: Path, written: Path) -> None:
     done: list[str] = []
-    with closing(CheckpointUpload(print)) as upload:
+    with closing(CheckpointUpload(print, mine)) as upload:
         for images in (32, 64, 96):
             name = f"{images:012d}-00000000"
             folder = Path(shutil.copytree(written, tmp_path / name))
             upload.start(folder, StoredCheckpoint(str(tmp_path / "run" / name)), partial(done.append, name))
         upload.wait()
     assert done == files.list_names(str(tmp_path / "run"))
+
+
+def test_nothing_is_uploaded_for_a_driver_that_lost_the_run(tmp_path: Path, written: Path) -> None:
+    checkpoint = StoredCheckpoint(str(tmp_path / "run" / "000000000032-00000000"))
+
+    def lost() -> None:
+        raise lost_run("runs/x/owners")
+
+    with closing(CheckpointUpload(print, lost)) as upload:
+        upload.start(written, checkpoint, lambda: None)
+        with pytest.raises(LostRun):
+            upload.wait()
+    assert not checkpoint.is_complete()
