@@ -315,11 +315,12 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
                     on_score(images, value)
             housekeeping.follow(status)
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
-            if status.stopped or (signals and not training) or isinstance(status.failure, LostRun):
+            failed = status.failure is not None or workers.error is not None
+            if status.stopped or isinstance(status.failure, LostRun) or (not training and (failed or signals)):
                 break
         if scores is not None:
             scores.cancel()
-    if signals and status.images < 1000 * job.train.kimg:
+    if signals:
         raise InterruptedRun(
             f"stopped at {status.images / 1000:.1f} kimg; {_newest_checkpoint(run)}",
             "run the same command again to resume",
