@@ -53,7 +53,11 @@ class SelfAttention(nn.Module):
         """Return y [b, C, H, W] for x [b, C, H, W]."""
         b, _, h, w = x.shape
         values = self._pool(self.g(x)).flatten(2)  # [b, C_g, keys]
-        attended = torch.bmm(values, self.maps(x).to(values.dtype).transpose(1, 2)).view(b, -1, h, w)
+        if _attends_blockwise(values):
+            attended = _attend_blockwise(*self._queries_and_keys(x), values)
+        else:
+            attended = torch.bmm(values, self.maps(x).to(values.dtype).transpose(1, 2))
+        attended = attended.view(b, -1, h, w)
         return torch.addcmul(x, self.gamma.to(x.dtype), attended if self.out is None else self.out(attended))
 
     def maps(self, x: Tensor) -> Tensor:
@@ -62,10 +66,35 @@ class SelfAttention(nn.Module):
         Row q holds the weights with which position q attends to each key. Every row sums to one. The keys are the HW
         positions, or HW / 4 pooled positions in the released form.
         """
-        queries = self.theta(x).flatten(2)
-        keys = self._pool(self.phi(x)).flatten(2)
+        queries, keys = self._queries_and_keys(x)
         energy = torch.bmm(queries.transpose(1, 2), keys)
         return energy.softmax(dim=-1, dtype=torch.promote_types(energy.dtype, torch.float32))
 
+    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return θ(x), [b, C/8, HW], and φ(x), [b, C/8, keys]."""
+        return self.theta(x).flatten(2), self._pool(self.phi(x)).flatten(2)
+
     def _pool(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, 2) if self.pooled else x
+
+
+def _attends_blockwise(values: Tensor) -> bool:
+    """Return whether FlashAttention (Dao 2023) takes these values: bfloat16 on CUDA, with at most 256 channels."""
+    return values.device.type == "cuda" and values.dtype == torch.bfloat16 and values.shape[1] <= 256
+
+
+def _attend_blockwise(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return softmax(queriesᵀ keys) applied to the values, [b, C_g, HW], without storing the maps.
+
+    FlashAttention takes one number of channels for all three, so zeros fill up queries and keys.
+
+    Args:
+        queries: [b, C/8, HW].
+        keys: [b, C/8, keys].
+        values: [b, C_g, keys] with C_g ≥ C/8.
+    """
+    missing = values.shape[1] - queries.shape[1]
+    q, k = (F.pad(x.transpose(1, 2), (0, missing)) for x in (queries, keys))
+    v = values.transpose(1, 2)
+    attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)
+    return attended[:, 0].transpose(1, 2)

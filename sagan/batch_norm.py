@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sagan.ranks import World, on_device
+from sagan.device import kernels, on_device
+from sagan.ranks import World
+from sagan.rectifier import rectifier_gradient, rectify_
 
 # Decay of the running averages per generator update (official code): all layers but the last, and the last layer
 DECAY, LAST_DECAY = 0.999, 0.9999
@@ -49,13 +51,23 @@ class Groups:
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Compute y = x̂ · scale + shift, where x̂ is x normalised over its group. Statistics are float32 at least.
+    """Compute y = rectify(x̂ · scale + shift), where x̂ is x normalised over its group.
 
-    Returns y and the mean and the variance of the batch, each [C]: the means over groups, weighted by their images.
+    There is no rectifier where `slope` is None. Statistics are float32 at least. Returns y and the mean and the
+    variance of the batch, each [C]: the means over groups, weighted by their images.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, membership: Tensor, world: World, eps: float):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        membership: Tensor,
+        world: World,
+        eps: float,
+        slope: float | None,
+    ):
         mean, variance = image_statistics(x)
         membership = membership.to(mean.dtype)
         count, group_mean, group_var = _combine_images(mean, variance, membership)
@@ -65,9 +77,9 @@ class _GroupNorm(torch.autograd.Function):
         # No column of `membership` selects a group without a local image, so the values of that group are not used.
         mean, rstd = membership.t() @ group_mean, membership.t() @ (group_var + eps).rsqrt()
         factor = rstd * scale
-        y = _affine(x, factor, shift - mean * factor)
-        ctx.save_for_backward(x, scale, mean, rstd, membership, membership.t() @ count)
-        ctx.world = world
+        y = _rectified_affine(x, factor, shift - mean * factor, slope)
+        ctx.save_for_backward(x, y, scale, mean, rstd, membership, membership.t() @ count)
+        ctx.world, ctx.slope = world, slope
         weights = count / count.sum()
         batch_mean, batch_var = weights @ group_mean, weights @ group_var
         ctx.mark_non_differentiable(batch_mean, batch_var)
@@ -75,17 +87,17 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
-        x, scale, mean, rstd, membership, count = ctx.saved_tensors
+        x, y, scale, mean, rstd, membership, count = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
-        dshift = dy.sum((2, 3), dtype=mean.dtype)
-        dscale = (x - mean[..., None, None]).mul_(dy).sum((2, 3)) * rstd
+        dy, dshift, along = _gradient_sums(x, y, dy, mean, ctx.slope)
+        dscale = along * rstd
         sums = torch.stack([membership @ (scale * dshift), membership @ (scale * dscale)])
         ctx.world.sum_(sums)
         d_mean, d_var = (membership.t() @ s / (count[:, None] * pixels) for s in sums)
         # dx = rstd · (scale · dy − d_mean − x̂ · d_var), written as one affine function of dy and x
-        slope = -rstd.square() * d_var
-        dx = _affine(x, slope, -rstd * d_mean - slope * mean)
-        return dx.addcmul_(dy, (rstd * scale).to(dy.dtype)[..., None, None]), dscale, dshift, None, None, None
+        x_factor = -rstd.square() * d_var
+        dx = _affine_of_two(x, dy, x_factor, rstd * scale, -rstd * d_mean - x_factor * mean)
+        return dx, dscale, dshift, None, None, None, None
 
 
 def _affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
@@ -99,8 +111,39 @@ def image_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     x is [b, C, H, W]. The function takes two passes, because torch.var_mean takes five to eighteen times as long on
     channels-last maps (CPU, torch 2.13).
     """
+    if (cuda := kernels(x)) is not None:
+        return cuda.image_statistics(x)
     mean = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
     return mean, (x - mean[..., None, None]).square_().mean((2, 3))
+
+
+def _rectified_affine(x: Tensor, factor: Tensor, offset: Tensor, slope: float | None) -> Tensor:
+    """Return rectify(factor · x + offset), or factor · x + offset where `slope` is None."""
+    if (cuda := kernels(x)) is not None:
+        return cuda.rectified_affine(x, factor, offset, slope)
+    y = _affine(x, factor, offset)
+    return y if slope is None else rectify_(y, slope)
+
+
+def _gradient_sums(
+    x: Tensor, y: Tensor, dy: Tensor, mean: Tensor, slope: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient before the rectifier of y, and its sums over pixels without and with the factor x − mean.
+
+    The first is [b, C, H, W], the sums are [b, C].
+    """
+    if (cuda := kernels(x)) is not None:
+        return cuda.gradient_sums(x, y, dy, mean, slope)
+    if slope is not None:
+        dy = rectifier_gradient(dy, y, slope)
+    return dy, dy.sum((2, 3), dtype=mean.dtype), (x - mean[..., None, None]).mul_(dy).sum((2, 3))
+
+
+def _affine_of_two(x: Tensor, dy: Tensor, x_factor: Tensor, dy_factor: Tensor, offset: Tensor) -> Tensor:
+    """Return x_factor · x + dy_factor · dy + offset."""
+    if (cuda := kernels(x)) is not None:
+        return cuda.affine_of_two(x, dy, x_factor, dy_factor, offset)
+    return _affine(x, x_factor, offset).addcmul_(dy, dy_factor.to(dy.dtype)[..., None, None])
 
 
 def _combine_images(mean: Tensor, variance: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,21 +204,23 @@ class BatchNorm(nn.Module):
         """Return the scale and the shift of each image, both [b, C]."""
         return self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
 
-    def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
-        """Normalise a batch.
+    def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None, slope: float | None = None) -> Tensor:
+        """Normalise and rectify a batch.
 
         Args:
             x: float [b, C, H, W].
             y: labels, int64 [b]. Plain batch norm ignores them.
             groups: the groups to normalise over in training; None in evaluation.
+            slope: negative slope of the rectifier that follows; None for no rectifier.
         """
         scale, shift = self._scale_and_shift(x, y)
         if groups is None:
             factor = scale * (self.running_var + self.eps).rsqrt()
-            return _affine(x, factor, shift - self.running_mean * factor)
+            normalised = _affine(x, factor, shift - self.running_mean * factor)
+            return normalised if slope is None else rectify_(normalised, slope)
         with torch.autocast(x.device.type, enabled=False):  # statistics stay float32
             normalised, self.batch_mean, self.batch_var = _GroupNorm.apply(
-                x, scale, shift, groups.membership, groups.world, self.eps
+                x, scale, shift, groups.membership, groups.world, self.eps, slope
             )
         return normalised
 

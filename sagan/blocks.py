@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sagan.batch_norm import Groups, conditional
 from sagan.config import ModelConfig
+from sagan.rectifier import rectify, rectify_
 from sagan.resample import conv_down, double, halve, up_conv
 from sagan.spectral_norm import Conv2d, Spectral, SpectralNorm, TransposedConv2d
-
-
-def rectify(x: Tensor, slope: float) -> Tensor:
-    """Apply leaky ReLU with the negative slope `slope`, or ReLU where `slope` is 0."""
-    return F.leaky_relu(x, slope) if slope else F.relu(x)
-
-
-def rectify_(x: Tensor, slope: float) -> Tensor:
-    """Apply `rectify` in place. Call it only where nothing else reads x."""
-    return F.leaky_relu_(x, slope) if slope else F.relu_(x)
 
 
 class GeneratorBlock(nn.Module):
@@ -41,9 +31,8 @@ class GeneratorBlock(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
         """Return [b, out, 2H, 2W] for x [b, in, H, W]. `y` and `groups` are those of `BatchNorm.forward`."""
-        h = rectify_(self.norm1(x, y, groups), self.slope)
-        h = up_conv(h, self.conv1.kernel, self.conv1.bias)
-        h = self.conv2(rectify_(self.norm2(h, y, groups), self.slope))
+        h = up_conv(self.norm1(x, y, groups, self.slope), self.conv1.kernel, self.conv1.bias)
+        h = self.conv2(self.norm2(h, y, groups, self.slope))
         # A 1×1 convolution commutes with nearest upsampling. Before the upsampling it costs a quarter.
         return h.add_(double(self.skip(x)))
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from sagan.attention import SelfAttention
-from sagan.blocks import DiscriminatorBlock, rectify
+from sagan.blocks import DiscriminatorBlock
 from sagan.config import ModelConfig
+from sagan.rectifier import rectify
 from sagan.spectral_norm import Embedding, Linear
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sagan.attention import SelfAttention
 from sagan.batch_norm import LAST_DECAY, BatchNorm, Groups
-from sagan.blocks import GeneratorBlock, rectify_
+from sagan.blocks import GeneratorBlock
 from sagan.config import ModelConfig
 from sagan.spectral_norm import Conv2d, Linear
 
@@ -51,4 +51,4 @@ class Generator(nn.Module):
         h = self.linear(z).view(len(z), -1, 4, 4).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             h = block(h, y, groups) if isinstance(block, GeneratorBlock) else block(h)
-        return torch.tanh(self.conv(rectify_(self.norm(h, None, groups), self.slope)))
+        return torch.tanh(self.conv(self.norm(h, None, groups, self.slope)))

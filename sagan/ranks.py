@@ -66,10 +66,3 @@ class World:
         else:
             gathered[0] = tensor
         return gathered
-
-
-def on_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a copy of a host tensor on `device`, without waiting for the device."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, dtype, non_blocking=True)

@@ -135,16 +135,16 @@ class SpectralNorm(nn.Module):
         """Run one power iteration: v ← Wᵀu and u ← Wv, each scaled to length one. Set σ = ‖Wv‖ = uᵀWv."""
         assert self.spectral is not None
         if self.spectral.through_iteration:
-            self.u_before = self.u
-        self.v = F.normalize(torch.mv(self.matrix.t(), self.u), dim=0, eps=self.spectral.eps)
+            self.u_before.copy_(self.u)
+        self.v.copy_(F.normalize(torch.mv(self.matrix.t(), self.u), dim=0, eps=self.spectral.eps))
         pushed = torch.mv(self.matrix, self.v)
-        self.sigma = pushed.norm()
-        self.u = pushed / self.sigma.clamp(min=self.spectral.eps)
+        self.sigma.copy_(pushed.norm())
+        self.u.copy_(pushed / self.sigma.clamp(min=self.spectral.eps))
 
     @torch.no_grad()
     def update_sigma(self) -> None:
         """Recompute σ from the present weight and v."""
-        self.sigma = torch.mv(self.matrix, self.v).norm()
+        self.sigma.copy_(torch.mv(self.matrix, self.v).norm())
 
 
 class Conv2d(SpectralNorm):
@@ -238,9 +238,7 @@ def advance(network: nn.Module, world: World) -> None:
     if world.size > 1 and normalised:
         vectors = [vector for layer in normalised for vector in (layer.u, layer.v, layer.sigma[None])]
         flat = world.broadcast_(torch.cat(vectors))
-        parts = iter(flat.split([len(vector) for vector in vectors]))
-        for layer in normalised:
-            layer.u, layer.v, layer.sigma = next(parts), next(parts), next(parts)[0]
+        torch._foreach_copy_(vectors, flat.split([len(vector) for vector in vectors]))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,54 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sagan import batch_norm, moving_average, spectral_norm
 from sagan.batch_norm import Groups
+from sagan.device import on_device
 from sagan.learning_rate import learning_rate_factor
 from sagan.losses import discriminator_hinge, generator_hinge
 from sagan.random import Purpose, draw_labels, draw_latents
-from sagan.ranks import World, on_device
+from sagan.ranks import World
+from sagan.step_graph import StepGraph
 from sagan.train_state import TrainState
 
 METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake", "gradient_d", "gradient_g")
 """Losses, mean logits, and the Euclidean norms of the gradients of both networks."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a pass draws for generated images.
+
+    Attributes:
+        rows: the indices of the pass's images in this rank's share of the batch.
+        latents: [b, z_dim] in the state's dtype.
+        labels: int64 [b], or None for an unconditional model.
+        groups: batch-norm groups of the b images.
+    """
+
+    rows: slice
+    latents: Tensor
+    labels: Tensor | None
+    groups: Groups
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything on the device that one step reads and that is not in the state.
+
+    Attributes:
+        real: real images and labels of each discriminator update.
+        draws_d: the draws of each discriminator update, one a pass.
+        draws_g: the draws of the generator update, one a pass.
+    """
+
+    real: list[tuple[Tensor, Tensor]]
+    draws_d: list[list[Draw]]
+    draws_g: list[Draw]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors whose values differ from step to step."""
+        draws = [draw for update in (*self.draws_d, self.draws_g) for draw in update]
+        drawn = [tensor for draw in draws for tensor in (draw.latents, draw.labels) if tensor is not None]
+        return [tensor for pair in self.real for tensor in pair] + drawn
 
 
 class Step:
@@ -55,6 +96,9 @@ class Step:
         self.passes = passes(batch, self.world.size, self.groups, micro_batch)
         self.generator = self._distribute(state.generator)
         self.discriminator = self._distribute(state.discriminator)
+        optimizers = (state.optimizer_d, state.optimizer_g)
+        graphed = StepGraph.serves(self.device) and self.world.size == self.passes == 1
+        self.graph = StepGraph(self._compute, optimizers) if graphed else None
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Run one step and return this rank's part of each metric, float [len(METRICS)].
@@ -68,44 +112,66 @@ class Step:
                 unconditional model ignores the labels.
         """
         state = self.state
-        position = state.images
-        for images, labels in batches:
-            loss_d, logit_real, logit_fake, gradient_d = self._update_discriminator(position, images, labels)
-            position += self.batch
-        loss_g, gradient_g = self._update_generator(state.images)
-        state.images = position
-        decay = state.optim.ema_decay if position >= 1000 * state.optim.ema_start_kimg else 0.0
-        moving_average.update(state.ema, state.generator, decay)
+        inputs = self._inputs(batches)
+        self._set_learning_rates()
+        end = state.images + len(inputs.real) * self.batch
+        decay = state.optim.ema_decay if end >= 1000 * state.optim.ema_start_kimg else 0.0
+        metrics = self._compute(inputs, decay) if self.graph is None else self.graph(inputs, decay)
+        state.images = end
+        return metrics
+
+    def _inputs(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Inputs:
+        """Draw latents and labels for the next step."""
+        start, real = self.state.images, list(batches)
+        updates = range(start, start + len(real) * self.batch, self.batch)
+        draws_d = [self._draws(position, Purpose.Z_D, Purpose.Y_D) for position in updates]
+        return Inputs(real, draws_d, self._draws(start, Purpose.Z_G, Purpose.Y_G))
+
+    def _set_learning_rates(self) -> None:
+        """Give both optimisers the learning rate of the state's position."""
+        optim = self.state.optim
+        factor = learning_rate_factor(optim, self.state.images)
+        for optimizer, lr in ((self.state.optimizer_d, optim.lr_d), (self.state.optimizer_g, optim.lr_g)):
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):  # a recorded step reads it
+                    group["lr"].fill_(lr * factor)
+                else:
+                    group["lr"] = lr * factor
+
+    def _compute(self, inputs: Inputs, ema_decay: float) -> Tensor:
+        """Update both networks and the moving average. Return this rank's parts of the metrics, [len(METRICS)]."""
+        for (images, labels), draws in zip(inputs.real, inputs.draws_d, strict=True):
+            loss_d, logit_real, logit_fake, gradient_d = self._update_discriminator(images, labels, draws)
+        loss_g, gradient_g = self._update_generator(inputs.draws_g)
+        moving_average.update(self.state.ema, self.state.generator, ema_decay)
         return torch.stack([loss_d, loss_g, logit_real, logit_fake, gradient_d, gradient_g])
 
-    def _update_discriminator(self, start: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Update the discriminator with the batch at position `start`.
+    def _update_discriminator(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> Tensor:
+        """Update the discriminator with this rank's real images and with generated images.
 
         Returns this rank's parts of four metrics, [4]: the loss, the real logits and the logits of generated images,
         each summed over this rank's images and divided by the global batch size, and the norm of the gradient.
         """
         state = self.state
         metrics = torch.zeros(3, dtype=self.dtype, device=self.device)
-        for pass_world in self._pass_worlds(self.discriminator):
-            rows = self._rows(start, pass_world)
-            real = images[rows]
+        for draw in self._passes(self.discriminator, draws):
+            real = images[draw.rows]
             with torch.no_grad(), self._autocast():
-                latents, fake_labels, groups = self._draw(start, pass_world, Purpose.Z_D, Purpose.Y_D)
-                fake = state.generator(latents, fake_labels, groups)
+                fake = state.generator(draw.latents, draw.labels, draw.groups)
             with self._autocast():
-                both_labels = torch.cat([labels[rows], fake_labels]) if fake_labels is not None else None
+                both_labels = torch.cat([labels[draw.rows], draw.labels]) if draw.labels is not None else None
                 both = torch.cat([real.to(fake.dtype), fake]).contiguous(memory_format=torch.channels_last)
                 logit_real, logit_fake = self.discriminator(both, both_labels).split([len(real), len(fake)])
             loss = discriminator_hinge(logit_real, logit_fake) / self.batch
             self._backward(loss)
             with torch.no_grad():
                 metrics += torch.stack([loss, logit_real.sum() / self.batch, logit_fake.sum() / self.batch])
-        gradient = self._descend(state.optimizer_d, state.optim.lr_d)
+        gradient = self._descend(state.optimizer_d)
         spectral_norm.advance(state.discriminator, self.world)
         return torch.cat([metrics, gradient[None]])
 
-    def _update_generator(self, start: int) -> tuple[Tensor, Tensor]:
-        """Update the generator with the latents at position `start`.
+    def _update_generator(self, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+        """Update the generator.
 
         Returns this rank's parts of the loss and of the norm of the gradient.
         """
@@ -113,65 +179,60 @@ class Step:
         total_loss = torch.zeros((), dtype=self.dtype, device=self.device)
         statistics = []
         state.discriminator.requires_grad_(False)
-        for pass_world in self._pass_worlds(self.generator):
+        for draw in self._passes(self.generator, draws):
             with self._autocast():
-                latents, labels, groups = self._draw(start, pass_world, Purpose.Z_G, Purpose.Y_G)
-                logits = state.discriminator(self.generator(latents, labels, groups), labels)
+                images = self.generator(draw.latents, draw.labels, draw.groups)
+                logits = state.discriminator(images, draw.labels)
             loss = generator_hinge(logits) / self.batch
             self._backward(loss)
             total_loss += loss.detach()
             statistics.append(batch_norm.used(state.generator))
         state.discriminator.requires_grad_(True)
-        gradient = self._descend(state.optimizer_g, state.optim.lr_g)
+        gradient = self._descend(state.optimizer_g)
         spectral_norm.advance(state.generator, self.world)
         batch_norm.track(state.generator, torch.stack(statistics).mean(0), self.world)
         return total_loss, gradient
 
     # --- a pass ------------------------------------------------------------------------------------------------------
 
-    def _pass_worlds(self, network: nn.Module) -> Iterator[World]:
-        """Yield the world of each pass in turn. Ranks exchange gradients of `network` in the last pass only."""
-        for number in range(self.passes):
-            last = number == self.passes - 1
-            defers = isinstance(network, DistributedDataParallel) and not last
+    def _passes(self, network: nn.Module, draws: list[Draw]) -> Iterator[Draw]:
+        """Yield the draw of each pass in turn. Ranks exchange gradients of `network` in the last pass only."""
+        for draw in draws:
+            defers = isinstance(network, DistributedDataParallel) and draw is not draws[-1]
             with network.no_sync() if defers else contextlib.nullcontext():  # type: ignore[operator]
-                yield self.world if self.passes == 1 else self.world.part(number, self.passes)
+                yield draw
 
-    def _rows(self, start: int, pass_world: World) -> slice:
-        """Return the indices of a pass's images in this rank's share of the batch at position `start`."""
-        rank_share, pass_share = (world.share(start, start + self.batch) for world in (self.world, pass_world))
-        return slice((pass_share.start - rank_share.start) // self.world.size, None, self.passes)
+    def _draws(self, start: int, latent_purpose: Purpose, label_purpose: Purpose) -> list[Draw]:
+        """Return the draws of all passes over the batch at position `start`."""
+        worlds = [self.world.part(number, self.passes) for number in range(self.passes)]
+        if self.passes == 1:
+            worlds = [self.world]
+        return [self._draw(start, pass_world, latent_purpose, label_purpose) for pass_world in worlds]
 
-    def _draw(
-        self, start: int, pass_world: World, latent_purpose: Purpose, label_purpose: Purpose
-    ) -> tuple[Tensor, Tensor | None, Groups]:
-        """Return latents, labels and batch-norm groups of a pass over the batch at position `start`.
-
-        Latents are [b, z_dim] in the state's dtype. Labels are int64 [b], or None for an unconditional model.
-        """
+    def _draw(self, start: int, pass_world: World, latent_purpose: Purpose, label_purpose: Purpose) -> Draw:
+        """Return the draw of a pass over the batch at position `start`."""
         model, seed = self.state.model, self.state.seed
-        positions = pass_world.share(start, start + self.batch)
+        rank_share, positions = (world.share(start, start + self.batch) for world in (self.world, pass_world))
         latents = on_device(draw_latents(seed, latent_purpose, positions, model.z_dim), self.device, self.dtype)
         labels = (
             on_device(draw_labels(seed, label_purpose, positions, model.known_num_classes), self.device)
             if model.known_num_classes
             else None
         )
-        return latents, labels, Groups(positions, self.groups, pass_world, self.device)
+        rows = slice((positions.start - rank_share.start) // self.world.size, None, self.passes)
+        return Draw(rows, latents, labels, Groups(positions, self.groups, pass_world, self.device))
 
     def _backward(self, loss: Tensor) -> None:
         """Compute gradients. The factor cancels DDP's mean over ranks, so that losses of ranks add up."""
         (loss * self.world.size).backward()
 
-    def _descend(self, optimizer: torch.optim.Adam, lr: float) -> Tensor:
-        """Run one optimiser step at the learning rate of the state's position, and clear the gradients.
+    def _descend(self, optimizer: torch.optim.Adam) -> Tensor:
+        """Run one optimiser step, and clear the gradients.
 
         Returns this rank's part of the norm of the gradient, which is the norm / ranks.
         """
-        gradients = []
-        for group in optimizer.param_groups:
-            group["lr"] = lr * learning_rate_factor(self.state.optim, self.state.images)
-            gradients += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         optimizer.step()
         optimizer.zero_grad()

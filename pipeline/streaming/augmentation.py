@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sagan.device import on_device
 from sagan.random import draw_flips
-from sagan.ranks import on_device
 
 
 def mirror_at_random(images: torch.Tensor, positions: range, seed: int) -> torch.Tensor:

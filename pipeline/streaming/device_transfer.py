@@ -8,7 +8,7 @@ import torch
 
 from pipeline.streaming.augmentation import mirror_at_random
 from pipeline.streaming.stream import Batch
-from sagan.ranks import on_device
+from sagan.device import on_device
 
 
 def to_device(batch: Batch, device: torch.device | str, flip_seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:

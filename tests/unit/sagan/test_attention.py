@@ -25,6 +25,13 @@ def parts(layer, x, form):
     return [h.flatten(2).transpose(1, 2) for h in (theta, pool(phi), pool(g))]
 
 
+@pytest.fixture(params=["maps", "blockwise"])
+def attends(request, monkeypatch):
+    """Whether the layer computes its maps, or attends block by block as in bfloat16 on CUDA."""
+    monkeypatch.setattr("sagan.attention._attends_blockwise", lambda values: request.param == "blockwise")
+
+
+@pytest.mark.usefixtures("attends")
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=["even", "odd"])
 @pytest.mark.parametrize("form", ["released", "icml", "first"])
 def test_attention_equals_its_formula_and_unscaled_dot_product_attention(form, size):
@@ -54,6 +61,7 @@ def test_attention_starts_as_the_identity():
     assert torch.equal(SelfAttention(8, Spectral()).double()(x), x)
 
 
+@pytest.mark.usefixtures("attends")
 @pytest.mark.parametrize("form", ["released", "icml", "first"])
 def test_gradients_are_those_of_finite_differences(form):
     assert gradcheck(attention(form=form), rand(1, 8, 4, 4, grad=True))

@@ -1,0 +1,267 @@
+"""Triton kernels for batch norm and resampling on CUDA.
+
+torch runs every element-wise operation and every reduction as a kernel of its own, and each reads and writes its maps
+in the device's memory. A kernel here does the work of three to ten of them. They compute what the functions of the same
+names in `batch_norm` and `resample` compute. All arithmetic is in float32 at least.
+
+Maps are [b, C, H, W] in channels-last memory, that is [b, pixels, C]. A program processes tiles of pixels × channels of
+one image. Offsets inside an image fit into 32 bits, offsets of images need 64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 8192  # elements of a tile: 32 for each of 256 threads
+
+_ACCUMULATES_IN = {torch.float64: tl.float64}  # float32 for all other types
+
+
+# --- batch norm ------------------------------------------------------------------------------------------------------
+
+
+def image_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = _channels_last(x)
+    mean, variance = (_per_image(x) for _ in range(2))
+    _image_statistics[_columns(x)](x, mean, variance, **_sizes(x))
+    return mean, variance
+
+
+@triton.jit
+def _image_statistics(
+    x, mean, variance, pixels, channels, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    image = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    x += image * pixels * channels
+    total = tl.zeros([ROWS, COLUMNS], FLOAT)
+    for start in range(0, pixels, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < pixels)[:, None] & (column < channels)[None, :]
+        total += tl.load(x + row[:, None] * channels + column[None, :], inside, 0.0).to(FLOAT)
+    m = tl.sum(total, 0) / pixels
+    total = tl.zeros([ROWS, COLUMNS], FLOAT)
+    for start in range(0, pixels, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < pixels)[:, None] & (column < channels)[None, :]
+        deviation = tl.load(x + row[:, None] * channels + column[None, :], inside, 0.0).to(FLOAT) - m[None, :]
+        total += tl.where(inside, deviation * deviation, 0.0)
+    tl.store(mean + image * channels + column, m, column < channels)
+    tl.store(variance + image * channels + column, tl.sum(total, 0) / pixels, column < channels)
+
+
+def rectified_affine(x: Tensor, factor: Tensor, offset: Tensor, slope: float | None) -> Tensor:
+    x = _channels_last(x)
+    y = torch.empty_like(x)
+    rectifier = {"SLOPE": slope or 0.0, "RECTIFIES": slope is not None}
+    _rectified_affine[_tiles(x)](x, _packed(factor), _packed(offset), y, **rectifier, **_sizes(x))
+    return y
+
+
+@triton.jit
+def _rectified_affine(
+    x,
+    factor,
+    offset,
+    y,
+    pixels,
+    channels,
+    SLOPE: tl.constexpr,
+    RECTIFIES: tl.constexpr,
+    FLOAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+    f = tl.load(factor + image * channels + column, column < channels, 0.0).to(FLOAT)
+    o = tl.load(offset + image * channels + column, column < channels, 0.0).to(FLOAT)
+    value = tl.load(x + at, inside, 0.0).to(FLOAT) * f[None, :] + o[None, :]
+    if RECTIFIES:
+        value = tl.where(value > 0, value, value * SLOPE)
+    tl.store(y + at, value.to(y.dtype.element_ty), inside)
+
+
+def gradient_sums(x: Tensor, y: Tensor, dy: Tensor, mean: Tensor, slope: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    x, y, dy = _channels_last(x), _channels_last(y), _channels_last(dy)
+    gradient = torch.empty_like(dy) if slope is not None else dy
+    alone, along = (_per_image(x) for _ in range(2))
+    rectifier = {"SLOPE": slope or 0.0, "RECTIFIES": slope is not None}
+    _gradient_sums[_columns(x)](x, y, dy, _packed(mean), gradient, alone, along, **rectifier, **_sizes(x))
+    return gradient, alone, along
+
+
+@triton.jit
+def _gradient_sums(
+    x,
+    y,
+    dy,
+    mean,
+    gradient,
+    alone,
+    along,
+    pixels,
+    channels,
+    SLOPE: tl.constexpr,
+    RECTIFIES: tl.constexpr,
+    FLOAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.load(mean + image * channels + column, column < channels, 0.0).to(FLOAT)
+    of_gradient = tl.zeros([ROWS, COLUMNS], FLOAT)
+    of_product = tl.zeros([ROWS, COLUMNS], FLOAT)
+    for start in range(0, pixels, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < pixels)[:, None] & (column < channels)[None, :]
+        at = image * pixels * channels + row[:, None] * channels + column[None, :]
+        g = tl.load(dy + at, inside, 0.0).to(FLOAT)
+        if RECTIFIES:
+            g = tl.where(tl.load(y + at, inside, 0.0).to(FLOAT) > 0, g, g * SLOPE)
+            g = g.to(gradient.dtype.element_ty).to(FLOAT)  # the sums are those of what is stored
+            tl.store(gradient + at, g.to(gradient.dtype.element_ty), inside)
+        of_gradient += g
+        of_product += (tl.load(x + at, inside, 0.0).to(FLOAT) - m[None, :]) * g
+    tl.store(alone + image * channels + column, tl.sum(of_gradient, 0), column < channels)
+    tl.store(along + image * channels + column, tl.sum(of_product, 0), column < channels)
+
+
+def affine_of_two(x: Tensor, dy: Tensor, x_factor: Tensor, dy_factor: Tensor, offset: Tensor) -> Tensor:
+    x, dy = _channels_last(x), _channels_last(dy)
+    dx = torch.empty_like(x)
+    _affine_of_two[_tiles(x)](x, dy, _packed(x_factor), _packed(dy_factor), _packed(offset), dx, **_sizes(x))
+    return dx
+
+
+@triton.jit
+def _affine_of_two(
+    x,
+    dy,
+    x_factor,
+    dy_factor,
+    offset,
+    dx,
+    pixels,
+    channels,
+    FLOAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+    of_x = tl.load(x_factor + image * channels + column, column < channels, 0.0).to(FLOAT)
+    of_dy = tl.load(dy_factor + image * channels + column, column < channels, 0.0).to(FLOAT)
+    o = tl.load(offset + image * channels + column, column < channels, 0.0).to(FLOAT)
+    value = tl.load(x + at, inside, 0.0).to(FLOAT) * of_x[None, :] + o[None, :]
+    value += tl.load(dy + at, inside, 0.0).to(FLOAT) * of_dy[None, :]
+    tl.store(dx + at, value.to(dx.dtype.element_ty), inside)
+
+
+# --- resampling ------------------------------------------------------------------------------------------------------
+
+
+def upsample(x: Tensor) -> Tensor:
+    x = _channels_last(x)
+    b, channels, height, width = x.shape
+    y = _empty_map(x, (b, channels, 2 * height, 2 * width))
+    _upsample[_tiles(x)](x, y, width, **_sizes(x))
+    return y
+
+
+@triton.jit
+def _upsample(x, y, width, pixels, channels, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    value = tl.load(x + image * pixels * channels + row[:, None] * channels + column[None, :], inside, 0.0)
+    corner = 4 * width * (row // width) + 2 * (row % width)  # the first of the four pixels
+    y += image * 4 * pixels * channels
+    for down in range(2):
+        for right in range(2):
+            at = (corner + down * 2 * width + right)[:, None] * channels + column[None, :]
+            tl.store(y + at, value, inside)
+
+
+def sums_of_four(x: Tensor, divisor: int) -> Tensor:
+    x = _channels_last(x)
+    b, channels, height, width = x.shape
+    y = _empty_map(x, (b, channels, height // 2, width // 2))
+    _sums_of_four[_tiles(y)](x, y, width // 2, divisor, **_sizes(y))
+    return y
+
+
+@triton.jit
+def _sums_of_four(
+    x, y, width, divisor, pixels, channels, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    corner = 4 * width * (row // width) + 2 * (row % width)
+    x += image * 4 * pixels * channels
+    total = tl.zeros([ROWS, COLUMNS], FLOAT)
+    for down in range(2):
+        for right in range(2):
+            at = (corner + down * 2 * width + right)[:, None] * channels + column[None, :]
+            total += tl.load(x + at, inside, 0.0).to(FLOAT)
+    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+    tl.store(y + at, (total / divisor).to(y.dtype.element_ty), inside)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _per_image(x: Tensor) -> Tensor:
+    """Return a new tensor [b, C] of the type that sums have."""
+    return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _packed(coefficients: Tensor) -> Tensor:
+    return coefficients.contiguous()
+
+
+def _sizes(x: Tensor) -> dict[str, Any]:
+    """Return the sizes of maps and tiles, and the type of sums, as arguments of a kernel."""
+    columns = min(64, triton.next_power_of_2(x.shape[1]))
+    return {
+        "pixels": x.shape[2] * x.shape[3],
+        "channels": x.shape[1],
+        "FLOAT": _ACCUMULATES_IN.get(x.dtype, tl.float32),
+        "ROWS": min(_TILE // columns, triton.next_power_of_2(x.shape[2] * x.shape[3])),
+        "COLUMNS": columns,
+        "num_warps": 8,
+    }
+
+
+def _columns(x: Tensor) -> tuple[int, int]:
+    """Return the grid of programs that process all pixels of an image and a tile's channels."""
+    return x.shape[0], triton.cdiv(x.shape[1], _sizes(x)["COLUMNS"])
+
+
+def _tiles(x: Tensor) -> tuple[int, int, int]:
+    """Return the grid of programs that process one tile each."""
+    sizes = _sizes(x)
+    return x.shape[0], triton.cdiv(sizes["pixels"], sizes["ROWS"]), triton.cdiv(x.shape[1], sizes["COLUMNS"])

@@ -1,0 +1,83 @@
+"""A training step as a CUDA graph: the device runs all its kernels at one call of the host."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sagan.step import Inputs
+
+WARM_UP = 3
+"""Steps before the recorded one. They create the moments of Adam, and cuDNN and cuBLAS choose their kernels."""
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A recorded step: the graph, the tensors that it reads and the tensor that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    ema_decay: float
+    inputs: Inputs
+    metrics: Tensor
+
+
+class StepGraph:
+    """Records a step once and replays it. The results have the bits of the step itself.
+
+    A step of SAGAN runs thousands of kernels. With small batches, Python takes longer to launch them than the device to
+    run them. A recorded kernel always reads and writes the same memory. So inputs are copied into the recorded ones,
+    and the step must update its state in place.
+
+    Args:
+        compute: the step. It takes inputs and the decay of the moving average, waits for nothing and calls no
+            collective.
+        optimizers: the optimisers that the step uses. Their learning rates become tensors.
+    """
+
+    def __init__(self, compute: Callable[[Inputs, float], Tensor], optimizers: Sequence[torch.optim.Adam]) -> None:
+        self._compute, self._optimizers = compute, optimizers
+        self._eager_steps = 0
+        self._recording: _Recording | None = None
+        self._fails = False
+
+    @staticmethod
+    def serves(device: torch.device) -> bool:
+        """Return whether steps on the device can be recorded."""
+        return device.type == "cuda" and torch.version.cuda is not None
+
+    def __call__(self, inputs: Inputs, ema_decay: float) -> Tensor:
+        """Run the step, and return its metrics."""
+        if self._fails or self._eager_steps < WARM_UP:
+            self._eager_steps += 1
+            return self._compute(inputs, ema_decay)
+        if self._recording is None or self._recording.ema_decay != ema_decay:
+            self._recording = None  # frees its memory
+            try:
+                self._recording = self._record(inputs, ema_decay)
+            except RuntimeError as error:
+                warnings.warn(f"the step cannot be recorded as a CUDA graph: {error}", stacklevel=3)
+                self._fails = True
+                return self._compute(inputs, ema_decay)
+        torch._foreach_copy_(self._recording.inputs.tensors(), inputs.tensors())
+        self._recording.graph.replay()
+        return self._recording.metrics.clone()
+
+    def _record(self, inputs: Inputs, ema_decay: float) -> _Recording:
+        """Record the step without running it."""
+        real = [(images.clone(), labels.clone()) for images, labels in inputs.real]  # the others are not the caller's
+        inputs = replace(inputs, real=real)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if not isinstance(group["lr"], Tensor):
+                    group["lr"] = torch.tensor(group["lr"], device=inputs.real[0][0].device)
+                group["capturable"] = True
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            metrics = self._compute(inputs, ema_decay)
+        return _Recording(graph, ema_decay, inputs, metrics)
