@@ -27,7 +27,7 @@ from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, start_tracking, train
-from pipeline.training.training_run import Evaluation
+from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.sweep_picture import draw_plane
 

@@ -43,7 +43,7 @@ from pipeline.training import run_status
 from pipeline.training.restart_budget import Start
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import Status
-from pipeline.training.training_run import Assignment, TrainingRun
+from pipeline.training.shared_types import Assignment, TrainingRun
 from tests.progress_timeout import progress_seen
 from tests.unit.training.test_moved_run import start_run
 
