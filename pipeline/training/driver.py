@@ -41,7 +41,7 @@ from pipeline.training.console import Console
 from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import NotFiniteAt, StartAsked, Status
-from pipeline.training.scoring import Scoring, ScoringBeside
+from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation, TrainingRun
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pipeline.compute.environment import split_environment
 from pipeline.compute.mailbox import Sender
 from pipeline.compute.resources import has_resources, require_resources
 from pipeline.config.schema import TrainJob
-from pipeline.training.scoring import Scoring
+from pipeline.training.score_while_training import Scoring
 from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.worker.training_loop import train_worker
 
