@@ -37,12 +37,12 @@ from pipeline.storage import files
 from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
 from pipeline.training import worker_group
-from pipeline.training.console import Console
 from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import NotFiniteAt, StartAsked, Status
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation, TrainingRun
+from pipeline.training.training_progress import Console
 
 log = logging.getLogger(__name__)
 
