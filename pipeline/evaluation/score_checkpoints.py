@@ -13,9 +13,9 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.errors import SaganError
 from pipeline.evaluation import metrics, publish_scores
-from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.classifier import Classifier, require_classes
 from pipeline.evaluation.extractors.extractor import Extractor
+from pipeline.evaluation.extractors.load_extractor import load_extractor
 from pipeline.evaluation.features import Real
 from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import Scorer, open_scorer

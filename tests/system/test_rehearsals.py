@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import load_job, parse_overrides
 from pipeline.config.schema import PackSection, TrainJob, TuneJob
-from pipeline.evaluation.extractors.by_name import load_extractor
+from pipeline.evaluation.extractors.load_extractor import load_extractor
 from pipeline.evaluation.metrics import precision_recall
 from pipeline.evaluation.scorer import open_scorer
 from pipeline.packing.pack import pack as pack_section
