@@ -21,7 +21,7 @@ from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import ScoreRecord
+from pipeline.runs.json_records import ScoreRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files

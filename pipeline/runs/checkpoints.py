@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 
 from pipeline.errors import CorruptError
-from pipeline.runs.records import CheckpointFacts
+from pipeline.runs.json_records import CheckpointFacts
 from pipeline.storage import file_sets, files, stored_json
 from pipeline.storage.stored_json import Size
 from sagan.train_state import TENSORS, TrainState

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints
-from pipeline.runs.records import (
+from pipeline.runs.json_records import (
     RunRecord,
     ScoreRecord,
     SweepRecord,

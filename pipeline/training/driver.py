@@ -30,8 +30,8 @@ from pipeline.errors import (
     shown_url,
 )
 from pipeline.packing.pack import pack
+from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
 from pipeline.runs.owner import LostRun, Ownership, claim
-from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord, RunScores, TrainSummary
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.tracking.git_commit import git_commit

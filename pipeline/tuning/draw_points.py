@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config.schema import Choice, TuneJob
 from pipeline.errors import CorruptError
-from pipeline.runs.records import RUNNING, Trial, TrialRecord
+from pipeline.runs.json_records import RUNNING, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 
 WORST = 1e9

@@ -22,7 +22,7 @@ from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError, printable
-from pipeline.runs.records import STOPPED_EARLY, RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.json_records import STOPPED_EARLY, RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri

@@ -30,8 +30,8 @@ from pipeline.runs.checkpoints import (
     load_state,
     write_checkpoint,
 )
+from pipeline.runs.json_records import CheckpointFacts
 from pipeline.runs.owner import require_owner
-from pipeline.runs.records import CheckpointFacts
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets
 from pipeline.storage.scratch_folder import ScratchFolder

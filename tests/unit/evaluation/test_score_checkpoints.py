@@ -18,7 +18,7 @@ from pipeline.evaluation.final_score import finalise
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import RegisteredModel, RunScores
+from pipeline.runs.json_records import RegisteredModel, RunScores
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry

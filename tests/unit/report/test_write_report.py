@@ -20,7 +20,7 @@ from pipeline.config.schema import DataSection, TrainJob
 from pipeline.errors import CorruptError, UsageError
 from pipeline.report import html, write_report
 from pipeline.report.runs_and_models import Reader
-from pipeline.runs.records import SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.json_records import SweepRecord, SweepSummary, SweepTrials, Trial
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.tuning.sweep_picture import draw_plane

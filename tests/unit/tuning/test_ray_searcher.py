@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, InterruptedRun
-from pipeline.runs.records import STOPPED_EARLY, ScoreRecord
+from pipeline.runs.json_records import STOPPED_EARLY, ScoreRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.tuning.draw_points import read_records

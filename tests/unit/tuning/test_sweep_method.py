@@ -13,7 +13,7 @@ from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TuneJob
 from pipeline.errors import UsageError
 from pipeline.job_runner import run_job
-from pipeline.runs.records import SweepRecord
+from pipeline.runs.json_records import SweepRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.training.driver import complete_job
 
