@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pipeline.collection.image_codec import EXTENSIONS
 from pipeline.errors import CorruptError
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 _IMAGES = {*(f".{extension}" for extension in EXTENSIONS.values()), ".jpeg"}
 LABELS = (".cls", ".json")

@@ -24,7 +24,7 @@ from pipeline.collection.shard_file import LABELS, MOST_LABEL_BYTES
 from pipeline.compute.threads import map_ahead
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 Image.init()  # registers the suffixes of all formats
 IMAGES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}

@@ -19,7 +19,7 @@ from pipeline.packing.layouts import published, tables
 from pipeline.packing.layouts.cifar import cifar_archive
 from pipeline.packing.layouts.class_folders import class_folders
 from pipeline.packing.layouts.digits import DIGITS, digits
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 
 def open_source(source: str | dict[str, str]) -> Source:

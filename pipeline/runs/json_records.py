@@ -10,8 +10,8 @@ from pipeline.config.run_method import completed
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score
-from pipeline.storage import files, stored_json
-from pipeline.storage.stored_json import PlainName, Size
+from pipeline.storage import files, validate_json
+from pipeline.storage.validate_json import PlainName, Size
 
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped early"
 """Outcomes of a trial that did not fail."""
@@ -32,7 +32,7 @@ class Record(BaseModel):
     def read(cls, url: str) -> Self | None:
         """Return the record at `url`; None where there is no such file. Raises CorruptError, EnvironmentFault."""
         try:
-            return cls.parse(stored_json.read(url), url)
+            return cls.parse(validate_json.read(url), url)
         except FileNotFoundError:
             return None
 
@@ -43,7 +43,7 @@ class Record(BaseModel):
         Raises CorruptError where `data` is not such a record. The message names the wrong field.
         """
         what = f"a {cls.__name__}"
-        values = stored_json.parse(data, url, what)
+        values = validate_json.parse(data, url, what)
         version = values.get("format", 1)
         known = cls.model_fields["format"].default
         if version != known:
@@ -51,7 +51,7 @@ class Record(BaseModel):
                 f"{url} has format {str(version)[:20]}; this version reads format {known}",
                 "use the version of sagan that wrote the file, or give the run another name",
             )
-        return stored_json.validate(cls, values, url, what)
+        return validate_json.validate(cls, values, url, what)
 
     def write(self, url: str) -> None:
         """Write the record to `url`. Raises EnvironmentFault."""

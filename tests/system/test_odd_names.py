@@ -20,7 +20,7 @@ from pipeline.errors import UsageError
 from pipeline.packing.pack import pack
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 from pipeline.streaming.read_images import read_images
 from pipeline.tracking.mlflow_run import MlflowRun, client, default_uri
 from pipeline.tracking.open_model import open_model

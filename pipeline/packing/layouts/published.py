@@ -19,7 +19,7 @@ from pipeline.packing.labels_and_splits import split_in
 from pipeline.packing.layouts import tables
 from pipeline.packing.layouts.cifar import cifar
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 _WNID = re.compile(r"n\d{8}")
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")

@@ -18,7 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import IMAGES, Tree, require_no_pointer, suffix
 from pipeline.packing.image_source import Row, Source, source_of, tally
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_id", "image_path")
 _IMAGES = ("image", "img", "jpg", "png", "webp", "pixel_values")
