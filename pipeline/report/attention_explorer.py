@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.report import attention_maps, html
 from pipeline.report.attention_maps import Layer
-from pipeline.report.html import Html, element, joined
+from pipeline.report.html_elements import Html, element, joined
 
 
 def explorer(layers: Sequence[Layer], images: Tensor, names: Sequence[str], budget: int) -> Html:
