@@ -78,7 +78,9 @@ class StoredCheckpoint:
     def last_point(self) -> LoggedPoint | None:
         """Return the last line of `metrics.jsonl`; None where nothing was logged. Raises what `metrics` raises."""
         lines, url, what = self.metrics().splitlines(), files.join(self.url, METRICS), "a list of logged points"
-        return validate_json.validate(LoggedPoint, validate_json.parse(lines[-1], url, what), url, what) if lines else None
+        if not lines:
+            return None
+        return validate_json.validate(LoggedPoint, validate_json.parse(lines[-1], url, what), url, what)
 
 
 def complete_checkpoints(url: str) -> list[StoredCheckpoint]:
