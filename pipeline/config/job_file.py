@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob, absolute
+from pipeline.config.locations import absolute
+from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob
 from pipeline.config.text_values import KeyPath, Text, fields, parts, typed
 from pipeline.errors import ConfigError
 

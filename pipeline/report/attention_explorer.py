@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pipeline.report import attention_maps, html_elements as html
+from pipeline.report import attention_maps
+from pipeline.report import html_elements as html
 from pipeline.report.attention_maps import Layer
 from pipeline.report.html_elements import Html, element, joined
 

@@ -18,8 +18,9 @@ from pipeline.compute.cluster import join_named_cluster
 from pipeline.compute.devices import uses_gpu
 from pipeline.compute.mailbox import Mailbox, Question
 from pipeline.compute.root_cause import root_cause
+from pipeline.config.locations import sqlite_database
 from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
-from pipeline.config.schema import TrainJob, sqlite_database
+from pipeline.config.schema import TrainJob
 from pipeline.errors import (
     CorruptError,
     EnvironmentFault,

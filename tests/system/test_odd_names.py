@@ -15,7 +15,8 @@ import pytest
 from pipeline.collection.manifest import Collection
 from pipeline.collection.verify import verify_collection
 from pipeline.config.job_file import load_job, parse_job
-from pipeline.config.schema import PackSection, TrainJob, sqlite_uri
+from pipeline.config.locations import sqlite_uri
+from pipeline.config.schema import PackSection, TrainJob
 from pipeline.errors import UsageError
 from pipeline.packing.pack import pack
 from pipeline.runs.stored_run import StoredRun
