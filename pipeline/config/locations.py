@@ -1,4 +1,4 @@
-"""Locations in a job: paths, URLs and SQLite URIs. Workers run in other folders than the command, so paths are absolute."""
+"""Locations in a job: paths, URLs and SQLite URIs. They are made absolute, because workers run in other folders."""
 
 from __future__ import annotations
 

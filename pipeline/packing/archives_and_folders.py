@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 
 from pipeline.collection.image_codec import FORMATS
-from pipeline.collection.shard_file import LABELS, MOST_LABEL_BYTES
+from pipeline.collection.parse_labels import LABELS, MOST_LABEL_BYTES
 from pipeline.compute.threads import map_ahead
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.storage import files

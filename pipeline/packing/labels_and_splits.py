@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from pipeline.collection.shard_file import parse_label
+from pipeline.collection.parse_labels import parse_label
 from pipeline.errors import UsageError
 
 _WORDS = {
@@ -74,7 +74,7 @@ def class_names_of(
     """Return the class name of each image, and all class names in the order of their indices.
 
     The labels of a source are all numbers, all words, or all true and false. `parse_label` in
-    `pipeline.collection.shard_file` defines what is a number, and which values mean that an image has no label.
+    `pipeline.collection.parse_labels` defines what is a number, and which values mean that an image has no label.
 
     Args:
         labels: Name of each image, and its label as the source has it.

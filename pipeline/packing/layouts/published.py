@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import IO
 
 from pipeline.collection.manifest import INDEX, MANIFEST, Collection
-from pipeline.collection.shard_file import LABELS, MOST_LABEL_BYTES, label_files_of, label_of
+from pipeline.collection.parse_labels import LABELS, MOST_LABEL_BYTES, label_files_of, label_of
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, ignored, suffix
 from pipeline.packing.image_source import Row, Source, source_of, tally, with_local_copy
