@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import Place, suffix
-from pipeline.packing.labels_and_splits import class_names_of, class_order
+from pipeline.packing.classes_and_splits import class_names_of, class_order
 from pipeline.storage import files
 from pipeline.storage.validate_json import printable
 

@@ -14,8 +14,8 @@ from pipeline.collection.manifest import INDEX, MANIFEST, Collection
 from pipeline.collection.parse_labels import LABELS, MOST_LABEL_BYTES, label_files_of, label_of
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, ignored, suffix
+from pipeline.packing.classes_and_splits import split_in
 from pipeline.packing.image_source import Row, Source, source_of, tally, with_local_copy
-from pipeline.packing.labels_and_splits import split_in
 from pipeline.packing.layouts import tables
 from pipeline.packing.layouts.cifar import cifar
 from pipeline.storage import files

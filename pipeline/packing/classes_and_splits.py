@@ -1,4 +1,4 @@
-"""The meaning of labels and of names of splits, for every kind of source."""
+"""Names and order of classes, and names of splits, for every kind of source."""
 
 from __future__ import annotations
 
