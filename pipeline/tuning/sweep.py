@@ -26,7 +26,8 @@ from pipeline.runs.json_records import STOPPED_EARLY, RunScores, SweepRecord, Sw
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
-from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, start_tracking, train
+from pipeline.training.driver import train
+from pipeline.training.find_or_start import artifact_location, complete_job, pack_if_missing, start_tracking
 from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.sweep_picture import draw_plane

@@ -17,7 +17,8 @@ from pipeline.runs.checkpoints import StoredCheckpoint, fetch_newest_checkpoint,
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.training import driver
-from pipeline.training.driver import Housekeeping, complete_job
+from pipeline.training.driver import Housekeeping
+from pipeline.training.find_or_start import complete_job
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import Status
 from tests.conftest import TestS3
