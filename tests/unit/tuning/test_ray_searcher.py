@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.unit.runs.test_records import PROTOCOL
+from tests.unit.runs.test_json_records import PROTOCOL
 
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, InterruptedRun
