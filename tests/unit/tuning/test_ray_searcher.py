@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.unit.runs.test_json_records import PROTOCOL
 
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, InterruptedRun
@@ -17,6 +16,7 @@ from pipeline.runs.stored_run import StoredSweep
 from pipeline.tuning.draw_points import read_records
 from pipeline.tuning.ray_searcher import RecordedSearcher
 from pipeline.tuning.ray_tune import make_scheduler, search
+from tests.unit.runs.test_json_records import PROTOCOL
 
 BASE = TrainJob.model_validate({"name": "base", "data": {"train": "/images"}, "train": {"kimg": 8, "batch": 16}})
 FINISHED = "FINISHED"  # what a searcher of Ray Tune answers where there are no more trials
