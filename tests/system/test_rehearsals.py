@@ -150,7 +150,7 @@ def test_imagenet128_trains_scores_registers_and_resumes(place, images):
     assert version.tags["kimg"]
 
 
-# The digits' jobs are run whole elsewhere: test_training, test_sweep and the quickstart.
+# The digits' jobs are run whole elsewhere: test_resume, test_sweep and the quickstart.
 SHIPPED = {name: job for name, job in shipped().items() if "quickstart" not in name}
 BATCH = 4
 
