@@ -24,7 +24,7 @@ from pipeline.training.run_status import Status
 from tests.conftest import TestS3
 from tests.faults.storage_proxy import FaultProxy, fault_proxy
 from tests.unit.evaluation.conftest import commit_checkpoint
-from tests.unit.training.test_moved_run import job_in, start_run
+from tests.unit.training.test_lost_mlflow_run import job_in, start_run
 
 
 @pytest.fixture
