@@ -24,6 +24,7 @@ from infra.local.servers import S3, Credentials, MlflowServer, Ray
 from infra.local.state_folder import local_mlflow, local_s3
 from pipeline.errors import EnvironmentFault
 from tests.system.command_process import Driver
+from tests.system.test_doctor import finding
 
 pytestmark = pytest.mark.system
 
