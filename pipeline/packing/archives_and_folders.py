@@ -419,7 +419,7 @@ def _linked(root: _Folder, path: str) -> _Folder | _Link | Place | None:
 
 
 def _target(folder: _Folder, link: _Link, links: int = 0) -> _Folder | Place | None:
-    """Return what a link in a folder of a tar leads to; None where there is nothing. Raises _LeavesTar."""
+    """Return the target of a link in a folder of a tar; None where there is none. Raises _LeavesTar."""
     if links > _MOST_LINKS:
         return None
     if link.target.startswith("/"):

@@ -23,12 +23,12 @@ _WHAT = "the receipt of a shard"
 
 
 class _Receipt(BaseModel):
-    """What is known about a complete shard of a packing that has not ended."""
+    """Facts about a complete shard of an unfinished packing."""
 
     size: Size
     sha256: Sha256
     inputs: str
-    """SHA-256 of what determines the shard (see `_inputs`)."""
+    """SHA-256 of the inputs of the shard (see `_inputs`)."""
     broken: dict[str, str]
     """Reason for each image that the shard leaves out, by its index in the source."""
 

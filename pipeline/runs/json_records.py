@@ -1,4 +1,4 @@
-"""Typed records of runs, sweeps and checkpoints, and their JSON files in storage."""
+"""The fields of run.json, summary.json and the other JSON files of runs, sweeps and checkpoints."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class SweepRecord(Record):
     earlier_mlflow_run_ids: list[str] = []
     """Ids of MLflow runs that did not exist any more when the sweep was resumed, the oldest first."""
     method: Method
-    """All values that decide which trials are run and what they give, except their number, by dotted key."""
+    """All values that determine the trials and their results, by dotted key. The number of trials is not among them."""
     format: int = 3
 
 
@@ -177,7 +177,7 @@ class RunScores(Record):
     final: Score | None = None
     """Independent score of the same checkpoint, with other latents."""
     class_accuracy: float | None = None
-    """Share of 1 000 samples that the extractor assigns to the class that they were generated for, in [0, 1]."""
+    """Share of 1 000 samples that the extractor assigns to their own class, in [0, 1]."""
     fd_classifier: float | None = None
     """Fréchet distance between samples and training images in the features of the classifier."""
     fd_classifier_real: float | None = None
@@ -226,7 +226,7 @@ class Trial(BaseModel):
 class TrialRecord(Record):
     """`trials/<name>.json` of a sweep. It is written when the trial starts, and again when it ends.
 
-    These records are all that a later driver needs in order to go on with the search.
+    A later driver needs only these records to continue the search.
     """
 
     number: int = Field(strict=True, ge=0, lt=2**31)

@@ -1,4 +1,4 @@
-"""Values that pass between the caller, the driver and the workers of a training run."""
+"""Types that the caller, the driver and the workers of a training run share."""
 
 from __future__ import annotations
 

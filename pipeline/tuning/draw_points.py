@@ -53,7 +53,7 @@ def read_records(sweep: TuneJob, stored: StoredSweep) -> list[TrialRecord]:
 
 
 def to_resume(sweep: TuneJob, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials that have started and not ended, by number, but no more than the sweep still asks for."""
+    """Return the unfinished trials, ordered by number, up to the number of trials that the sweep still needs."""
     unfinished = [record for record in records if not record.ended]
     if _grids(sweep):
         return unfinished

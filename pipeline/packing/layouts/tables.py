@@ -220,7 +220,7 @@ def _split(lines: list[str], separator: str) -> list[list[str]]:
 
 
 def _finder(tree: Tree) -> Callable[[str], list[str]]:
-    """Return a function that finds the images of a tree that a path of a table names.
+    """Return a function that maps a path of a table to the images of a tree.
 
     A path names an image where the one ends in the other, in whole folders: `C:\\set\\cat\\1.png` and `1.png` both name
     `cat/1.png`. The suffix may be missing. Of several images, those that agree in the most folders are found.
