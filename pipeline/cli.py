@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config.job_file import job_schema, load_job, parse_overrides, to_yaml
+from pipeline.config.job_file import load_job, parse_overrides, to_yaml
+from pipeline.config.json_schema import job_schema
 from pipeline.errors import EnvironmentFault, SaganError, UsageError, printable, shown_url
 from pipeline.runs.score_protocol import ScoreProtocol
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.compute.cluster import require_answer
-from pipeline.config.schema import DataSection, sqlite_database
+from pipeline.config.locations import sqlite_database
+from pipeline.config.schema import DataSection
 from pipeline.errors import EnvironmentFault, printable, shown_url
 
 PATIENCE_S = 15.0  # time limit of a check

@@ -9,7 +9,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 LEAST_TILE = 64  # least pixels per side; smaller images are enlarged by an integer factor
 GAP, MARGIN, TEXT = 4, 16, 15

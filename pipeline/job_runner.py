@@ -13,7 +13,7 @@ from pipeline.errors import SaganError
 
 if TYPE_CHECKING:
     from pipeline.evaluation.self_test import Finding
-    from pipeline.training.training_run import Evaluation
+    from pipeline.training.shared_types import Evaluation
 
 
 def run_job(
@@ -124,6 +124,6 @@ def _evaluation() -> Evaluation:
     """Return the functions of evaluation that training calls."""
     from pipeline.evaluation.final_score import finalise, score_due
     from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
-    from pipeline.training.training_run import Evaluation
+    from pipeline.training.shared_types import Evaluation
 
     return Evaluation(check_scores, score_checkpoint, higher_is_better, score_due, finalise)

@@ -20,7 +20,7 @@ from sagan.generator import Generator
 FORMAT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
 UNUSABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
-"""Errors that Python and torch raise where a network is built from a configuration whose values have other types."""
+"""Errors that Python and torch raise where a network is built from values of wrong types."""
 
 
 class TrainState:

@@ -22,7 +22,7 @@ from rich.table import Table
 from infra.local.server_process import BIN, CHECKOUT
 from infra.local.servers import Ray
 from infra.local.state_folder import BUCKET, TRACKING_DB, end_on_sigterm, local_s3
-from pipeline.config.schema import sqlite_uri
+from pipeline.config.locations import sqlite_uri
 from pipeline.errors import InterruptedRun, SaganError
 
 JOB = "jobs/quickstart.yaml"

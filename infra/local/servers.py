@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
-from pipeline.config.schema import sqlite_uri
+from pipeline.config.locations import sqlite_uri
 from pipeline.errors import UsageError
 
 

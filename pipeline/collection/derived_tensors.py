@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.collection.manifest import Collection
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError
-from pipeline.storage import file_sets, files, stored_json
+from pipeline.storage import file_sets, files, validate_json
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def derived(
             raise CorruptError(f"{url}/{file} does not hold tensors: {error}", _REMEDY) from error
         _check(tensors, expected, f"{url}/{file}")
         where = files.join(url, file_sets.MANIFEST)
-        return tensors, stored_json.validate(facts, manifest.facts, where, "the manifest of a result"), entry.sha256
+        return tensors, validate_json.validate(facts, manifest.facts, where, "the manifest of a result"), entry.sha256
 
 
 def _check(tensors: Tensors, expected: Tensors, url: str) -> None:

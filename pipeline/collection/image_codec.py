@@ -1,4 +1,4 @@
-"""Encoding and decoding of single images: any image file to a stored square RGB image, and that to pixels."""
+"""Single images: any image file is encoded as a square RGB image, and a stored image is decoded to pixels."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from pydantic import AfterValidator, BaseModel, Field, StrictInt
 
 from pipeline.collection.image_codec import EXTENSIONS
 from pipeline.errors import CorruptError, UsageError
-from pipeline.storage import files, stored_json
+from pipeline.storage import files, validate_json
 from pipeline.storage.file_sets import FileEntry
-from pipeline.storage.stored_json import PlainName, Sha256, Size
+from pipeline.storage.validate_json import PlainName, Sha256, Size
 from sagan.config import MOST_CLASSES, RESOLUTIONS
 
 MANIFEST, INDEX, KEYS, FORMAT = "manifest.json", "index.safetensors", "keys.txt", 1
@@ -159,7 +159,7 @@ class Collection:
         EnvironmentFault where storage fails.
         """
         try:
-            data = stored_json.read(files.join(url, MANIFEST))
+            data = validate_json.read(files.join(url, MANIFEST))
         except FileNotFoundError:
             raise UsageError(f"{url} holds no packed collection", f"pack one there: sagan pack SOURCE {url}") from None
         return cls.of(url, data)
@@ -168,10 +168,10 @@ class Collection:
     def of(cls, url: str, data: bytes) -> Collection:
         """Build the collection at `url` from the bytes of its manifest. Raises what `open` raises."""
         where, what = files.join(url, MANIFEST), "the manifest of a collection"
-        values = stored_json.parse(data, where, what)
+        values = validate_json.parse(data, where, what)
         if (format_ := values.get("format", FORMAT)) != FORMAT:
             raise UsageError(f"{url} has format {format_!r}; this version reads {FORMAT}", "use a matching version")
-        manifest = stored_json.validate(_Manifest, values, where, what)
+        manifest = validate_json.validate(_Manifest, values, where, what)
         index = _read_index(files.join(url, INDEX), manifest)
         return cls(
             url=url,
@@ -278,7 +278,7 @@ def _read_index(url: str, manifest: _Manifest) -> dict[str, np.ndarray]:
     try:
         columns = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:  # also for unknown dtypes
-        raise CorruptError(f"{url} is not an index: {stored_json.printable(repr(error))}") from error
+        raise CorruptError(f"{url} is not an index: {validate_json.printable(repr(error))}") from error
     if columns.keys() != _COLUMNS.keys():
         raise CorruptError(f"{url} is not an index: its columns must be {', '.join(_COLUMNS)}")
     for name, kind in _COLUMNS.items():

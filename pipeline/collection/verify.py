@@ -12,7 +12,7 @@ from pipeline.errors import CorruptError
 from pipeline.progress import Report, progress
 from pipeline.storage import files
 from pipeline.storage.file_sets import FileEntry
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 
 def verify_collection(url: str, report: Report | None = None, *, on_cluster: bool = False) -> Collection:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import EnvironmentFault
-from pipeline.storage import files
+from pipeline.storage.filesystems import filesystem
 
 T = TypeVar("T")
 
@@ -100,8 +100,8 @@ def ray_storage(root: str) -> tuple[Any, str]:
     """
     import pyarrow.fs
 
-    filesystem, path = files.filesystem(root)
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+    found, path = filesystem(root)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(found)), path
 
 
 def _python_path() -> dict[str, str]:

@@ -1,11 +1,7 @@
-"""Job files: reading YAML with line numbers, environment variables, overrides, validation and error messages.
-
-The module also writes the JSON schema of job files, for editors.
-"""
+"""Job files: reading YAML with line numbers, environment variables, overrides, validation and error messages."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import re
@@ -15,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic import BaseModel, ValidationError
 
-from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob, absolute
+from pipeline.config.locations import absolute
+from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob
 from pipeline.config.text_values import KeyPath, Text, fields, parts, typed
 from pipeline.errors import ConfigError
 
 _STANDARD_TAG = "tag:yaml.org,2002:"
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 # Most characters of a YAML text, its deepest nesting, and the most values. An alias counts as the values that it names.
 MOST_TEXT, MOST_DEPTH, MOST_VALUES = 1_000_000, 20, 20_000
@@ -232,7 +228,7 @@ class _Values:
             )
         if node.tag == f"{_STANDARD_TAG}null":
             return None
-        if _VARIABLE.search(node.value):  # a variable may stand for a number
+        if VARIABLE.search(node.value):  # a variable may stand for a number
             return Text(self._substitute(node.value, line))
         return Text(node.value) if node.style is None else node.value
 
@@ -250,8 +246,8 @@ class _Values:
                 self.origin.variables[value] = f"${{{name}}}"
             return value
 
-        filled = _VARIABLE.sub(value_of, text)
-        if any(name in os.environ for name, _ in _VARIABLE.findall(text)):
+        filled = VARIABLE.sub(value_of, text)
+        if any(name in os.environ for name, _ in VARIABLE.findall(text)):
             self.origin.variables.setdefault(filled, text)
         return filled
 
@@ -264,51 +260,6 @@ def override(values: Any, dotted: str, value: Any) -> None:
             values[key] = {}
         values = values[key]
     values[last] = value
-
-
-# --- JSON schema -----------------------------------------------------------------------------------------------------
-
-
-def job_schema() -> dict[str, Any]:
-    """Return the JSON schema of a job file of any kind. It is the same on every machine."""
-    definitions = TypeAdapter(Job).json_schema(schema_generator=_FileSchema)["$defs"]
-    for kind, job in KINDS.items():
-        definitions[job.__name__]["properties"]["kind"] = {"const": kind}
-    return {
-        "$schema": _FileSchema.schema_dialect,
-        "title": "A job of sagan",
-        "type": "object",
-        "properties": {"kind": {"enum": list(KINDS)}},
-        "required": ["kind"],
-        # With one condition per kind instead of a union of all kinds, editors show a mistake at its key.
-        "allOf": [
-            {
-                "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
-                "then": {"$ref": f"#/$defs/{job.__name__}"},
-            }
-            for kind, job in KINDS.items()
-        ],
-        "$defs": definitions,
-    }
-
-
-class _FileSchema(GenerateJsonSchema):
-    """A generator of the schema of job files, in which `${NAME}` may stand for a value of any type."""
-
-    def generate_inner(self, schema: Any) -> JsonSchemaValue:
-        described = super().generate_inner(schema)
-        if schema["type"] in ("int", "float", "bool", "literal", "list", "tuple") or "pattern" in schema:
-            return {"anyOf": [described, {"type": "string", "pattern": _VARIABLE.pattern}]}
-        return described
-
-    def default_schema(self, schema: Any) -> JsonSchemaValue:
-        default = schema.get("default")
-        if isinstance(default, BaseModel) or dataclasses.is_dataclass(default):  # its keys have defaults
-            return self.generate_inner(schema["schema"])
-        return super().default_schema(schema)
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False  # a title would only repeat the key
 
 
 # --- Messages --------------------------------------------------------------------------------------------------------

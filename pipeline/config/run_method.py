@@ -10,7 +10,7 @@ from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import UsageError
 
 ADDED: dict[str, Any] = {}
-"""Keys that became part of the method after runs were stored, each with the value that decided those older runs.
+"""Keys that were added to the method after runs were stored, each with the value that the older runs had.
 
 A new key of `model`, `optim` or `data` belongs here, with the behaviour of the code before it. So does the version of a
 rule that decides numbers and has no key, such as the order of samples or the initial weights, when the rule changes:

@@ -10,7 +10,7 @@ from pipeline.evaluation.features import Generated
 from pipeline.evaluation.frechet_distance import frechet_distance
 from pipeline.evaluation.score_checkpoints import draw_grid, open_job_scorer, score_and_record
 from pipeline.runs.best_checkpoint import best_score
-from pipeline.runs.records import RunScores
+from pipeline.runs.json_records import RunScores
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.open_model import model_of_checkpoint
 from sagan.trained_model import Model

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError, shown_url
 from pipeline.evaluation.scorer import Scorer
-from pipeline.runs.records import RegisteredModel, ScoreRecord
+from pipeline.runs.json_records import RegisteredModel, ScoreRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files

@@ -13,15 +13,15 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.errors import SaganError
 from pipeline.evaluation import metrics, publish_scores
-from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.classifier import Classifier, require_classes
 from pipeline.evaluation.extractors.extractor import Extractor
+from pipeline.evaluation.extractors.load_extractor import load_extractor
 from pipeline.evaluation.features import Real
 from pipeline.evaluation.sample_grid import sample_grid
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import ScoreRecord
+from pipeline.runs.json_records import ScoreRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files

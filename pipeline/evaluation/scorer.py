@@ -20,8 +20,8 @@ from pipeline.compute.actor_pool import ActorPool
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation import metrics
-from pipeline.evaluation.extractors.by_name import load_extractor
 from pipeline.evaluation.extractors.extractor import Extractor
+from pipeline.evaluation.extractors.load_extractor import load_extractor
 from pipeline.evaluation.features import Features, Generated, ImageSet, Real, chunks_of, extract, feature_actors
 from pipeline.evaluation.frechet_distance import Moments
 from pipeline.evaluation.metrics import Images, Metric

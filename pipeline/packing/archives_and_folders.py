@@ -20,11 +20,11 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 
 from pipeline.collection.image_codec import FORMATS
-from pipeline.collection.shard_file import LABELS, MOST_LABEL_BYTES
+from pipeline.collection.parse_labels import LABELS, MOST_LABEL_BYTES
 from pipeline.compute.threads import map_ahead
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 Image.init()  # registers the suffixes of all formats
 IMAGES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
@@ -419,7 +419,7 @@ def _linked(root: _Folder, path: str) -> _Folder | _Link | Place | None:
 
 
 def _target(folder: _Folder, link: _Link, links: int = 0) -> _Folder | Place | None:
-    """Return what a link in a folder of a tar leads to; None where there is nothing. Raises _LeavesTar."""
+    """Return the target of a link in a folder of a tar; None where there is none. Raises _LeavesTar."""
     if links > _MOST_LINKS:
         return None
     if link.target.startswith("/"):

@@ -24,7 +24,7 @@ from pipeline.packing.archives_and_folders import suffix
 from pipeline.packing.image_source import LeftOut, Source, tally
 from pipeline.storage import files
 from pipeline.storage.file_sets import FileEntry
-from pipeline.storage.stored_json import PlainName, printable
+from pipeline.storage.validate_json import PlainName, printable
 
 _SHIPPED = Path(__file__).resolve().parents[2] / "jobs"
 # The packing section of a collection. It contains paths, on which the digest of the manifest must not depend.

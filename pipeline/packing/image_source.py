@@ -13,9 +13,9 @@ import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import Place, suffix
-from pipeline.packing.labels_and_splits import class_names_of, class_order
+from pipeline.packing.classes_and_splits import class_names_of, class_order
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 LeftOut = dict[tuple[str, str], tuple[int, str]]
 """Number of files that are left out, and the first of them, by reason and suffix."""

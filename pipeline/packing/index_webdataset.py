@@ -25,7 +25,7 @@ from pipeline.packing.image_source import Source
 from pipeline.packing.recognise import open_source
 from pipeline.progress import Report, progress
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 from sagan.config import RESOLUTIONS
 
 _REMEDY = "pack the images instead of indexing them: sagan pack SOURCE DESTINATION"

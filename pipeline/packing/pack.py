@@ -35,8 +35,8 @@ from pipeline.packing.index_webdataset import index_shards
 from pipeline.packing.recognise import open_source
 from pipeline.packing.resume_packing import delete_receipts, fetch_complete_shard, upload_complete_shard
 from pipeline.progress import Report, progress
-from pipeline.storage import files, stored_json
-from pipeline.storage.stored_json import printable
+from pipeline.storage import files, validate_json
+from pipeline.storage.validate_json import printable
 from sagan.random import Purpose, permutation
 
 _THREADS = 4  # threads per shard, so that reading from a bucket and decoding overlap
@@ -127,7 +127,7 @@ def _existing_collection(destination: str, record: dict[str, Any]) -> Collection
     """Return the collection at `destination`. Raises UsageError where it was packed by another section."""
     url = files.join(destination, SECTION)
     try:
-        packed_by = stored_json.parse(stored_json.read(url), url, "the record of the packing options")
+        packed_by = validate_json.parse(validate_json.read(url), url, "the record of the packing options")
     except FileNotFoundError:
         packed_by = {}
     if differing := [key for key in record if packed_by.get(key) != record[key]]:

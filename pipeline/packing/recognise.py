@@ -13,13 +13,13 @@ import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import Tree, suffix
+from pipeline.packing.classes_and_splits import class_order
 from pipeline.packing.image_source import WHAT_TO_GIVE, LeftOut, Source, tally, with_local_copy
-from pipeline.packing.labels_and_splits import class_order
 from pipeline.packing.layouts import published, tables
 from pipeline.packing.layouts.cifar import cifar_archive
 from pipeline.packing.layouts.class_folders import class_folders
 from pipeline.packing.layouts.digits import DIGITS, digits
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 
 def open_source(source: str | dict[str, str]) -> Source:

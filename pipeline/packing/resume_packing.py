@@ -14,21 +14,21 @@ from pipeline.config.schema import PackSection
 from pipeline.errors import CorruptError
 from pipeline.packing.finish_collection import ShardPlan
 from pipeline.packing.image_source import Source
-from pipeline.storage import files, stored_json
+from pipeline.storage import files, validate_json
 from pipeline.storage.file_sets import FileEntry
-from pipeline.storage.stored_json import Sha256, Size
+from pipeline.storage.validate_json import Sha256, Size
 
 _FOLDER = ".packing"
 _WHAT = "the receipt of a shard"
 
 
 class _Receipt(BaseModel):
-    """What is known about a complete shard of a packing that has not ended."""
+    """Facts about a complete shard of an unfinished packing."""
 
     size: Size
     sha256: Sha256
     inputs: str
-    """SHA-256 of what determines the shard (see `_inputs`)."""
+    """SHA-256 of the inputs of the shard (see `_inputs`)."""
     broken: dict[str, str]
     """Reason for each image that the shard leaves out, by its index in the source."""
 
@@ -52,7 +52,7 @@ def fetch_complete_shard(
     """
     with suppress(FileNotFoundError, CorruptError):
         url = _receipt_url(destination, part)
-        receipt = stored_json.validate(_Receipt, stored_json.parse(stored_json.read(url), url, _WHAT), url, _WHAT)
+        receipt = validate_json.validate(_Receipt, validate_json.parse(validate_json.read(url), url, _WHAT), url, _WHAT)
         known = receipt.broken.keys() <= {str(i) for i in part.ids}
         if known and receipt.inputs == _inputs(part, source, section):
             files.download(files.join(destination, part.name), path, most=receipt.size)

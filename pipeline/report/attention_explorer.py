@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pipeline.report import attention_maps, html
+from pipeline.report import attention_maps
+from pipeline.report import html_elements as html
 from pipeline.report.attention_maps import Layer
-from pipeline.report.html import Html, element, joined
+from pipeline.report.html_elements import Html, element, joined
 
 
 def explorer(layers: Sequence[Layer], images: Tensor, names: Sequence[str], budget: int) -> Html:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.report.html import Html, element
+from pipeline.report.html_elements import Html, element
 
 COLOURS = ("#1f6feb", "#c2410c")  # colours of the two runs in a plot
 

@@ -14,7 +14,7 @@ from pipeline.config.schema import DataSection, EvaluateSection, TrainJob
 from pipeline.errors import CorruptError, UsageError
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import RunRecord, ScoreRecord, TrainSummary
+from pipeline.runs.json_records import RunRecord, ScoreRecord, TrainSummary
 from pipeline.runs.score_protocol import ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep, open_folder
 from pipeline.storage import files

@@ -9,8 +9,9 @@ from typing import Any
 from pipeline.collection.manifest import Collection
 from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation import metrics
-from pipeline.report import attention_explorer, attention_maps, html, plots, sample_analysis
-from pipeline.report.html import Html, Section, element, joined
+from pipeline.report import attention_explorer, attention_maps, plots, sample_analysis
+from pipeline.report import html_elements as html
+from pipeline.report.html_elements import Html, Section, element, joined
 from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
 from pipeline.report.stored_picture import stored_picture
 from pipeline.runs.score_protocol import Score

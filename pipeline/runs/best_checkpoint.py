@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.runs.records import ScoreRecord
+from pipeline.runs.json_records import ScoreRecord
 from pipeline.runs.score_protocol import better_first, comparable
 
 

@@ -16,9 +16,9 @@ import torch
 from pydantic import BaseModel
 
 from pipeline.errors import CorruptError
-from pipeline.runs.records import CheckpointFacts
-from pipeline.storage import file_sets, files, stored_json
-from pipeline.storage.stored_json import Size
+from pipeline.runs.json_records import CheckpointFacts
+from pipeline.storage import file_sets, files, validate_json
+from pipeline.storage.validate_json import Size
 from sagan.train_state import TENSORS, TrainState
 
 CHECKPOINT_FACTS = "checkpoint.json"
@@ -78,7 +78,9 @@ class StoredCheckpoint:
     def last_point(self) -> LoggedPoint | None:
         """Return the last line of `metrics.jsonl`; None where nothing was logged. Raises what `metrics` raises."""
         lines, url, what = self.metrics().splitlines(), files.join(self.url, METRICS), "a list of logged points"
-        return stored_json.validate(LoggedPoint, stored_json.parse(lines[-1], url, what), url, what) if lines else None
+        if not lines:
+            return None
+        return validate_json.validate(LoggedPoint, validate_json.parse(lines[-1], url, what), url, what)
 
 
 def complete_checkpoints(url: str) -> list[StoredCheckpoint]:

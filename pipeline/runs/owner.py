@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError
-from pipeline.storage import files, stored_json
-from pipeline.storage.stored_json import Size, printable
+from pipeline.storage import files, validate_json
+from pipeline.storage.validate_json import Size, printable
 
 RENEWAL_S = 15.0
 TAKEOVER_S = 60.0  # an owner that was not renewed for so long is dead
@@ -178,7 +178,7 @@ def _wait_for_end(folder: str, number: int, note: Callable[[str], None]) -> None
 def _read(folder: str, number: int) -> Owner | None:
     url = _record(folder, number)
     try:
-        return stored_json.validate(Owner, stored_json.parse(stored_json.read(url), url, _WHAT), url, _WHAT)
+        return validate_json.validate(Owner, validate_json.parse(validate_json.read(url), url, _WHAT), url, _WHAT)
     except (FileNotFoundError, CorruptError):
         return None
 
@@ -186,7 +186,7 @@ def _read(folder: str, number: int) -> Owner | None:
 def _is_released(folder: str, number: int) -> bool:
     url = _alive(folder, number)
     try:
-        return bool(stored_json.parse(stored_json.read(url), url, _WHAT).get("released"))
+        return bool(validate_json.parse(validate_json.read(url), url, _WHAT).get("released"))
     except (FileNotFoundError, CorruptError):
         return False
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints
-from pipeline.runs.records import (
+from pipeline.runs.json_records import (
     RunRecord,
     ScoreRecord,
     SweepRecord,
@@ -16,7 +16,7 @@ from pipeline.runs.records import (
     TrainSummary,
     TrialRecord,
 )
-from pipeline.storage import files, stored_json
+from pipeline.storage import files, validate_json
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def open_folder(url: str) -> StoredRun | StoredSweep | None:
     """
     record_url = _record_url(url)
     try:
-        record = stored_json.parse(stored_json.read(record_url), record_url, "the record of a run or a sweep")
+        record = validate_json.parse(validate_json.read(record_url), record_url, "the record of a run or a sweep")
     except FileNotFoundError:
         return None
     return StoredSweep(url) if record.get("kind") == "tune" else StoredRun(url)

@@ -16,8 +16,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, StrictInt
 
 from pipeline.errors import CorruptError, SaganError
-from pipeline.storage import files, stored_json
-from pipeline.storage.stored_json import RelativePath, Sha256, Size
+from pipeline.storage import files, validate_json
+from pipeline.storage.validate_json import RelativePath, Sha256, Size
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -85,10 +85,10 @@ class Manifest:
 
         Raises CorruptError, which names the field, where it is no manifest of this format.
         """
-        values = stored_json.parse(data, url, "a manifest")
+        values = validate_json.parse(data, url, "a manifest")
         if (format_ := values.get("format", FORMAT)) != FORMAT:
             raise CorruptError(f"{url} has format {format_!r}; this version reads {FORMAT}", "use a matching version")
-        stored = stored_json.validate(_Stored, values, url, "a manifest")
+        stored = validate_json.validate(_Stored, values, url, "a manifest")
         return cls(stored.files, dict(stored.model_extra or {}))
 
     @property
@@ -118,7 +118,7 @@ def read_manifest(url: str) -> Manifest | None:
     """Return the manifest of the set at `url`; None where there is no set. Raises CorruptError, EnvironmentFault."""
     manifest_url = files.join(url, MANIFEST)
     try:
-        return Manifest.from_bytes(stored_json.read(manifest_url), manifest_url)
+        return Manifest.from_bytes(validate_json.read(manifest_url), manifest_url)
     except FileNotFoundError:
         return None
 

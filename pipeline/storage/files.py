@@ -19,27 +19,23 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-import fsspec
 from fsspec.asyn import sync
 from fsspec.callbacks import Callback
-from fsspec.core import strip_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, SaganError
+from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.storage import storage_errors
+from pipeline.storage.filesystems import ATTEMPTS, SILENCE_S, filesystem, is_local, local_path
 
-_CONNECT_S, _SILENCE_S = 5, 20  # seconds: limits for opening a connection, and for a server that sends nothing
 _SLOWEST = 50_000  # bytes per second: a slower download fails
-_ATTEMPTS = 4
 _SETTLING_S = 1.0  # seconds after which a created object is read again where creation has no condition
 _PIECE = 2**20  # bytes of a local copy
 _DELETIONS = 8  # keys of a folder that are deleted at the same time
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def join(url: str, *parts: str) -> str:
@@ -50,16 +46,6 @@ def join(url: str, *parts: str) -> str:
 def name(url: str) -> str:
     """Return the last part of a URL."""
     return url.rstrip("/").rsplit("/", 1)[-1]
-
-
-def is_local(url: str) -> bool:
-    """Return whether a URL is a path on this machine."""
-    return "://" not in url or url.startswith("file://")
-
-
-def local_path(url: str) -> Path:
-    """Return the absolute path of a local URL (see `is_local`)."""
-    return Path(url.removeprefix("file://")).expanduser().absolute()
 
 
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -81,7 +67,7 @@ def read_at_most(url: str, most: int) -> bytes:
         with _storage(url) as (_, path), _open_regular(path) as file:
             data = file.read(most + 1)
         if len(data) > most:
-            raise _too_large(url, most)
+            raise storage_errors.too_large(url, most)
         return data
     with tempfile.TemporaryDirectory(prefix="sagan-read-") as folder:  # only a download can be stopped midway
         local = Path(folder) / "object"
@@ -159,9 +145,9 @@ def reading(url: str) -> Iterator[IO[bytes]]:
     try:
         yield file
     except OSError as error:
-        if _is_full(error):
+        if storage_errors.is_full(error):
             raise
-        raise _fault(url, error) from error
+        raise storage_errors.fault(url, error) from error
     finally:
         file.close()
 
@@ -199,9 +185,9 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f"sagan-{purpose}-") as folder:
             yield Path(folder)
     except Exception as error:
-        if not _is_full(error):
+        if not storage_errors.is_full(error):
             raise
-        raise _no_space(Path(tempfile.gettempdir()), purpose) from error
+        raise storage_errors.no_space(Path(tempfile.gettempdir()), purpose) from error
 
 
 def exists(url: str) -> bool:
@@ -210,7 +196,7 @@ def exists(url: str) -> bool:
         try:
             fs.info(path)
         except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
+            if storage_errors.s3_code(error) == "NoSuchBucket":
                 raise
             return False
         return True
@@ -258,7 +244,7 @@ def upload(local: Path, url: str) -> None:
 def download(
     url: str,
     local: Path,
-    attempts: int = _ATTEMPTS,
+    attempts: int = ATTEMPTS,
     advance: Callable[[int], None] = lambda bytes_: None,
     *,
     most: int | None = None,
@@ -286,9 +272,9 @@ def download(
             else:
                 fs.get_file(path, str(local), callback=arriving)
         except OSError as error:
-            if not _is_full(error):
+            if not storage_errors.is_full(error):
                 raise
-            raise _no_space(local.parent, url) from error
+            raise storage_errors.no_space(local.parent, url) from error
 
 
 def delete(url: str) -> None:
@@ -312,28 +298,8 @@ def check_writable(url: str) -> None:
     delete(probe)
 
 
-def filesystem(url: str, attempts: int = _ATTEMPTS) -> tuple[Any, str]:
-    """Return this process's fsspec file system for a URL, and the path in it. The file system can be pickled."""
-    if is_local(url):
-        return _filesystem("file", (), os.getpid(), 1), str(local_path(url))
-    protocol, _, _ = url.partition("://")
-    # Servers other than AWS answer a range request with the checksum of the whole object. botocore would reject it.
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    return _filesystem(protocol, _settings(), os.getpid(), attempts), strip_protocol(url)
-
-
-def _settings() -> tuple[tuple[str, str], ...]:
-    """Return the environment variables that a client reads when it is created.
-
-    A changed value, such as a corrected key or another proxy, needs another client.
-    """
-    names = ("HOME", *(name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")))
-    return tuple((name, os.environ.get(name, "")) for name in sorted(names))
-
-
 @contextmanager
-def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
+def _storage(url: str, attempts: int = ATTEMPTS) -> Iterator[tuple[Any, str]]:
     """Yield the file system of a URL and the path in it.
 
     Failures in the body of the `with` statement become FileNotFoundError or EnvironmentFault.
@@ -349,37 +315,17 @@ def _storage(url: str, attempts: int = _ATTEMPTS) -> Iterator[tuple[Any, str]]:
     except SaganError:
         raise
     except Exception as error:
-        if _code(error) == "403":  # the response to HEAD has no body with the reason, but the response to a listing has
+        if storage_errors.s3_code(error) == "403":
+            # The response to HEAD has no body with the reason, but the response to a listing has.
             try:
                 fs.ls(path.partition("/")[0])
             except Exception as reason:
                 error = reason
         links_to_itself = isinstance(error, OSError) and error.errno == errno.ELOOP
-        if links_to_itself or (isinstance(error, FileNotFoundError) and _code(error) != "NoSuchBucket"):
+        no_bucket = storage_errors.s3_code(error) == "NoSuchBucket"
+        if links_to_itself or (isinstance(error, FileNotFoundError) and not no_bucket):
             raise FileNotFoundError(f"{url} does not exist") from error
-        raise _fault(url, error) from error
-
-
-@lru_cache(maxsize=16)
-def _filesystem(protocol: str, settings: tuple[tuple[str, str], ...], pid: int, attempts: int) -> Any:
-    """Create a file system. `settings` and `pid` are used only as keys of the cache."""
-    if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        timeout = ClientTimeout(sock_connect=_CONNECT_S, sock_read=_SILENCE_S)  # no limit for a whole large file
-        headers = {"Accept-Encoding": "identity"}  # a compressed object would hide its size
-        client = {"timeout": timeout, "headers": headers}
-        return fsspec.filesystem(protocol, skip_instance_cache=True, client_kwargs=client)
-    if protocol != "s3":
-        return fsspec.filesystem(protocol, skip_instance_cache=True)
-    config = {
-        "connect_timeout": _CONNECT_S,
-        "read_timeout": _SILENCE_S,
-        "retries": {"total_max_attempts": attempts, "mode": "standard"},  # exponential back-off with jitter
-    }
-    fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-    fs.retries = min(attempts, 2)  # s3fs's retries, beside botocore's, of bodies that break off; default 5
-    return fs
+        raise storage_errors.fault(url, error) from error
 
 
 class _Arriving(Callback):
@@ -402,7 +348,7 @@ class _Arriving(Callback):
         self._check_size(self.value)
         self._advance(inc)
         seconds = time.monotonic() - self._began
-        if seconds > _SILENCE_S and self.value < _SLOWEST * seconds:
+        if seconds > SILENCE_S and self.value < _SLOWEST * seconds:
             raise EnvironmentFault(
                 f"{self._url}: the download is too slow ({self.value / 1e3:.0f} kB in {seconds:.0f} s) and was stopped",
                 "check the network and the load of the storage",
@@ -410,11 +356,7 @@ class _Arriving(Callback):
 
     def _check_size(self, size: int) -> None:
         if self._most is not None and size > self._most:
-            raise _too_large(self._url, self._most)
-
-
-def _too_large(url: str, most: int) -> CorruptError:
-    return CorruptError(f"{url} is larger than it may be: it has more than {most:,} bytes and was not read further")
+            raise storage_errors.too_large(self._url, self._most)
 
 
 def _open_regular(path: str) -> IO[bytes]:
@@ -451,81 +393,11 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             yield path
 
 
-def _is_full(error: BaseException) -> bool:
-    """Return whether an exception says that a disk is full. safetensors raises exceptions that are no OSError."""
-    return (isinstance(error, OSError) and error.errno in _FULL) or "(os error 28)" in str(error)
-
-
-def _no_space(folder: Path, what: str) -> EnvironmentFault:
-    """Return the EnvironmentFault that says that a folder of this machine has no space for something."""
-    is_temporary = folder.is_relative_to(tempfile.gettempdir())
-    remedy = "set TMPDIR to a folder with more space" if is_temporary else "choose another folder"
-    return EnvironmentFault(f"{folder}: no space left for {what}", f"free some space there, or {remedy}")
-
-
 def _missing_is_empty(call: Callable[..., Any], path: str, **options: Any) -> list[str]:
     """Return what `call` lists; [] where `path` does not exist. Raises where the bucket does not exist."""
     try:
         return list(call(path, **options) or [])
     except FileNotFoundError as error:
-        if _code(error) == "NoSuchBucket":
+        if storage_errors.s3_code(error) == "NoSuchBucket":
             raise
         return []
-
-
-def _code(error: BaseException) -> str:
-    """Return the S3 error code of an exception of s3fs; "" where it has none."""
-    for candidate in (error, error.__cause__):
-        response = getattr(candidate, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _fault(url: str, error: Exception) -> EnvironmentFault:
-    """Return the EnvironmentFault that describes an exception of a file system, with its remedy."""
-    endpoint = (
-        os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS (no AWS_ENDPOINT_URL)"
-    )
-    where, code = (f"{url} at {endpoint}" if url.startswith("s3://") else url), _code(error)
-    if code == "NoSuchBucket":
-        bucket = url.removeprefix("s3://").partition("/")[0]
-        return LastingFault(
-            f"{where}: bucket {bucket!r} does not exist", "create the bucket, or correct the URL or AWS_ENDPOINT_URL"
-        )
-    if code == "SignatureDoesNotMatch":
-        return LastingFault(
-            f"{where}: the secret key does not match the key id (SignatureDoesNotMatch)",
-            "correct AWS_SECRET_ACCESS_KEY",
-        )
-    if code == "InvalidAccessKeyId":
-        return LastingFault(
-            f"{where}: the storage does not know this key id (InvalidAccessKeyId)", "correct AWS_ACCESS_KEY_ID"
-        )
-    if code.startswith("Expired") or code == "InvalidToken":
-        return LastingFault(f"{where}: the credentials have expired ({code})", "get new credentials and start again")
-    kind = type(error).__name__
-    if kind in ("NoCredentialsError", "PartialCredentialsError"):
-        return LastingFault(
-            f"{where}: no credentials found",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use a machine that has a role",
-        )
-    if isinstance(error, PermissionError):
-        return LastingFault(
-            f"{where}: access denied ({code or error.strerror or error})",
-            "allow these credentials or this user to list, read and write there",
-        )
-    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "FSTimeoutError") or isinstance(
-        error, ConnectionError | TimeoutError
-    ):
-        return EnvironmentFault(
-            f"{where}: the storage cannot be reached ({kind})",
-            "check that the server runs, and check AWS_ENDPOINT_URL and the network",
-        )
-    if kind in ("ClientPayloadError", "IncompleteRead", "ResponseStreamingError"):
-        return EnvironmentFault(f"{where}: the transfer broke off ({kind})", "check the network and the storage's log")
-    if code:
-        return EnvironmentFault(f"{where}: the storage answers {code}", "check the storage's load and its log")
-    if _is_full(error):
-        return EnvironmentFault(f"{where}: no space left", "free some space, or choose another place")
-    return EnvironmentFault(f"{where}: {kind}: {error}", "run `sagan doctor`, which checks storage step by step")

@@ -1,4 +1,4 @@
-"""Temporary folders of processes that may be killed. The next process deletes what a dead one has left."""
+"""Temporary folders of processes that may be killed. The next process deletes the folders of dead ones."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def promote(uri: str, name: str, version: int, force_reason: str | None = None) 
     """Set `champion` to a version that a person chose, and return its number.
 
     Without `force_reason`, the version must be better than the champion under the champion's protocol. With
-    `force_reason`, every version that is newer or that ranks better is tagged withdrawn, so that `promote_best` does
-    not choose it later. The chosen version is no longer withdrawn.
+    `force_reason`, all newer versions and all better versions are tagged withdrawn. `promote_best` does not choose a
+    withdrawn version. The chosen version is no longer withdrawn.
 
     Raises UsageError where the version does not exist, is not READY or is not better; EnvironmentFault where MLflow
     cannot be used.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from pipeline.config.schema import TrainJob, absolute_tracking_uri, sqlite_database
+from pipeline.config.locations import absolute_tracking_uri, sqlite_database
+from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, LastingFault, UsageError, shown_url, without_secrets_of
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
-from pipeline.storage import files, stored_json
-from pipeline.storage.stored_json import RelativePath
+from pipeline.storage import files, validate_json
+from pipeline.storage.validate_json import RelativePath
 
 LIST = ".pulled.json"  # paths of the files that pulls wrote, relative to the folder
 _PATHS = TypeAdapter(list[RelativePath])
@@ -83,7 +83,7 @@ def _listed(path: Path) -> set[str]:
     Raises CorruptError where it is no list of paths below the folder.
     """
     try:
-        return set(_PATHS.validate_json(files.read_at_most(str(path), stored_json.MOST_BYTES)))
+        return set(_PATHS.validate_json(files.read_at_most(str(path), validate_json.MOST_BYTES)))
     except FileNotFoundError:
         return set()
     except ValidationError as error:

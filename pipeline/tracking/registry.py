@@ -106,9 +106,9 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
     The folder then contains generator.safetensors, config.json, code/sagan/, README.md, samples.png and the files of
     MLflow. The model of an earlier pull is replaced after the download is complete. Other files are kept.
 
-    Returns the absolute path of the folder. Raises UsageError where the folder holds files and no pulled model,
-    EnvironmentFault, and CorruptError where the version holds no complete model, where a file is not the one that was
-    registered, or where the version does not say which files were registered.
+    Returns the absolute path of the folder. Raises UsageError where the folder holds files and no pulled model. Raises
+    CorruptError where the version holds no complete model, where a file was changed after registration, or where the
+    version has no list of its files. Raises EnvironmentFault.
     """
     destination = Path(destination).expanduser().absolute()
     with pulled_folder.replacing(destination) as folder, registry_errors(uri):

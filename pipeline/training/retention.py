@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def delete_superfluous_checkpoints(job: TrainJob) -> None:
-    """Delete the checkpoints of the job's run that need not be kept, and what killed workers left of others.
+    """Delete the checkpoints that the job's run need not keep, and unfinished checkpoints of killed workers.
 
     Raises EnvironmentFault, CorruptError.
     """

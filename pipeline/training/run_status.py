@@ -1,4 +1,4 @@
-"""The status of a run: messages that workers and evaluation tasks send to the driver, and what they add up to."""
+"""The status of a run: messages of workers and evaluation tasks to the driver, and the state that results from them."""
 
 from __future__ import annotations
 

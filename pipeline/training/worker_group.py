@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pipeline.compute.cluster import connect, ray_storage
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
-from pipeline.compute.environment import split_environment
 from pipeline.compute.mailbox import Sender
 from pipeline.compute.resources import has_resources, require_resources
+from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
-from pipeline.training.scoring import Scoring
-from pipeline.training.training_run import Assignment, TrainingRun
+from pipeline.training.score_while_training import Scoring
+from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.worker.training_loop import train_worker
 
 

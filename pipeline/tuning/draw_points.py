@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config.schema import Choice, TuneJob
 from pipeline.errors import CorruptError
-from pipeline.runs.records import RUNNING, Trial, TrialRecord
+from pipeline.runs.json_records import RUNNING, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 
 WORST = 1e9
@@ -53,7 +53,7 @@ def read_records(sweep: TuneJob, stored: StoredSweep) -> list[TrialRecord]:
 
 
 def to_resume(sweep: TuneJob, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials that have started and not ended, by number, but no more than the sweep still asks for."""
+    """Return the unfinished trials, ordered by number, up to the number of trials that the sweep still needs."""
     unfinished = [record for record in records if not record.ended]
     if _grids(sweep):
         return unfinished

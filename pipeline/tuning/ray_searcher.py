@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, InterruptedRun, printable, shown_url
-from pipeline.runs.records import FINISHED, STOPPED_EARLY, Trial, TrialRecord
+from pipeline.runs.json_records import FINISHED, STOPPED_EARLY, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.tuning.draw_points import start, to_resume, to_start
 

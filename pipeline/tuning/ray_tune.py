@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.runs.records import Trial, TrialRecord
+from pipeline.runs.json_records import Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
 from pipeline.tuning.draw_points import ranked, read_records, to_resume, to_start

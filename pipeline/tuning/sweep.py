@@ -22,12 +22,13 @@ from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError, printable
-from pipeline.runs.records import STOPPED_EARLY, RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.json_records import STOPPED_EARLY, RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
-from pipeline.training.driver import artifact_location, complete_job, pack_if_missing, start_tracking, train
-from pipeline.training.training_run import Evaluation
+from pipeline.training.driver import train
+from pipeline.training.find_or_start import artifact_location, complete_job, pack_if_missing, start_tracking
+from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.sweep_picture import draw_plane
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.records import Trial
+from pipeline.runs.json_records import Trial
 
 
 def draw_plane(trials: Sequence[Trial], marked: Sequence[Mapping[str, Any]], score_name: str, out: Path) -> None:

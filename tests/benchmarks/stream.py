@@ -53,7 +53,7 @@ from pipeline.streaming.stream import Stream
 from sagan.ranks import World
 from tests.benchmarks import _readers
 from tests.benchmarks._readers import BATCH, SIDE, Batches
-from tests.faults.proxy import fault_proxy
+from tests.faults.storage_proxy import fault_proxy
 from tests.real_data import real_file
 
 IMAGES, PER_SHARD, THREADS = 8192, 512, 2

@@ -40,7 +40,7 @@ from pipeline.packing.pack import pack
 from pipeline.streaming.order import Order
 from pipeline.streaming.stream import Stream
 from sagan.ranks import World
-from tests.faults.proxy import FaultProxy, fault_proxy
+from tests.faults.storage_proxy import FaultProxy, fault_proxy
 
 WORKERS, BATCH, SEED = 2, 96, 5
 NOT_RUN = "not run: a small disk takes the right to mount one"

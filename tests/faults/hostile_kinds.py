@@ -30,7 +30,7 @@ from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.evaluation.extractors.classifier import Classifier
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import StoredCheckpoint, upload_checkpoint, write_checkpoint
-from pipeline.runs.records import (
+from pipeline.runs.json_records import (
     CheckpointFacts,
     RecordedData,
     RecordedEvaluation,

@@ -43,9 +43,9 @@ from pipeline.training import run_status
 from pipeline.training.restart_budget import Start
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import Status
-from pipeline.training.training_run import Assignment, TrainingRun
+from pipeline.training.shared_types import Assignment, TrainingRun
 from tests.progress_timeout import progress_seen
-from tests.unit.training.test_moved_run import start_run
+from tests.unit.training.test_lost_mlflow_run import start_run
 
 KILLED = 137
 STEP, INTERVAL, LENGTH = 32, 96, 384  # images of a step, between checkpoints, and of the run

@@ -15,12 +15,13 @@ import pytest
 from pipeline.collection.manifest import Collection
 from pipeline.collection.verify import verify_collection
 from pipeline.config.job_file import load_job, parse_job
-from pipeline.config.schema import PackSection, TrainJob, sqlite_uri
+from pipeline.config.locations import sqlite_uri
+from pipeline.config.schema import PackSection, TrainJob
 from pipeline.errors import UsageError
 from pipeline.packing.pack import pack
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 from pipeline.streaming.read_images import read_images
 from pipeline.tracking.mlflow_run import MlflowRun, client, default_uri
 from pipeline.tracking.open_model import open_model

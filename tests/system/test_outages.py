@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.storage import files
-from tests.faults.proxy import fault_proxy
+from tests.faults.storage_proxy import fault_proxy
 from tests.system.command_process import Driver, ray_workers
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import load_job, parse_overrides
 from pipeline.config.schema import PackSection, TrainJob, TuneJob
-from pipeline.evaluation.extractors.by_name import load_extractor
+from pipeline.evaluation.extractors.load_extractor import load_extractor
 from pipeline.evaluation.metrics import precision_recall
 from pipeline.evaluation.scorer import open_scorer
 from pipeline.packing.pack import pack as pack_section
@@ -150,7 +150,7 @@ def test_imagenet128_trains_scores_registers_and_resumes(place, images):
     assert version.tags["kimg"]
 
 
-# The digits' jobs are run whole elsewhere: test_training, test_sweep and the quickstart.
+# The digits' jobs are run whole elsewhere: test_resume, test_sweep and the quickstart.
 SHIPPED = {name: job for name, job in shipped().items() if "quickstart" not in name}
 BATCH = 4
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.report import html
+from pipeline.report import html_elements as html
 from pipeline.report.attention_explorer import explorer
 from pipeline.report.attention_maps import Layer
 from pipeline.report.runs_and_models import Reader

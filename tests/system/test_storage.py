@@ -18,7 +18,7 @@ from pipeline.config.schema import DataSection, PackSection
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.packing.pack import pack
 from pipeline.runs.stored_run import StoredRun
-from pipeline.storage import file_sets, files
+from pipeline.storage import file_sets, files, filesystems
 from pipeline.streaming.stream import Stream
 from sagan.ranks import World
 
@@ -155,7 +155,7 @@ def test_no_credentials_at_all(s3: Any, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY"])
 def test_the_client_of_a_proxy_is_not_kept(bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     """A proxy that was set for a while decides nothing afterwards, also where nothing was stored before."""
-    files._filesystem.cache_clear()
+    filesystems._filesystem.cache_clear()
     with monkeypatch.context() as proxied:
         proxied.setenv(variable, f"http://127.0.0.1:{free_port()}")
         proxied.setenv("no_proxy", "")

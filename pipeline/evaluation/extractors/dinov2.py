@@ -1,4 +1,4 @@
-"""DINOv2's vision transformer (Oquab et al. 2023). It is filled with the published parameters elsewhere.
+"""DINOv2's vision transformer (Oquab et al. 2023). `published_networks.py` fills it with the published parameters.
 
 torch-fidelity downloads code from GitHub for this network and runs it. The parameters here have the same names and
 shapes as in that code.

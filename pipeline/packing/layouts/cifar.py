@@ -144,7 +144,7 @@ class _Unpickler(pickle.Unpickler):
     """An unpickler that builds numbers, texts, lists and dictionaries, and records arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what records a call to the object that a pickle names.
+        """Return a stand-in for the object that a pickle names. The stand-in records calls.
 
         Raises UsageError for every name that no CIFAR batch needs.
         """

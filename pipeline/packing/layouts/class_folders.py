@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import IMAGES, Tree, folders_of, ignored, suffix
+from pipeline.packing.classes_and_splits import split_named, splits_of_folders
 from pipeline.packing.image_source import WHAT_TO_GIVE, Row, Source, source_of
-from pipeline.packing.labels_and_splits import split_named, splits_of_folders
 from pipeline.storage import files
 
 

@@ -11,15 +11,15 @@ from pathlib import PurePosixPath
 from typing import IO
 
 from pipeline.collection.manifest import INDEX, MANIFEST, Collection
-from pipeline.collection.shard_file import LABELS, MOST_LABEL_BYTES, label_files_of, label_of
+from pipeline.collection.parse_labels import LABELS, MOST_LABEL_BYTES, label_files_of, label_of
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import IMAGES, Place, Tree, ignored, suffix
+from pipeline.packing.classes_and_splits import split_in
 from pipeline.packing.image_source import Row, Source, source_of, tally, with_local_copy
-from pipeline.packing.labels_and_splits import split_in
 from pipeline.packing.layouts import tables
 from pipeline.packing.layouts.cifar import cifar
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 _WNID = re.compile(r"n\d{8}")
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")

@@ -18,7 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import IMAGES, Tree, require_no_pointer, suffix
 from pipeline.packing.image_source import Row, Source, source_of, tally
 from pipeline.storage import files
-from pipeline.storage.stored_json import printable
+from pipeline.storage.validate_json import printable
 
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_id", "image_path")
 _IMAGES = ("image", "img", "jpg", "png", "webp", "pixel_values")
@@ -220,7 +220,7 @@ def _split(lines: list[str], separator: str) -> list[list[str]]:
 
 
 def _finder(tree: Tree) -> Callable[[str], list[str]]:
-    """Return a function that finds the images of a tree that a path of a table names.
+    """Return a function that maps a path of a table to the images of a tree.
 
     A path names an image where the one ends in the other, in whole folders: `C:\\set\\cat\\1.png` and `1.png` both name
     `cat/1.png`. The suffix may be missing. Of several images, those that agree in the most folders are found.

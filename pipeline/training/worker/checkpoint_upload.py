@@ -45,7 +45,7 @@ class CheckpointUpload:
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait until the last upload has ended. Raises what it raised, which is no passing fault of storage."""
+        """Wait until the last upload has ended. Raises its error, unless it was a temporary fault of storage."""
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:

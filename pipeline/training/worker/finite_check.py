@@ -18,7 +18,7 @@ class NotFinite(EnvironmentFault):
 
 
 def diverged(images: int, what: str) -> SaganError:
-    """Return the error of a run that is not finite at the same position again, so that no device is to blame."""
+    """Return the error for values that are not finite twice at the same position. A device is not the cause then."""
     return SaganError(f"training diverged at {images / 1000:.1f} kimg, twice with the same state: {what}", _LOWER_RATES)
 
 

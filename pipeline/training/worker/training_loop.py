@@ -30,8 +30,8 @@ from pipeline.runs.checkpoints import (
     load_state,
     write_checkpoint,
 )
+from pipeline.runs.json_records import CheckpointFacts
 from pipeline.runs.owner import require_owner
-from pipeline.runs.records import CheckpointFacts
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets
 from pipeline.storage.scratch_folder import ScratchFolder
@@ -41,7 +41,7 @@ from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.training import run_status
 from pipeline.training.restart_budget import LONGEST_PAUSE_S, Start
-from pipeline.training.training_run import Assignment
+from pipeline.training.shared_types import Assignment
 from pipeline.training.worker import rank_consistency
 from pipeline.training.worker.actions_after_step import Actions, actions_after_step
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload

@@ -1,4 +1,4 @@
-"""Says where a worker waits that completes no step for a long time."""
+"""Reports where in the code a worker waits, if it completes no step for a long time."""
 
 from __future__ import annotations
 

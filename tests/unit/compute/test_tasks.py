@@ -1,4 +1,4 @@
-"""Functions run in threads of this process. tests/system/test_packing.py tests them in tasks of a Ray cluster."""
+"""Functions run in threads of this process. tests/system/test_packing_on_cluster.py runs them in tasks of Ray."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import make_url
 
 from pipeline.config.job_file import load_job, parse_job
-from pipeline.config.schema import sqlite_database
+from pipeline.config.locations import sqlite_database
 from pipeline.errors import UsageError
 from pipeline.tracking.mlflow_run import client, default_uri
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from pipeline.config.job_file import load_job, parse_overrides, to_yaml
-from pipeline.config.schema import Job, absolute
+from pipeline.config.locations import absolute
+from pipeline.config.schema import Job
 from pipeline.errors import ConfigError
 from tests.document_blocks import ROOT
 

@@ -17,7 +17,7 @@ from pipeline.config.job_file import parse_job
 from pipeline.config.schema import DataSection, PackSection, TrainJob
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import StoredCheckpoint, upload_checkpoint, write_checkpoint
-from pipeline.runs.records import CheckpointFacts
+from pipeline.runs.json_records import CheckpointFacts
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import MlflowRun
 from sagan.config import ModelConfig, OptimConfig

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.collection.manifest import Collection
-from pipeline.config.schema import PackSection, TrainJob, sqlite_uri
+from pipeline.config.locations import sqlite_uri
+from pipeline.config.schema import PackSection, TrainJob
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.evaluation.final_score import finalise
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.records import RegisteredModel, RunScores
+from pipeline.runs.json_records import RegisteredModel, RunScores
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry

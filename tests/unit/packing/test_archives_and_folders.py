@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.packing.archives_and_folders import Tree, ignored
-from pipeline.packing.labels_and_splits import split_in
+from pipeline.packing.classes_and_splits import split_in
 from tests.unit.packing.coloured_images import picture, tar, write
 
 

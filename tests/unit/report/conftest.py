@@ -10,7 +10,7 @@ import torch
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
 from pipeline.evaluation.score_checkpoints import score_checkpoint
-from pipeline.runs.records import RecordedData, RecordedEvaluation, RunRecord
+from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord
 from pipeline.runs.stored_run import StoredRun
 from tests.unit.evaluation.conftest import checkpoint, commit_checkpoint, data, digits, job, model, run_id, tracking
 

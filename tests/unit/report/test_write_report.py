@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config.schema import DataSection, TrainJob
 from pipeline.errors import CorruptError, UsageError
-from pipeline.report import html, write_report
+from pipeline.report import html_elements as html
+from pipeline.report import write_report
 from pipeline.report.runs_and_models import Reader
-from pipeline.runs.records import SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.json_records import SweepRecord, SweepSummary, SweepTrials, Trial
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.tuning.sweep_picture import draw_plane

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pipeline.runs.best_checkpoint import best_score
-from pipeline.runs.records import ScoreRecord
+from pipeline.runs.json_records import ScoreRecord
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 
 PROTOCOL = ScoreProtocol(

@@ -17,13 +17,14 @@ from pipeline.runs.checkpoints import StoredCheckpoint, fetch_newest_checkpoint,
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.training import driver
-from pipeline.training.driver import Housekeeping, complete_job
+from pipeline.training.driver import Housekeeping
+from pipeline.training.find_or_start import complete_job
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import Status
 from tests.conftest import TestS3
-from tests.faults.proxy import FaultProxy, fault_proxy
+from tests.faults.storage_proxy import FaultProxy, fault_proxy
 from tests.unit.evaluation.conftest import commit_checkpoint
-from tests.unit.training.test_moved_run import job_in, start_run
+from tests.unit.training.test_lost_mlflow_run import job_in, start_run
 
 
 @pytest.fixture

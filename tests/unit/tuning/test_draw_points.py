@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.schema import TuneJob
 from pipeline.errors import CorruptError
-from pipeline.runs.records import FINISHED, RUNNING, STOPPED_EARLY, Trial, TrialRecord
+from pipeline.runs.json_records import FINISHED, RUNNING, STOPPED_EARLY, Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.tuning.draw_points import read_records, start, to_resume, to_start
 

@@ -10,13 +10,13 @@ import pytest
 
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, InterruptedRun
-from pipeline.runs.records import STOPPED_EARLY, ScoreRecord
+from pipeline.runs.json_records import STOPPED_EARLY, ScoreRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.tuning.draw_points import read_records
 from pipeline.tuning.ray_searcher import RecordedSearcher
 from pipeline.tuning.ray_tune import make_scheduler, search
-from tests.unit.runs.test_records import PROTOCOL
+from tests.unit.runs.test_json_records import PROTOCOL
 
 BASE = TrainJob.model_validate({"name": "base", "data": {"train": "/images"}, "train": {"kimg": 8, "batch": 16}})
 FINISHED = "FINISHED"  # what a searcher of Ray Tune answers where there are no more trials

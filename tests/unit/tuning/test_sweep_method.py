@@ -13,9 +13,9 @@ from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TuneJob
 from pipeline.errors import UsageError
 from pipeline.job_runner import run_job
-from pipeline.runs.records import SweepRecord
+from pipeline.runs.json_records import SweepRecord
 from pipeline.runs.stored_run import StoredSweep
-from pipeline.training.driver import complete_job
+from pipeline.training.find_or_start import complete_job
 
 SPACE = {"optim.lr_d": {"loguniform": [1.0e-4, 1.0e-3]}}
 

@@ -17,7 +17,7 @@ from pipeline.storage import files
 from pipeline.training.worker import checkpoint_upload
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
 from tests.conftest import TestS3
-from tests.faults.proxy import fault_proxy
+from tests.faults.storage_proxy import fault_proxy
 
 
 @pytest.fixture

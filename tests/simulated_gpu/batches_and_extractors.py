@@ -11,8 +11,8 @@ import torch
 from pipeline.evaluation.extractors.extractor_file import extractor_from_file
 from pipeline.streaming.device_transfer import to_device
 from pipeline.streaming.stream import Batch
-from tests.device import simulated_gpu
-from tests.device.simulated_gpu import Record, host
+from tests.simulated_gpu import simulated_gpu
+from tests.simulated_gpu.simulated_gpu import Record, host
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Values that pass between the caller, the driver and the workers of a training run."""
+"""Types that the caller, the driver and the workers of a training run share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipeline.compute.mailbox import Sender
 from pipeline.config.run_method import digest_of
 from pipeline.config.schema import TrainJob
 from pipeline.runs.checkpoints import StoredCheckpoint
+from pipeline.runs.json_records import RunRecord, RunScores, TrainSummary
 from pipeline.runs.owner import Ownership
-from pipeline.runs.records import RunRecord, RunScores, TrainSummary
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 

@@ -14,7 +14,7 @@ from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
 from pipeline.training import run_status
-from pipeline.training.training_run import Evaluation, TrainingRun
+from pipeline.training.shared_types import Evaluation, TrainingRun
 
 TRIES = 3  # attempts to score a checkpoint beside training
 PAUSE_S = 10.0  # seconds between two attempts

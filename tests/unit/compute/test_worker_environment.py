@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pipeline.compute.environment import split_environment
+from pipeline.compute.worker_environment import split_environment
 
 
 def test_secrets_are_kept_from_rays_state() -> None:

@@ -14,7 +14,8 @@ FILES = ("batches_and_extractors", "steps")
 
 @pytest.mark.parametrize("name", FILES)
 def test_on_a_simulated_gpu(name: str) -> None:
-    options = ["-q", "-p", "tests.device.simulated_gpu", "-p", "no:cacheprovider", "--confcutdir", "tests/device"]
-    command = [sys.executable, "-m", "pytest", *options, f"tests/device/{name}.py"]
+    folder, plugin = "tests/simulated_gpu", "tests.simulated_gpu.simulated_gpu"
+    options = ["-q", "-p", plugin, "-p", "no:cacheprovider", "--confcutdir", folder]
+    command = [sys.executable, "-m", "pytest", *options, f"{folder}/{name}.py"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,11 +1,11 @@
-"""The meaning of labels and of names of splits, for every kind of source."""
+"""Names and order of classes, and names of splits, for every kind of source."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from pipeline.collection.shard_file import parse_label
+from pipeline.collection.parse_labels import parse_label
 from pipeline.errors import UsageError
 
 _WORDS = {
@@ -73,8 +73,8 @@ def class_names_of(
 ) -> tuple[list[str | None], list[str]]:
     """Return the class name of each image, and all class names in the order of their indices.
 
-    The labels of a source are all numbers, all words, or all true and false. `parse_label` in
-    `pipeline.collection.shard_file` defines what is a number, and which values mean that an image has no label.
+    The labels of a source are all numbers, all words, or all true and false. `pipeline.collection.parse_labels` defines
+    which labels are numbers, and which values mean that an image has no label.
 
     Args:
         labels: Name of each image, and its label as the source has it.

@@ -16,8 +16,9 @@ from pipeline.errors import EnvironmentFault
 from pipeline.job_runner import _evaluation
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import client
-from pipeline.training.driver import find_or_start, finish_tracking, owned
-from pipeline.training.training_run import TrainingRun
+from pipeline.training.driver import finish_tracking
+from pipeline.training.find_or_start import find_or_start, owned
+from pipeline.training.shared_types import TrainingRun
 from tests.unit.evaluation.conftest import commit_checkpoint
 
 POINTS = [{"step": step, "time_ms": step, "metrics": {"loss_d": step / 2}} for step in (16, 32)]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,9 @@ from infra.local import end_with_parent
 from infra.local.server_process import BIN, CHECKOUT, free_port
 from infra.local.servers import S3, Credentials, MlflowServer, Ray
 from infra.local.state_folder import local_mlflow, local_s3
-from pipeline import doctor
 from pipeline.errors import EnvironmentFault
-from pipeline.tracking.mlflow_run import MlflowRun, default_uri
 from tests.system.command_process import Driver
+from tests.system.test_doctor import finding
 
 pytestmark = pytest.mark.system
 
@@ -203,99 +200,6 @@ def test_kept_credentials_are_the_owners_alone(tmp_path):
     assert Credentials.kept(path) == made
     assert path.stat().st_mode & 0o777 == 0o600
     assert made.secret not in repr(made)
-
-
-def finding(name: str) -> doctor.Check:
-    return next(check for check in doctor.checks() if check.name == name)
-
-
-def test_doctor_tells_a_wrong_secret_from_a_server_that_is_down(tmp_path, monkeypatch, capsys):
-    with S3(tmp_path) as server:
-        server.bucket("images")
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        up = finding("S3")
-        assert up.status == "ok"
-        assert "images" in up.found
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        wrong = finding("S3")
-        assert (wrong.status, wrong.remedy) == ("fail", "correct AWS_SECRET_ACCESS_KEY")
-        assert "secret key does not match" in wrong.found
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.credentials.secret)
-    down = finding("S3")
-    assert down.status == "fail"
-    assert "cannot be reached" in down.found
-    assert server.credentials.secret not in f"{up}{wrong}{down}"
-    assert doctor.run(cluster=False, json=True) == 3
-    assert '"name": "S3"' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "RAY_API_SERVER_ADDRESS"])
-def test_doctor_reports_what_does_not_answer(monkeypatch, variable):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
-    found = finding({"MLFLOW_TRACKING_URI": "MLflow", "RAY_API_SERVER_ADDRESS": "Ray"}[variable])
-    assert found.status == "fail"
-    assert variable in found.remedy
-
-
-def test_doctor_does_not_wait_for_what_never_answers(monkeypatch):
-    """A server that accepts and says nothing, while everything else is still reported."""
-    monkeypatch.setattr(doctor, "PATIENCE_S", 3.0)
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{mute.getsockname()[1]}")
-        found = {check.name: check for check in doctor.checks()}
-    assert found["MLflow"].status == "fail"
-    assert found["disk"].status in ("ok", "warn")
-
-
-@pytest.mark.parametrize("place", ["mlruns", "old schema", "a text"])
-def test_doctor_asks_mlflow_as_a_job_does(tmp_path, monkeypatch, place):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns" if place == "mlruns" else "sqlite:///given.db")
-    if place == "old schema":
-        MlflowRun.start(f"sqlite:///{tmp_path}/new.db", "e", "r", None, {}, {}, None).close(10)
-        shutil.copy("new.db", "given.db")
-        with closing(sqlite3.connect("given.db")) as database, database:
-            database.execute("update alembic_version set version_num = '451aebb31d03'")
-    if place == "a text":
-        Path("given.db").write_text("not a database, " * 100)
-    found = finding("MLflow")
-    assert found.status == "fail"
-    assert ("sqlite:///FILE" if place == "mlruns" else "mlflow db upgrade") in found.remedy, found
-    with pytest.raises(EnvironmentFault) as caught:
-        MlflowRun.start(default_uri(), "e", "r", None, {}, {}, None)
-    assert caught.value.message.partition(" (")[0] == found.found.partition(" (")[0], "a job says the same"
-
-
-def test_doctor_makes_no_database(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert finding("MLflow").status == "ok"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_doctor_names_a_host_that_the_server_refuses(mlflow_server, monkeypatch):
-    port = mlflow_server.uri.rpartition(":")[2]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{socket.gethostname()}.example:{port}")
-    monkeypatch.setenv("http_proxy", mlflow_server.uri)  # every name leads to the server
-    monkeypatch.setenv("no_proxy", "")
-    found = finding("MLflow")
-    assert found.status == "fail"
-    assert "--allowed-hosts" in found.remedy, found
-
-
-def test_mlflow_server_keeps_runs_and_answers_the_doctor(mlflow_server, monkeypatch):
-    from mlflow import MlflowClient
-
-    tracking = MlflowClient(mlflow_server.uri)
-    run = tracking.create_run(tracking.create_experiment("local"))
-    tracking.log_metric(run.info.run_id, "fid", 12.0, step=3)
-    assert tracking.get_run(run.info.run_id).data.metrics == {"fid": 12.0}
-    assert run.info.artifact_uri.startswith("s3://")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
-    assert finding("MLflow").status == "ok"
 
 
 def test_mlflow_asks_for_the_login(mlflow_server, monkeypatch):

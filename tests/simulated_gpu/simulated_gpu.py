@@ -2,7 +2,7 @@
 
 Import this module before `sagan` and `pipeline`. Their `"cuda"` and `torch.cuda` then mean the simulated device:
 
-    from tests.device import simulated_gpu
+    from tests.simulated_gpu import simulated_gpu
     from sagan import Step, TrainState
 
     with simulated_gpu.Record() as record:
@@ -46,7 +46,7 @@ _READS_BACK = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "u
 _MAY_MIX_DEVICES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}
 
 if early := [name for name in _REWRITTEN if name in sys.modules]:
-    raise ImportError(f"import tests.device.simulated_gpu before {early[0]}, which has read its device names already")
+    raise ImportError(f"import {__name__} before {early[0]}, which has read its device names already")
 
 
 # --- streams and page-locked memory ----------------------------------------------------------------------------------

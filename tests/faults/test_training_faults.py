@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.storage import files
-from tests.faults.proxy import fault_proxy
+from tests.faults.storage_proxy import fault_proxy
 from tests.system.command_process import Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]

@@ -10,7 +10,7 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import ConfigError, EnvironmentFault
-from pipeline.evaluation.extractors.by_name import load_extractor
+from pipeline.evaluation.extractors.load_extractor import load_extractor
 
 
 class Mean(torch.nn.Module):

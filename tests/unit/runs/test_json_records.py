@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints, load_state
-from pipeline.runs.records import (
+from pipeline.runs.json_records import (
     CheckpointFacts,
     Record,
     RecordedData,

@@ -7,7 +7,8 @@ import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from pipeline.config.job_file import job_schema, load_job, to_yaml
+from pipeline.config.job_file import load_job, to_yaml
+from pipeline.config.json_schema import job_schema
 from tests.shipped_jobs import JOBS
 
 FILES = sorted(JOBS.glob("*.yaml"))

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config.schema import PackSection
 from pipeline.errors import UsageError
-from pipeline.packing.labels_and_splits import class_order, splits_of_folders
+from pipeline.packing.classes_and_splits import class_order, splits_of_folders
 from pipeline.packing.pack import pack
 from pipeline.packing.recognise import open_source
 from tests.unit.packing.coloured_images import by_colour, picture, tar, write

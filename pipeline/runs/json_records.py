@@ -1,4 +1,4 @@
-"""Typed records of runs, sweeps and checkpoints, and their JSON files in storage."""
+"""The fields of run.json, summary.json and the other JSON files of runs, sweeps and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipeline.config.run_method import completed
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score
-from pipeline.storage import files, stored_json
-from pipeline.storage.stored_json import PlainName, Size
+from pipeline.storage import files, validate_json
+from pipeline.storage.validate_json import PlainName, Size
 
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped early"
 """Outcomes of a trial that did not fail."""
@@ -32,7 +32,7 @@ class Record(BaseModel):
     def read(cls, url: str) -> Self | None:
         """Return the record at `url`; None where there is no such file. Raises CorruptError, EnvironmentFault."""
         try:
-            return cls.parse(stored_json.read(url), url)
+            return cls.parse(validate_json.read(url), url)
         except FileNotFoundError:
             return None
 
@@ -43,7 +43,7 @@ class Record(BaseModel):
         Raises CorruptError where `data` is not such a record. The message names the wrong field.
         """
         what = f"a {cls.__name__}"
-        values = stored_json.parse(data, url, what)
+        values = validate_json.parse(data, url, what)
         version = values.get("format", 1)
         known = cls.model_fields["format"].default
         if version != known:
@@ -51,7 +51,7 @@ class Record(BaseModel):
                 f"{url} has format {str(version)[:20]}; this version reads format {known}",
                 "use the version of sagan that wrote the file, or give the run another name",
             )
-        return stored_json.validate(cls, values, url, what)
+        return validate_json.validate(cls, values, url, what)
 
     def write(self, url: str) -> None:
         """Write the record to `url`. Raises EnvironmentFault."""
@@ -125,7 +125,7 @@ class SweepRecord(Record):
     earlier_mlflow_run_ids: list[str] = []
     """Ids of MLflow runs that did not exist any more when the sweep was resumed, the oldest first."""
     method: Method
-    """All values that decide which trials are run and what they give, except their number, by dotted key."""
+    """All values that determine the trials and their results, by dotted key. The number of trials is not among them."""
     format: int = 3
 
 
@@ -177,7 +177,7 @@ class RunScores(Record):
     final: Score | None = None
     """Independent score of the same checkpoint, with other latents."""
     class_accuracy: float | None = None
-    """Share of 1 000 samples that the extractor assigns to the class that they were generated for, in [0, 1]."""
+    """Share of 1 000 samples that the extractor assigns to their own class, in [0, 1]."""
     fd_classifier: float | None = None
     """Fréchet distance between samples and training images in the features of the classifier."""
     fd_classifier_real: float | None = None
@@ -226,7 +226,7 @@ class Trial(BaseModel):
 class TrialRecord(Record):
     """`trials/<name>.json` of a sweep. It is written when the trial starts, and again when it ends.
 
-    These records are all that a later driver needs in order to go on with the search.
+    A later driver needs only these records to continue the search.
     """
 
     number: int = Field(strict=True, ge=0, lt=2**31)

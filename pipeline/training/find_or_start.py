@@ -1,0 +1,187 @@
+"""Finds the run of a name or starts it: packs the images, completes the job, checks it and owns the run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.collection.manifest import MANIFEST, Collection
+from pipeline.compute.cluster import join_named_cluster
+from pipeline.config.locations import sqlite_database
+from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
+from pipeline.config.schema import TrainJob
+from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, UsageError, shown_url
+from pipeline.packing.pack import pack
+from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord
+from pipeline.runs.owner import Ownership, claim
+from pipeline.runs.stored_run import StoredRun
+from pipeline.storage import files
+from pipeline.tracking.git_commit import git_commit
+from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
+from pipeline.training.shared_types import Evaluation, TrainingRun
+
+SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the source version of the run
+
+
+@contextlib.contextmanager
+def owned(stored: StoredRun) -> Iterator[Ownership]:
+    """Own a run inside a `with` block. Raises what `claim` raises."""
+    owner = claim(stored.owners_url, lambda line: print(line, flush=True))
+    try:
+        yield owner
+    finally:
+        owner.release()
+
+
+def pack_if_missing(job: TrainJob) -> None:
+    """Pack `data.pack` to `data.train`, unless `data.train` already holds a collection."""
+    if job.data.pack is not None and not files.exists(files.join(job.data.train, MANIFEST)):
+        files.check_writable(job.data.train)
+        pack(job.data.train, job.data.pack, on_cluster=join_named_cluster())
+
+
+def complete_job(job: TrainJob) -> TrainJob:
+    """Return the job with the values filled in that its collection and its environment decide.
+
+    The collection decides the resolution and the number of classes. The environment decides the tracking URI.
+    Raises UsageError where the collection has no split `data.split` or does not fit the model.
+    """
+    collection = Collection.open(job.data.train)
+    collection.ids(job.data.split)
+    job = complete_model(job, collection.resolution, collection.num_classes)
+    return job.model_copy(update={"track": job.track.model_copy(update={"uri": tracking_uri(job)})})
+
+
+def find_or_start(
+    job: TrainJob, evaluation: Evaluation, parent: str | None, own: Callable[[StoredRun], Ownership]
+) -> TrainingRun:
+    """Check the job before any worker starts, then find the run of this name or start it in MLflow.
+
+    `own` becomes the owner of a run that has not ended, before anything of it is changed.
+
+    A run that exists resumes where MLflow does not answer. Raises UsageError, EnvironmentFault or CorruptError.
+    """
+    files.check_writable(job.checkpoint.root)
+    pack_if_missing(job)
+    job = complete_job(job)
+    evaluation.check(job)
+    stored = StoredRun.of(job)
+    method = method_of(job, Collection.open(job.data.train).digest)
+    uri = tracking_uri(job)
+    if ended := _ended_run(job, stored, method):
+        return ended
+    owner = own(stored)
+    if ended := _ended_run(job, stored, method):  # by the driver that this one has waited for
+        return ended
+    record = _own_record(job, stored, method)
+    try:
+        record = start_tracking(job, stored, record, method, parent)
+        reached = last_step(uri, record.mlflow_run_id, "loss_d")
+    except EnvironmentFault as fault:
+        if record is None or isinstance(fault, LastingFault):
+            raise
+        print(f"the run resumes without MLflow, which gets its points later: {fault.message}", flush=True)
+        reached = max((checkpoint.images for checkpoint in stored.checkpoints()), default=0)
+    return TrainingRun(job, stored, uri, record, owner, reached, None)
+
+
+def start_tracking(
+    job: TrainJob, stored: StoredRun, record: RunRecord | None, method: dict[str, Any], parent: str | None
+) -> RunRecord:
+    """Start the MLflow run of a training run or resume it, write the run's record and return it.
+
+    A tracker that does not have the MLflow run of `record` gets a new one with the metrics of the newest checkpoint.
+
+    Args:
+        job: The complete job.
+        stored: Folder of the run.
+        record: The run's record; None for a new run.
+        method: Method of the job.
+        parent: Id of the MLflow run of the sweep, if the run is a trial.
+
+    Raises EnvironmentFault.
+    """
+    tracker = MlflowRun.start(
+        tracking_uri(job),
+        job.track.experiment,
+        job.name,
+        record.mlflow_run_id if record else None,
+        params=method,
+        tags={
+            "kind": "train",
+            "method_digest": digest_of(method),
+            "collection": shown_url(job.data.train),
+            SOURCE_COMMIT: git_commit(),
+        },
+        artifacts=job.track.artifacts or artifact_location(job),
+        parent=parent,
+    )
+    earlier = record.earlier_mlflow_run_ids if record else []
+    if record and record.mlflow_run_id != tracker.run_id:
+        earlier = [*earlier, record.mlflow_run_id]
+        for checkpoint in stored.checkpoints()[-1:]:
+            tracker.replay(checkpoint.metrics().decode())
+    tracker.close(timeout_s=30)
+    record = RunRecord(
+        name=job.name,
+        method=method,
+        mlflow_run_id=tracker.run_id,
+        earlier_mlflow_run_ids=earlier,
+        starts=record.starts if record else 0,
+        images_lost=record.images_lost if record else 0,
+        data=RecordedData.of(job.data),
+        evaluate=RecordedEvaluation.of(job.evaluate),
+    )
+    stored.write_record(record)
+    return record
+
+
+def artifact_location(job: TrainJob) -> str | None:
+    """Return the artifact location of a new experiment; None where the MLflow server decides it.
+
+    A tracking database has no artifact store, so artifacts go to `<checkpoint.root>/mlflow`.
+    """
+    return files.join(job.checkpoint.root, "mlflow") if sqlite_database(job.track.uri or "") else None
+
+
+def _ended_run(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> TrainingRun | None:
+    """Return the run of this name where it has been trained to `train.kimg`; otherwise None. Raises UsageError."""
+    record, summary = _own_record(job, stored, method), stored.summary()
+    if record is None or summary is None or summary.images < 1000 * job.train.kimg:
+        return None
+    return TrainingRun(job, stored, tracking_uri(job), record, None, 0, summary)
+
+
+def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> RunRecord | None:
+    """Return the record of the run of this name; None where there is no such run.
+
+    Raises UsageError where the stored run, or the newest checkpoint of a folder without a record, has another method.
+    """
+    record = stored.record()
+    if record is None:
+        _require_own_checkpoints(stored, digest_of(method))
+        return None
+    if record.method == method:
+        return record
+    old = record.method
+    lines = "\n".join(f"    {line}" for line in method_differences(old, method))
+    raise UsageError(
+        f"a run named {job.name} exists under {job.checkpoint.root} with another method:\n{lines}",
+        "give this run another name (name=…), set the keys back to resume the existing run, "
+        "or delete the existing run and start over with --fresh",
+    )
+
+
+def _require_own_checkpoints(stored: StoredRun, method_digest: str) -> None:
+    """Raise UsageError where the newest checkpoint of a folder without `run.json` has another method."""
+    for checkpoint in stored.checkpoints()[-1:]:
+        try:
+            other = checkpoint.facts().method_digest != method_digest
+        except CorruptError:  # the workers skip it
+            continue
+        if other:
+            raise UsageError(
+                f"{stored.url} has no record of a run, but its checkpoint {checkpoint.name} is of another method",
+                "give this run another name (name=…), or delete the folder and start over with --fresh",
+            )
