@@ -10,6 +10,7 @@ one image. Offsets inside an image fit into 32 bits, offsets of images need 64.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -245,23 +246,34 @@ def _packed(coefficients: Tensor) -> Tensor:
 
 def _sizes(x: Tensor) -> dict[str, Any]:
     """Return the sizes of maps and tiles, and the type of sums, as arguments of a kernel."""
-    columns = min(64, triton.next_power_of_2(x.shape[1]))
+    _, channels, height, width = x.shape
+    rows, columns = _tile(height * width, channels)
     return {
-        "pixels": x.shape[2] * x.shape[3],
-        "channels": x.shape[1],
+        "pixels": height * width,
+        "channels": channels,
         "FLOAT": _ACCUMULATES_IN.get(x.dtype, tl.float32),
-        "ROWS": min(_TILE // columns, triton.next_power_of_2(x.shape[2] * x.shape[3])),
+        "ROWS": rows,
         "COLUMNS": columns,
         "num_warps": 8,
     }
 
 
+@functools.cache
+def _tile(pixels: int, channels: int) -> tuple[int, int]:
+    """Return the pixels and the channels of a tile, both powers of two."""
+    columns = min(64, triton.next_power_of_2(channels))
+    return min(_TILE // columns, triton.next_power_of_2(pixels)), columns
+
+
 def _columns(x: Tensor) -> tuple[int, int]:
     """Return the grid of programs that process all pixels of an image and a tile's channels."""
-    return x.shape[0], triton.cdiv(x.shape[1], _sizes(x)["COLUMNS"])
+    b, channels, height, width = x.shape
+    _, columns = _tile(height * width, channels)
+    return b, -(-channels // columns)
 
 
 def _tiles(x: Tensor) -> tuple[int, int, int]:
     """Return the grid of programs that process one tile each."""
-    sizes = _sizes(x)
-    return x.shape[0], triton.cdiv(sizes["pixels"], sizes["ROWS"]), triton.cdiv(x.shape[1], sizes["COLUMNS"])
+    b, channels, height, width = x.shape
+    rows, columns = _tile(height * width, channels)
+    return b, -(-height * width // rows), -(-channels // columns)

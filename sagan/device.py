@@ -17,9 +17,16 @@ def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return tensor.to(device, dtype, non_blocking=True)
 
 
+_LEAST_ELEMENTS = 2**24
+
+
 def kernels(x: Tensor) -> Any:
-    """Return the module `cuda_kernels` where its kernels run on the device of x, and None elsewhere."""
-    return _cuda_kernels() if x.device.type == "cuda" and torch.version.cuda is not None else None
+    """Return the module `cuda_kernels` where it serves maps like x, and None elsewhere.
+
+    For maps below 2²⁴ elements, Triton's launches take the host longer than the kernels save the device.
+    """
+    serves = x.device.type == "cuda" and torch.version.cuda is not None and x.numel() >= _LEAST_ELEMENTS
+    return _cuda_kernels() if serves else None
 
 
 @functools.cache

@@ -245,11 +245,12 @@ class Step:
         """Return the network in DDP, or the network itself in a world of one.
 
         DDP does not synchronise buffers. `spectral_norm.advance` synchronises u, v and σ, and `batch_norm.track` the
-        running averages.
+        running averages. Buckets of 100 MB take two collectives for each network's gradients.
         """
         if self.world.size == 1:
             return network
-        return DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": 100}
+        return DistributedDataParallel(network, **options)
 
 
 def passes(batch: int, ranks: int, groups: int, micro_batch: int | None) -> int:

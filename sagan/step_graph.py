@@ -37,11 +37,16 @@ class StepGraph:
     Args:
         compute: the step. It takes inputs and the decay of the moving average, waits for nothing and calls no
             collective.
-        optimizers: the optimisers that the step uses. Their learning rates become tensors.
+        optimizers: the optimisers that the step uses. Their learning rates become float32 tensors, which a recording
+            reads.
     """
 
     def __init__(self, compute: Callable[[Inputs, float], Tensor], optimizers: Sequence[torch.optim.Adam]) -> None:
-        self._compute, self._optimizers = compute, optimizers
+        self._compute = compute
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+                group["capturable"] = True
         self._eager_steps = 0
         self._recording: _Recording | None = None
         self._fails = False
@@ -72,11 +77,6 @@ class StepGraph:
         """Record the step without running it."""
         real = [(images.clone(), labels.clone()) for images, labels in inputs.real]  # the others are not the caller's
         inputs = replace(inputs, real=real)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                if not isinstance(group["lr"], Tensor):
-                    group["lr"] = torch.tensor(group["lr"], device=inputs.real[0][0].device)
-                group["capturable"] = True
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             metrics = self._compute(inputs, ema_decay)
