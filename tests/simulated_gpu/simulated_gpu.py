@@ -24,6 +24,7 @@ and no TorchScript.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 import traceback
@@ -37,7 +38,7 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -62,6 +63,19 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         self.awaited.add(other)
+
+    def synchronize(self) -> None:
+        _synchronize()
+
+
+class Event:
+    """A mark in the current stream, for which the host can wait."""
+
+    def record(self) -> None:
+        """Do nothing: everything before the mark has been computed."""
+
+    def synchronize(self) -> None:
+        _synchronize()
 
 
 _streams = [Stream()]  # the last one is current
@@ -210,26 +224,36 @@ class Record(TorchDispatchMode):
         to_device = device is not None and torch.device(device).type == NAME
         if not ours and not to_device:
             return func(*args, **kwargs)
-        if func.namespace == _COLLECTIVES:
-            return self._collective(func, args, kwargs, ours)
         asks_for_host = device is not None and not to_device
         self._check_devices(func, name, ours, theirs, asks_for_host)
+        if func.namespace == _COLLECTIVES:
+            return self._collective(func, args, kwargs, ours)
         if any(t.stream is not now and (t.stream not in now.awaited or now not in t.recorded) for t in ours):
             raise RuntimeError(f"{func} reads what another stream wrote: wait_stream and record_stream first")
         leaves = bool(ours) and (not isinstance(args[0], SimulatedTensor) if name == "copy_" else asks_for_host)
+        queued = leaves and _is_queued(name, args, kwargs)
         masks = name.startswith("index") and any(t.dtype == torch.bool for t in tensors[1:])
         self.operators[name] += 1
-        if leaves or masks or name in _READS_BACK:
-            self.syncs[f"{name} {_place()}"] += 1
+        if (leaves and not queued) or masks or name in _READS_BACK:
+            self.wait(name)
         if name in ("copy_", "_to_copy") and not leaves and any(t.dim() and not _is_pinned(t) for t in theirs):
             self.pageable[f"{name} {_place()}"] += 1
         if self.inner == "meta" and leaves and name == "copy_":
             return args[0]  # there are no numbers to copy
         given = _unwrapped((args, kwargs))
         given[1].update({"device": self.inner} if to_device else {})
+        if queued:
+            return _copied_later(name, args, given)
         out = func(*given[0], **given[1])
         self.observe(func, given, out)
         return _wrapped(out, ours, leaves)
+
+    def wait(self, name: str) -> None:
+        """Record that the host waits for the device. The copies that were queued before arrive."""
+        self.syncs[f"{name} {_place()}"] += 1
+        while _queued:
+            host, numbers = _queued.pop(0)
+            host.copy_(numbers)
 
     def _collective(self, func: Any, args: Any, kwargs: dict[str, Any], ours: list[SimulatedTensor]) -> Any:
         """Run a collective on the numbers of its tensors. Without numbers, run it on memory that nobody reads."""
@@ -276,6 +300,31 @@ def _place() -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "autograd"
 
 
+def _synchronize(*_: object) -> None:
+    """Wait for the device."""
+    record = _get_current_dispatch_mode()
+    (record if isinstance(record, Record) else _unrecorded).wait("synchronize")
+
+
+_queued: list[tuple[torch.Tensor, torch.Tensor]] = []
+"""Tensors of the host, and the numbers that arrive there at the next wait for the device."""
+
+
+def _is_queued(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a copy to the host only begins. `to` makes page-locked memory for it, as with CUDA."""
+    non_blocking = kwargs.get("non_blocking") or args[2:3] == (True,)
+    return bool(non_blocking) and (name == "_to_copy" or (name == "copy_" and _is_pinned(args[0])))
+
+
+def _copied_later(name: str, args: Any, given: Any) -> torch.Tensor:
+    """Queue a copy to the host. Until the host waits, it reads NaN or zeros."""
+    numbers = given[0][1].clone() if name == "copy_" else torch.ops.aten._to_copy.default(*given[0], **given[1])
+    host: torch.Tensor = args[0] if name == "copy_" else _pin(torch.empty_like(numbers))
+    host.fill_(math.nan if host.is_floating_point() else 0)
+    _queued.append((host, numbers))
+    return host
+
+
 _unrecorded = Record()
 
 
@@ -284,14 +333,15 @@ _unrecorded = Record()
 
 def _register() -> None:
     """Make the device known to torch under its name, and replace the functions of page-locked memory."""
-    answers: dict[str, Any] = dict.fromkeys(("synchronize", "manual_seed_all", "current_device", "_is_in_bad_fork"), 0)
+    answers: dict[str, Any] = dict.fromkeys(("manual_seed_all", "current_device", "_is_in_bad_fork"), 0)
     answers |= {"is_available": 1, "is_initialized": 1, "device_count": 1, "get_amp_supported_dtype": [torch.bfloat16]}
 
     def answering(answer: Any) -> Callable[..., Any]:
         return lambda *_: answer
 
     module = types.SimpleNamespace(**{name: answering(answer) for name, answer in answers.items()})
-    module.Stream, module.stream, module.current_stream = Stream, on_stream, current_stream
+    module.Event, module.Stream, module.stream, module.current_stream = Event, Stream, on_stream, current_stream
+    module.synchronize = _synchronize
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # assigning `data` would not move `inner`
     torch.Tensor.pin_memory = _pin  # type: ignore[assignment, method-assign]
