@@ -15,6 +15,8 @@ collectives_32_per_rank: Collectives of a step on 8 ranks with 32 images each. `
     DDP's buckets.
 host_syncs: Operators for which the host waits.
 
+Kernels of compiled networks are not counted, because Inductor makes them for a GPU only where there is one.
+
 The table shows where in `sagan` the operators come from. Operators of a backward pass belong to the line of the forward
 pass that recorded them.
 """

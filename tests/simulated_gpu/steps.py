@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from sagan.discriminator import Discriminator
 from sagan.generator import Generator
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.resample import double, halve
-from tests.simulated_gpu import simulated_gpu
-from tests.simulated_gpu.simulated_gpu import Record, host, upload
+from tests.benchmarks.counts import Counts
+from tests.device import simulated_gpu
+from tests.device.simulated_gpu import Record, host, upload
 
 BATCH = 4
 BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16, spectral_norm_start="cold")
@@ -224,3 +225,43 @@ def test_autocast_follows_cudas_lists() -> None:
         assert torch.nn.functional.conv2d(x, x).dtype == torch.bfloat16
         assert x.bfloat16().softmax(1).dtype == torch.float32
         assert torch.mv(x[0, 0], x[0, 0, 0]).dtype == torch.bfloat16, "the CPU's lists leave mv alone"
+
+
+# --- the model of the cost, on examples that can be counted by hand --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operate", "launches", "moved"),
+    [
+        (lambda x: x + x[0], 1, 4 * (1000 + 10 + 1000)),
+        (lambda x: x.add_(1), 1, 4 * (1000 + 1000)),
+        (lambda x: x.zero_(), 1, 4 * 1000),
+        (lambda x: x.view(10, 100).t()[1:], 0, 0),
+        (lambda x: torch.empty_like(x), 0, 0),
+        (lambda x: x[0].expand(100, 10) * 2, 1, 4 * (10 + 1000)),
+        (lambda x: x[torch.zeros(7, dtype=torch.int64, device=simulated_gpu.NAME)], 2, 4 * 2 * 70 + 8 * (7 + 7)),
+        (lambda x: torch._foreach_mul_([torch.empty_like(x) for _ in range(111)], 2.0), 2, 4 * 2 * 111 * 1000),
+        (lambda x: torch._foreach_mul_([x.new_empty(321, 65536)], 2.0), 2, 4 * 2 * 321 * 65536),
+    ],
+)
+def test_launches_and_bytes(operate: Callable[[torch.Tensor], object], launches: int, moved: int) -> None:
+    counts = Counts()
+    with Record("meta", counts):
+        x = torch.empty(100, 10, device=simulated_gpu.NAME)
+        counts.clear()
+        operate(x)
+    assert sum(row.launches for row in counts.rows.values()) == launches
+    assert sum(row.bytes for row in counts.rows.values()) == moved
+
+
+def test_live_memory() -> None:
+    counts = Counts()
+    with Record("meta", counts):
+        x = torch.empty(2**20, 256, device=simulated_gpu.NAME)
+        y = x + 1
+        del y
+        counts.clear()
+        x.view(-1).add_(1)
+        assert counts.figures()["live_gib"] == 1
+        x = x * 2
+        assert counts.figures()["live_gib"] == 2
