@@ -25,8 +25,8 @@ from pipeline.streaming.stream import Batch, Stream
 from sagan import Model, ModelConfig, OptimConfig, TrainState
 from sagan.random import Purpose, draw_latents
 from sagan.ranks import World
-from tests.device import simulated_gpu
-from tests.device.simulated_gpu import Record, host
+from tests.simulated_gpu import simulated_gpu
+from tests.simulated_gpu.simulated_gpu import Record, host
 from tests.unit.evaluation.extractors.conftest import inception_file  # noqa: F401
 from tests.unit.evaluation.extractors.test_published_networks import holder, random
 

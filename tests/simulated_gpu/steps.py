@@ -18,8 +18,8 @@ from sagan.generator import Generator
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.resample import double, halve
 from tests.benchmarks.counts import Counts
-from tests.device import simulated_gpu
-from tests.device.simulated_gpu import Record, host, upload
+from tests.simulated_gpu import simulated_gpu
+from tests.simulated_gpu.simulated_gpu import Record, host, upload
 
 BATCH = 4
 BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16, spectral_norm_start="cold")

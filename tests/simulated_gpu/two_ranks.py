@@ -13,8 +13,8 @@ from pipeline.training.worker.rank_consistency import check_ranks
 from sagan import ModelConfig, OptimConfig, Step, TrainState
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.ranks import World
-from tests.device import simulated_gpu
-from tests.device.simulated_gpu import Record, host, upload
+from tests.simulated_gpu import simulated_gpu
+from tests.simulated_gpu.simulated_gpu import Record, host, upload
 
 RANKS, BATCH, STEPS = 2, 5, 3  # unequal shares; DDP makes its buckets anew after the first step
 BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16, spectral_norm_start="cold")
@@ -27,7 +27,7 @@ CASES = [  # configuration, global batch, micro-batch, precision
 def test_two_ranks_train_as_on_the_cpu() -> None:
     """The processes are started by a server that imports the simulation before `sagan`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.device.simulated_gpu"])
+    context.set_forkserver_preload(["tests.simulated_gpu.simulated_gpu"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(rank, f"{folder}/store")) for rank in range(RANKS)]
         for process in ranks:
