@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+"""Gathers into one tensor. Its old name warns of its end from torch 2.13 on."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,18 @@ class World:
         """Return the tensors of all ranks in rank order, [size, *tensor.shape]."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
         if self.size > 1:
-            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+            _all_gather(gathered.flatten(), tensor.contiguous().flatten())
         else:
             gathered[0] = tensor
         return gathered
+
+
+def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return contiguous tensors of the host with the numbers of `tensors`. The host waits once for each device.
+
+    Copies from CUDA are in page-locked memory.
+    """
+    copies = {name: tensor.contiguous().to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies

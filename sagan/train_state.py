@@ -16,6 +16,7 @@ from sagan import moving_average, spectral_norm
 from sagan.config import ModelConfig, OptimConfig
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
+from sagan.ranks import on_host
 
 FORMAT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
@@ -121,7 +122,7 @@ class TrainState:
     def save(self, folder: Path | str) -> None:
         """Write state.safetensors and state.json into an existing folder."""
         folder = Path(folder)
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, folder / TENSORS)
+        save_file(on_host({name: tensor.detach() for name, tensor in self.tensors()}), folder / TENSORS)
         (folder / FACTS).write_text(json.dumps(self.facts(), indent=1, sort_keys=True))
 
     @classmethod

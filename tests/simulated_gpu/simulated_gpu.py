@@ -14,15 +14,17 @@ Import this module before `sagan` and `pipeline`. Their `"cuda"` and `torch.cuda
 
 An operator raises RuntimeError where it gets a CPU tensor beside a tensor of the device, and where a stream reads what
 another stream wrote without `wait_stream` and `record_stream`. Autocast follows CUDA's lists, which are read from
-torch's header. With `Record(inner="meta")` nothing is computed: it counts operators, bytes and memory at full size.
+torch's header. With `Record(inner="meta")` nothing is computed: it counts operators, bytes and memory at full size, and
+collectives leave their tensors as they are. Collectives on numbers run on gloo.
 
 The simulation has no rounding of GPU kernels, no TF32, no reuse of freed memory, no writes in place on another stream
-and no TorchScript. The results of gloo's collectives look like pageable copies.
+and no TorchScript.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 import traceback
@@ -36,13 +38,14 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "simgpu"
 _REWRITTEN = ("sagan", "pipeline")  # packages whose "cuda" is the simulated device
 _READS_BACK = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+_COLLECTIVES = "c10d"  # namespace of torch.distributed's operators
 _MAY_MIX_DEVICES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}
 
 if early := [name for name in _REWRITTEN if name in sys.modules]:
@@ -60,6 +63,19 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         self.awaited.add(other)
+
+    def synchronize(self) -> None:
+        _synchronize()
+
+
+class Event:
+    """A mark in the current stream, for which the host can wait."""
+
+    def record(self) -> None:
+        """Do nothing: everything before the mark has been computed."""
+
+    def synchronize(self) -> None:
+        _synchronize()
 
 
 _streams = [Stream()]  # the last one is current
@@ -103,6 +119,18 @@ def _is_pinned(tensor: torch.Tensor) -> bool:
     if isinstance(tensor, FakeTensor):  # a tensor of torch.export, which has no bytes
         return True
     return tensor.untyped_storage().data_ptr() in _pinned
+
+
+_device_memory: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+"""Memory of the device that torch.distributed hands out as tensors of the CPU, because gloo computes there."""
+
+
+def _is_device_memory(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.device.type == "cpu"
+        and not isinstance(tensor, FakeTensor)
+        and tensor.untyped_storage().data_ptr() in _device_memory
+    )
 
 
 def upload(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,6 +193,7 @@ class Record(TorchDispatchMode):
 
     Attributes:
         operators: Number of calls by operator.
+        collectives: Number of collectives by operator.
         syncs: Number of waits of the host for the device, by operator and line.
         pageable: Number of copies to the device from memory that is not page-locked, by operator and line.
     """
@@ -181,6 +210,7 @@ class Record(TorchDispatchMode):
         self.syncs: Counter[str] = Counter()
         self.pageable: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -190,26 +220,52 @@ class Record(TorchDispatchMode):
         name, device, now = func._schema.name.split("::")[1], kwargs.get("device"), _streams[-1]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
-        theirs = [tensor for tensor in tensors if not isinstance(tensor, SimulatedTensor)]
+        theirs = [t for t in tensors if not isinstance(t, SimulatedTensor) and not _is_device_memory(t)]
         to_device = device is not None and torch.device(device).type == NAME
         if not ours and not to_device:
             return func(*args, **kwargs)
         asks_for_host = device is not None and not to_device
         self._check_devices(func, name, ours, theirs, asks_for_host)
+        if func.namespace == _COLLECTIVES:
+            return self._collective(func, args, kwargs, ours)
         if any(t.stream is not now and (t.stream not in now.awaited or now not in t.recorded) for t in ours):
             raise RuntimeError(f"{func} reads what another stream wrote: wait_stream and record_stream first")
         leaves = bool(ours) and (not isinstance(args[0], SimulatedTensor) if name == "copy_" else asks_for_host)
+        queued = leaves and _is_queued(name, args, kwargs)
         masks = name.startswith("index") and any(t.dtype == torch.bool for t in tensors[1:])
         self.operators[name] += 1
-        if leaves or masks or name in _READS_BACK:
-            self.syncs[f"{name} {_place()}"] += 1
+        if (leaves and not queued) or masks or name in _READS_BACK:
+            self.wait(name)
         if name in ("copy_", "_to_copy") and not leaves and any(t.dim() and not _is_pinned(t) for t in theirs):
             self.pageable[f"{name} {_place()}"] += 1
-        given = tree_map(lambda x: x.inner if isinstance(x, SimulatedTensor) else x, (args, kwargs))
+        if self.inner == "meta" and leaves and name == "copy_":
+            return args[0]  # there are no numbers to copy
+        given = _unwrapped((args, kwargs))
         given[1].update({"device": self.inner} if to_device else {})
+        if queued:
+            return _copied_later(name, args, given)
         out = func(*given[0], **given[1])
         self.observe(func, given, out)
         return _wrapped(out, ours, leaves)
+
+    def wait(self, name: str) -> None:
+        """Record that the host waits for the device. The copies that were queued before arrive."""
+        self.syncs[f"{name} {_place()}"] += 1
+        while _queued:
+            host, numbers = _queued.pop(0)
+            host.copy_(numbers)
+
+    def _collective(self, func: Any, args: Any, kwargs: dict[str, Any], ours: list[SimulatedTensor]) -> Any:
+        """Run a collective on the numbers of its tensors. Without numbers, run it on memory that nobody reads."""
+        self.collectives[func._schema.name.split("::")[1]] += 1
+        if self.inner != "meta":
+            for storage in (tensor.inner.untyped_storage() for tensor in ours):
+                _device_memory[storage.data_ptr()] = storage
+            return _wrapped(func(*(given := _unwrapped((args, kwargs)))[0], **given[1]), ours, leaves=False)
+        unread = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in ours}
+        given = tree_map(lambda x: unread.get(id(x), x), (args, kwargs))
+        back = {id(unread[id(tensor)]): tensor for tensor in ours}
+        return tree_map(lambda x: back.get(id(x), x), func(*given[0], **given[1]))
 
     @staticmethod
     def _check_devices(func: Any, name: str, ours: list[Any], theirs: list[torch.Tensor], asks_for_host: bool) -> None:
@@ -220,6 +276,10 @@ class Record(TorchDispatchMode):
             raise RuntimeError(f"{func}: expected all tensors on one device: {found}")
         if name == "_assert_tensor_metadata" and asks_for_host:  # programs of torch.export have it
             raise RuntimeError(f"tensor device mismatch in an exported program: it expects the CPU and got {NAME}")
+
+
+def _unwrapped(tree: Any) -> Any:
+    return tree_map(lambda x: x.inner if isinstance(x, SimulatedTensor) else x, tree)
 
 
 def _wrapped(out: Any, ours: list[SimulatedTensor], leaves: bool) -> Any:
@@ -240,6 +300,31 @@ def _place() -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "autograd"
 
 
+def _synchronize(*_: object) -> None:
+    """Wait for the device."""
+    record = _get_current_dispatch_mode()
+    (record if isinstance(record, Record) else _unrecorded).wait("synchronize")
+
+
+_queued: list[tuple[torch.Tensor, torch.Tensor]] = []
+"""Tensors of the host, and the numbers that arrive there at the next wait for the device."""
+
+
+def _is_queued(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a copy to the host only begins. `to` makes page-locked memory for it, as with CUDA."""
+    non_blocking = kwargs.get("non_blocking") or args[2:3] == (True,)
+    return bool(non_blocking) and (name == "_to_copy" or (name == "copy_" and _is_pinned(args[0])))
+
+
+def _copied_later(name: str, args: Any, given: Any) -> torch.Tensor:
+    """Queue a copy to the host. Until the host waits, it reads NaN or zeros."""
+    numbers = given[0][1].clone() if name == "copy_" else torch.ops.aten._to_copy.default(*given[0], **given[1])
+    host: torch.Tensor = args[0] if name == "copy_" else _pin(torch.empty_like(numbers))
+    host.fill_(math.nan if host.is_floating_point() else 0)
+    _queued.append((host, numbers))
+    return host
+
+
 _unrecorded = Record()
 
 
@@ -248,18 +333,22 @@ _unrecorded = Record()
 
 def _register() -> None:
     """Make the device known to torch under its name, and replace the functions of page-locked memory."""
-    answers: dict[str, Any] = dict.fromkeys(("synchronize", "manual_seed_all", "current_device", "_is_in_bad_fork"), 0)
+    answers: dict[str, Any] = dict.fromkeys(("manual_seed_all", "current_device", "_is_in_bad_fork"), 0)
     answers |= {"is_available": 1, "is_initialized": 1, "device_count": 1, "get_amp_supported_dtype": [torch.bfloat16]}
 
     def answering(answer: Any) -> Callable[..., Any]:
         return lambda *_: answer
 
     module = types.SimpleNamespace(**{name: answering(answer) for name, answer in answers.items()})
-    module.Stream, module.stream, module.current_stream = Stream, on_stream, current_stream
+    module.Event, module.Stream, module.stream, module.current_stream = Event, Stream, on_stream, current_stream
+    module.synchronize = _synchronize
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # assigning `data` would not move `inner`
     torch.Tensor.pin_memory = _pin  # type: ignore[assignment, method-assign]
     torch.empty = _empty_maybe_pinned  # type: ignore[assignment]
+    clip_grad: Any = torch.nn.utils.clip_grad
+    has_foreach = clip_grad._has_foreach_support  # it knows the class torch.Tensor alone
+    clip_grad._has_foreach_support = lambda tensors, device: device.type == NAME or has_foreach(tensors, device)
 
 
 def _register_autocast() -> list[torch.library.Library]:

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from pipeline.training.worker.finite_check import first_not_finite
 from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.resample import double, halve
+from tests.benchmarks.counts import Counts
 from tests.simulated_gpu import simulated_gpu
 from tests.simulated_gpu.simulated_gpu import Record, host, upload
 
 BATCH = 4
-BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16)
+BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16, spectral_norm_start="cold")
 SYSTEMS = {
-    "conditional": (BASE, OptimConfig()),
+    "conditional": (replace(BASE, spectral_norm_start="converged"), OptimConfig()),
     "unconditional": (replace(BASE, num_classes=0), OptimConfig()),
     "groups of 2": (replace(BASE, batch_norm_group=2), OptimConfig()),
     "SNGAN-projection": (replace(BASE, thin_d=True, attention=()), OptimConfig(n_dis=2, lr_decay_kimg=(0, 1))),
     "norm on D only": (replace(BASE, spectral_norm_g=False), OptimConfig()),
-    "official norm": (replace(BASE, spectral_norm_gradient="through", spectral_norm_start="cold"), OptimConfig()),
+    "official norm": (replace(BASE, spectral_norm_gradient="through"), OptimConfig()),
     "icml": (replace(BASE, attention=(8, 16), attention_form="icml"), OptimConfig()),
     "first": (replace(BASE, attention_form="first"), OptimConfig()),
     "leaky": (replace(BASE, num_classes=0, slope_g=0.02, slope_d=0.2), OptimConfig()),
+    "attention at 64": (
+        replace(BASE, resolution=128, channels_d=8, attention=(64,), multipliers_g=(2,) * 6, multipliers_d=(1,) * 6),
+        OptimConfig(),
+    ),
 }
 
 
@@ -91,17 +99,27 @@ def test_micro_batches_train_as_on_the_cpu() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_state_is_saved_and_loaded_on_the_device(tmp_path: object) -> None:
+def test_a_state_is_saved_and_loaded_on_the_device(tmp_path: Path) -> None:
     state, _ = train(*SYSTEMS["conditional"], "float32", simulated_gpu.NAME)
-    state.save(tmp_path)  # type: ignore[arg-type]
-    on_cpu, back = TrainState.load(tmp_path), TrainState.load(tmp_path, simulated_gpu.NAME)  # type: ignore[arg-type]
+    state.save(tmp_path)
+    on_cpu, back = TrainState.load(tmp_path), TrainState.load(tmp_path, simulated_gpu.NAME)
     for (name, a), (_, b), (_, c) in zip(state.tensors(), on_cpu.tensors(), back.tensors(), strict=True):
         assert torch.equal(host(a), b), name
         assert torch.equal(host(c), b), name
 
 
+def test_a_checkpoint_waits_twice(tmp_path: Path) -> None:
+    """Once for whether all of its hundreds of tensors are finite, and once for their copies."""
+    state, _ = train(*SYSTEMS["conditional"], "float32", simulated_gpu.NAME)
+    with Record() as record:
+        assert first_not_finite(state) is None
+        assert record.syncs.total() == 1
+        state.save(tmp_path)
+    assert record.syncs.total() == 2
+
+
 def test_samples_are_the_cpus() -> None:
-    """Standing statistics, images and attention maps."""
+    """Standing statistics and images."""
     state, _ = train(*SYSTEMS["conditional"], "float32", simulated_gpu.NAME)
     same, _ = train(*SYSTEMS["conditional"], "float32", "cpu")
     found, expected = (Model.from_state(s, standing_images=16).sample(n=4, seed=3) for s in (state, same))
@@ -158,6 +176,36 @@ def test_a_pageable_copy_is_noticed() -> None:
     assert record.pageable.total() == 1
 
 
+def test_a_copy_that_nobody_waits_for_holds_no_numbers() -> None:
+    with Record() as record:
+        copied = upload(torch.ones(3)).to("cpu", non_blocking=True)
+        assert copied.isnan().all()
+        assert not record.syncs
+        simulated_gpu.current_stream().synchronize()
+        assert torch.equal(copied, torch.ones(3))
+    assert [key.split()[0] for key in record.syncs] == ["synchronize"]
+
+
+def test_a_masked_index_is_a_wait() -> None:
+    with Record() as record:
+        x = upload(torch.ones(3))
+        x[x > 0]
+    assert [key.split()[0] for key in record.syncs] == ["index"]
+
+
+def test_a_collective_with_a_tensor_of_the_cpu_is_noticed(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with Record() as record:
+            dist.all_reduce(ours := upload(torch.ones(3)))
+            assert torch.equal(host(ours), torch.ones(3))
+            assert record.collectives == {"allreduce_": 1}
+            with pytest.raises(RuntimeError, match="one device"):
+                dist.all_gather([torch.empty(3)], ours)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_stream_that_does_not_wait_is_noticed() -> None:
     stream = simulated_gpu.Stream()
     with simulated_gpu.on_stream(stream):
@@ -177,3 +225,43 @@ def test_autocast_follows_cudas_lists() -> None:
         assert torch.nn.functional.conv2d(x, x).dtype == torch.bfloat16
         assert x.bfloat16().softmax(1).dtype == torch.float32
         assert torch.mv(x[0, 0], x[0, 0, 0]).dtype == torch.bfloat16, "the CPU's lists leave mv alone"
+
+
+# --- the model of the cost, on examples that can be counted by hand --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operate", "launches", "moved"),
+    [
+        (lambda x: x + x[0], 1, 4 * (1000 + 10 + 1000)),
+        (lambda x: x.add_(1), 1, 4 * (1000 + 1000)),
+        (lambda x: x.zero_(), 1, 4 * 1000),
+        (lambda x: x.view(10, 100).t()[1:], 0, 0),
+        (lambda x: torch.empty_like(x), 0, 0),
+        (lambda x: x[0].expand(100, 10) * 2, 1, 4 * (10 + 1000)),
+        (lambda x: x[torch.zeros(7, dtype=torch.int64, device=simulated_gpu.NAME)], 2, 4 * 2 * 70 + 8 * (7 + 7)),
+        (lambda x: torch._foreach_mul_([torch.empty_like(x) for _ in range(111)], 2.0), 2, 4 * 2 * 111 * 1000),
+        (lambda x: torch._foreach_mul_([x.new_empty(321, 65536)], 2.0), 2, 4 * 2 * 321 * 65536),
+    ],
+)
+def test_launches_and_bytes(operate: Callable[[torch.Tensor], object], launches: int, moved: int) -> None:
+    counts = Counts()
+    with Record("meta", counts):
+        x = torch.empty(100, 10, device=simulated_gpu.NAME)
+        counts.clear()
+        operate(x)
+    assert sum(row.launches for row in counts.rows.values()) == launches
+    assert sum(row.bytes for row in counts.rows.values()) == moved
+
+
+def test_live_memory() -> None:
+    counts = Counts()
+    with Record("meta", counts):
+        x = torch.empty(2**20, 256, device=simulated_gpu.NAME)
+        y = x + 1
+        del y
+        counts.clear()
+        x.view(-1).add_(1)
+        assert counts.figures()["live_gib"] == 1
+        x = x * 2
+        assert counts.figures()["live_gib"] == 2

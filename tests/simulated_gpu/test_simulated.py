@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("batches_and_extractors", "steps")
+FILES = ("batches_and_extractors", "steps", "two_ranks", "worker_loop")
 
 
 @pytest.mark.parametrize("name", FILES)

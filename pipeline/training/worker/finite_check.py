@@ -38,7 +38,7 @@ class FiniteCheck:
         """
         found = self.last()
         event = None
-        if values.is_cuda:
+        if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
@@ -59,5 +59,10 @@ class FiniteCheck:
 
 
 def first_not_finite(state: TrainState) -> str | None:
-    """Return the name of the first tensor of the state that holds NaN or infinity; None where all are finite."""
-    return next((name for name, tensor in state.tensors() if not tensor.isfinite().all()), None)
+    """Return the name of the first tensor of the state that holds NaN or infinity; None where all are finite.
+
+    The host waits once for the device.
+    """
+    named = list(state.tensors())
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()
+    return next((name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite), None)

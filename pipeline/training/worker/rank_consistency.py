@@ -25,10 +25,10 @@ def check_ranks(state: TrainState, world: World) -> None:
         return
     named = [(name, tensor) for name, tensor in state.tensors() if tensor.numel()]
     fingerprints = world.gather(torch.stack([_fingerprint(tensor) for _, tensor in named]))
-    differs = (fingerprints != fingerprints[0]).any(dim=0).nonzero().flatten().tolist()
-    if differs:
+    marks = (fingerprints != fingerprints[0]).any(dim=0).tolist()  # the only wait for the device
+    if differs := [name for (name, _), differ in zip(named, marks, strict=True) if differ]:
         raise SaganError(
-            f"ranks disagree at {state.images / 1000:.1f} kimg: {named[differs[0]][0]} "
+            f"ranks disagree at {state.images / 1000:.1f} kimg: {differs[0]} "
             f"and {len(differs) - 1} other tensors differ between ranks",
             "resume from the last checkpoint; if this happens again, look for a faulty device or for code that runs on "
             "one rank only",

@@ -259,14 +259,9 @@ class Worker:
         """Log the means of the metrics since the last log. Collective."""
         if (found := self.finite.last()) is not None:
             self._not_finite(found, "a gradient")
-        values = dict(zip(STEP_METRICS, self.world.sum_(self.totals / self.steps).tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
+        values = self._logged_values()
+        if not all(map(math.isfinite, (values[name] for name in STEP_METRICS))):
             self._not_finite(self.images, "a loss")
-        for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
-            gammas = [m.gamma.item() for m in part.modules() if isinstance(m, SelfAttention)]
-            values.update({f"gamma_{network}{i or ''}": gamma for i, gamma in enumerate(gammas)})
-            if sigmas := [layer.sigma for _, layer in spectral_norm.layers(part)]:
-                values[f"sigma_{network}"] = torch.stack(sigmas).max().item()
         shares = self.shares.metrics(images := self.images - self.logged_at)
         self.train_seconds += images / shares["images_per_s"]
         if self.tracker is not None:
@@ -278,6 +273,20 @@ class Worker:
             self.driver.send(run_status.Logged(step, metrics, self.train_seconds))
         self.totals.zero_()
         self.shares, self.logged_at, self.steps = TimeShares(), self.images, 0
+
+    def _logged_values(self) -> dict[str, float]:
+        """Return the means of the metrics since the last log, every γ, and the largest σ of each network. Collective.
+
+        The host waits once for the device.
+        """
+        means = self.world.sum_(self.totals / self.steps)
+        values = dict(zip(STEP_METRICS, means, strict=True))
+        for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
+            gammas = [m.gamma.detach() for m in part.modules() if isinstance(m, SelfAttention)]
+            values.update({f"gamma_{network}{i or ''}": gamma for i, gamma in enumerate(gammas)})
+            if sigmas := [layer.sigma for _, layer in spectral_norm.layers(part)]:
+                values[f"sigma_{network}"] = torch.stack(sigmas).max()
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     def _checkpoint(self, actions: Actions) -> None:
         """Write a checkpoint on rank 0 and begin to upload it. Collective.
