@@ -17,9 +17,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.faults.hostile.read_inputs import FAILURES, KINDS, REFUSED, RIGHT, Ground, inputs_in_turn, read_inputs
+from tests.faults.hostile.read_inputs import (
+    FAILURES,
+    KINDS,
+    REFUSED,
+    RIGHT,
+    Ground,
+    inputs_in_turn,
+    measure_clean,
+    read_inputs,
+)
 
 
 def main() -> int:
@@ -37,7 +47,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sagan-hostile-") as folder:
         ground = Ground(Path(folder).resolve(), options.seed, failures)
         ground.plant()
-        inputs = itertools.islice(inputs_in_turn(), most)
+        measure_clean(ground)
+        inputs: Iterator[tuple[str, int]] = itertools.islice(inputs_in_turn(), most)
         if options.only in KINDS:
             inputs = iter([(options.only, number) for number in range(most or 20_000)])
         elif options.only:

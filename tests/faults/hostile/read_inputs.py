@@ -57,7 +57,8 @@ _PARALLEL = 3  # on two cores, since this process works while it starts and ends
 
 REFUSED, RIGHT = "refused", "accepted and right"
 FAILURES = ("wrong", "exceptions", "signals", "outside", "> 30 s", "> 1 GB")
-_WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+_WRITES = {"os.truncate", "os.chmod"}
+_CHANGES_OF_FOLDERS = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}  # they follow no link
 _STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect"}
 
 
@@ -112,6 +113,7 @@ class Ground:
             importlib.import_module(module)
         cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once here, instead of in every process
         self.clean.mkdir()
+        (self.root / "slots").mkdir()
         builder = multiprocessing.get_context("fork").Process(target=all_kinds.build, args=(self.clean,))
         builder.start()
         builder.join()
@@ -178,10 +180,11 @@ def _watch(slot: Path) -> None:
     record = os.open(slot / "outside", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     allowed = tuple(os.path.realpath(slot / name) for name in ("in", "out", "tmp", "home/.cache/sagan"))
 
-    def is_own(path: object) -> bool:
+    def is_own(path: object, follow: bool = True) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return True  # a file that is open already
-        real = os.path.realpath(os.fsdecode(path))
+        folder, name = os.path.split(os.fsdecode(path).rstrip("/"))
+        real = os.path.realpath(os.fsdecode(path)) if follow else f"{os.path.realpath(folder)}/{name}"
         above = tuple(str(parent) for parent in Path(allowed[-1]).parents[:2])
         return real.startswith(allowed) or real in above or real.startswith(("/dev/null", "/dev/shm", "/proc/self"))
 
@@ -191,7 +194,11 @@ def _watch(slot: Path) -> None:
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) or is_own(path):
                 return
         elif event in _WRITES:
-            if all(is_own(path) for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]):
+            if is_own(arguments[0]):
+                return
+        elif event in _CHANGES_OF_FOLDERS:
+            paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[event == "os.symlink" :][:1]
+            if all(is_own(path, follow=False) for path in paths):
                 return
         elif event not in _STARTS:
             return
@@ -270,7 +277,7 @@ def _controls_terminal(printed: str) -> bool:
     return any((ord(letter) < 32 and letter not in "\n\t\r") or letter in "\x7f\u202e" for letter in printed)
 
 
-def _measure_clean(ground: Ground) -> None:
+def measure_clean(ground: Ground) -> None:
     """Read every clean input. Raises SystemExit where one is not accepted."""
     for name in KINDS:
         running = _start(ground, name, None, ground.root / "slots" / "0")
@@ -318,9 +325,9 @@ def read_inputs(
                 one = running.pop(handle)
                 outcome = _end(ground, one, handle in late)
                 if (now := ground.state()) != state:
-                    outcome = Outcome(
-                        sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed
-                    )
+                    changed = "\n".join(sorted({path for path, *_ in now ^ state}))
+                    what = sorted({*outcome.what, "outside"} - {RIGHT, REFUSED})
+                    outcome = Outcome(what, outcome.memory, f"{outcome.printed}\noutside:\n{changed}\n")
                     state = now
                 if ground.show:
                     print(outcome.printed.encode(errors="backslashreplace").decode(), end="", flush=True)

@@ -15,7 +15,7 @@ from pipeline.storage.file_sets import MANIFEST, Manifest, read_manifest
 from pipeline.tracking import registry
 from pipeline.tracking.champion import promote_best
 from pipeline.tracking.mlflow_run import MlflowRun
-from tests.faults.hostile.kind import Kind, Names, command, is_picture, one_of, refit, rewrite
+from tests.faults.hostile.kind import Kind, Names, command, is_picture, one_of, rewrite
 from tests.faults.hostile.models import change_checkpoint, change_model
 from tests.faults.hostile.random_changes import NUMBERS, TEXTS, changed_json, damaged
 
@@ -44,9 +44,11 @@ def _change_version(folder: Path, random: Random, names: Names) -> None:
         case _:
             _change_pulled(folder / "pulled", random, names)
             return
-    if random.random() < 0.5:
-        refit(stored)
-        _set_digest(folder, Manifest.from_bytes((stored / MANIFEST).read_bytes(), MANIFEST).digest)
+    if random.random() < 0.5:  # as somebody who can write to the server does
+        (stored / MANIFEST).unlink()
+        manifest = Manifest.of(stored)
+        (stored / MANIFEST).write_bytes(manifest.to_bytes())
+        _execute(folder, "UPDATE model_version_tags SET value = ? WHERE key = 'files_sha256'", manifest.digest)
 
 
 def _change_registered_checkpoint(folder: Path, random: Random, names: Names) -> None:
@@ -60,7 +62,8 @@ def _change_registered_checkpoint(folder: Path, random: Random, names: Names) ->
 
 def _change_tree(stored: Path, random: Random, names: Names) -> None:
     """Add, delete or replace a file of the version."""
-    file = random.choice(sorted(path for path in stored.rglob("*") if path.is_file()))
+    files = sorted(path for path in stored.rglob("*") if path.is_file() and path.name != MANIFEST)
+    file = random.choice(files)
     match random.choice(("add", "delete", "link", "folder", "copy")):
         case "add":
             name = random.choice((".pulled.json", "code/torch.py", "\x1b[2J", "é" * 99, "a\\b", "~", "-x", ".hidden"))
@@ -74,7 +77,7 @@ def _change_tree(stored: Path, random: Random, names: Names) -> None:
             file.unlink()
             file.mkdir()
         case _:
-            shutil.copy(file, random.choice(sorted(path for path in stored.rglob("*") if path.is_file())))
+            shutil.copyfile(file, random.choice([path for path in files if path != file]))
 
 
 def _change_registry(folder: Path, random: Random, names: Names) -> None:
@@ -99,7 +102,7 @@ def _change_pulled(pulled: Path, random: Random, names: Names) -> None:
             rewrite(pulled / ".pulled.json", changed_json, random, names)
         case "link":
             path = random.choice([pulled / "code", *sorted(path for path in pulled.rglob("*") if path.is_file())])
-            path.rename(pulled / "moved")
+            path.unlink() if path.is_file() else shutil.rmtree(path)
             path.symlink_to(random.choice(names))
         case _:
             path = one_of(pulled, "*.json", random)
@@ -146,10 +149,6 @@ def _is_pulled_checkpoint(out: Path, printed: str) -> bool:
 def _stored(folder: Path) -> Path:
     """Return the folder of the version in the artifact store."""
     return next(folder.glob("artifacts/**/MLmodel")).parent
-
-
-def _set_digest(folder: Path, digest: str) -> None:
-    _execute(folder, "UPDATE model_version_tags SET value = ? WHERE key = 'files_sha256'", digest)
 
 
 def _digest_of(folder: Path) -> str | None:
