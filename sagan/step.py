@@ -249,8 +249,9 @@ class Step:
         """
         if self.world.size == 1:
             return network
-        options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": 100}
-        return DistributedDataParallel(network, **options)
+        return DistributedDataParallel(
+            network, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100
+        )
 
 
 def passes(batch: int, ranks: int, groups: int, micro_batch: int | None) -> int:

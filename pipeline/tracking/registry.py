@@ -19,11 +19,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
-from pipeline.storage import file_sets, files
+from pipeline.storage import file_sets, files, validate_json
 from pipeline.tracking import pulled_folder
 from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors
 from sagan.trained_model import Model
@@ -50,8 +50,11 @@ class Version:
         return self.tags.get("metric", "")
 
     def compares(self, other: Version) -> bool:
-        """Return whether this version has a score under the protocol key of `other`."""
-        return other.metric in self.tags
+        """Return whether this version has a score, which is a finite number, under the protocol key of `other`."""
+        try:
+            return math.isfinite(float(self.tags[other.metric]))
+        except (KeyError, ValueError):
+            return False
 
     def rank(self, other: Version) -> float:
         """Return the rank under the protocol key of `other`: lower is better, infinity without a score."""
@@ -113,12 +116,15 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
     destination = Path(destination).expanduser().absolute()
     with pulled_folder.replacing(destination) as folder, registry_errors(uri):
         from mlflow.artifacts import download_artifacts
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         name, number = _resolve(uri, model_uri)
         registered = next(version.tags for version in versions(uri, name) if version.number == number)
         source = client(uri).get_model_version_download_uri(name, str(number))
-        Path(download_artifacts(source, dst_path=f"{folder}.part", tracking_uri=uri)).rename(folder)
-        _require_registered(folder, model_uri, registered)
+        with _not_registered(model_uri):
+            _require_listed(get_artifact_repository(source, tracking_uri=uri), folder.parent, registered)
+            Path(download_artifacts(source, dst_path=f"{folder}.part", tracking_uri=uri)).rename(folder)
+            _require_registered(folder, registered)
         try:
             Model.load(folder)
         except Exception as error:  # any, because the bytes may be anything
@@ -126,23 +132,64 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
     return destination
 
 
-def _require_registered(folder: Path, model_uri: str, tags: dict[str, str]) -> None:
-    """Check that a downloaded folder holds exactly the files that were registered. Raises CorruptError."""
-    remedy = f"pull the training state, which has a digest of its own: sagan pull {model_uri} FOLDER --checkpoint"
+@contextmanager
+def _not_registered(model_uri: str) -> Iterator[None]:
+    """Name the version and what to do where the `with` block raises CorruptError."""
+    try:
+        yield
+    except CorruptError as error:
+        remedy = f"pull the training state, which has a digest of its own: sagan pull {model_uri} FOLDER --checkpoint"
+        raise CorruptError(f"{model_uri} cannot be pulled: {error.message}", remedy) from None
+
+
+def _require_listed(repository: Any, temp: Path, tags: dict[str, str]) -> None:
+    """Check, before the files of a version are downloaded, that they have the registered names and sizes.
+
+    Args:
+        repository: MLflow's artifact repository with the files at its top level.
+        temp: Local folder for the manifest.
+        tags: Tags of the version.
+
+    Raises CorruptError that names a file.
+    """
     if FILES_SHA256 not in tags:
         raise CorruptError(
-            f"{model_uri} has no tag {FILES_SHA256}: an older version of sagan registered it, and its files cannot be "
-            "checked",
-            remedy,
+            f"it has no tag {FILES_SHA256}: an older version of sagan registered it, and its files cannot be checked"
         )
+    sizes = {entry.path: entry.file_size for entry in repository.list_artifacts() if not entry.is_dir}
+    if (sizes.get(file_sets.MANIFEST) or 0) > validate_json.MOST_BYTES:
+        raise CorruptError(f"{file_sets.MANIFEST} has more than {validate_json.MOST_BYTES:,} bytes")
+    manifest = None
+    if file_sets.MANIFEST in sizes:
+        manifest = file_sets.read_manifest(str(Path(repository.download_artifacts(file_sets.MANIFEST, temp)).parent))
+    if manifest is None or manifest.digest != tags[FILES_SHA256]:
+        raise CorruptError(f"{file_sets.MANIFEST} is not the one that was registered")
+    folders = {str(folder) for name in manifest.files for folder in PurePosixPath(name).parents} - {"."}
+    for folder in [None, *sorted(folders)]:
+        for entry in repository.list_artifacts(folder):
+            if entry.is_dir and entry.path not in folders:
+                raise CorruptError(f"{validate_json.printable(entry.path)} was added")
+            if not entry.is_dir:
+                sizes[entry.path] = entry.file_size
+    del sizes[file_sets.MANIFEST]
+    for name in sorted(sizes.keys() | manifest.files.keys()):
+        if name not in manifest.files:
+            raise CorruptError(f"{validate_json.printable(name)} was added")
+        if name not in sizes:
+            raise CorruptError(f"{name} is missing")
+        if sizes[name] != manifest.files[name].size:
+            raise CorruptError(f"{name} has {sizes[name]} bytes instead of {manifest.files[name].size}")
+
+
+def _require_registered(folder: Path, tags: dict[str, str]) -> None:
+    """Check that a downloaded folder holds exactly the files that were registered. Raises CorruptError."""
     manifest = file_sets.read_manifest(str(folder))
     if manifest is None or manifest.digest != tags[FILES_SHA256]:
-        raise CorruptError(f"{file_sets.MANIFEST} of {model_uri} is not the one that was registered", remedy)
+        raise CorruptError(f"{file_sets.MANIFEST} is not the one that was registered")
     try:
         file_sets.check_local_set(folder, complete=True)
     except CorruptError as error:
-        message = error.message.replace(f"{folder}/", "", 1)
-        raise CorruptError(f"the files of {model_uri} are not those that were registered: {message}", remedy) from None
+        raise CorruptError(error.message.replace(f"{folder}/", "", 1)) from None
 
 
 def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
@@ -164,7 +211,7 @@ def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
             f"{tags.get('checkpoint', 'the version names no checkpoint')}",
             f"pull the generator alone: sagan pull {model_uri} {destination}",
         ) from None
-    if manifest.digest != tags["checkpoint_sha256"]:
+    if manifest.digest != tags.get("checkpoint_sha256"):
         raise CorruptError(
             f"{tags['checkpoint']} is not the checkpoint from which {name} version {number} was exported"
         )
@@ -205,7 +252,10 @@ def add_score(uri: str, name: str, version: int, metric: str, value: float) -> N
 
 
 def _version(entry: Any) -> Version:
-    return Version(int(entry.version), entry.status == "READY", dict(entry.tags))
+    """Return a version that the server listed. Raises CorruptError where its number is none."""
+    if not re.fullmatch("[0-9]{1,9}", number := str(entry.version)):
+        raise CorruptError(f"the registry lists a version of {entry.name!r} with the number {number[:80]!r}")
+    return Version(int(number), entry.status == "READY", dict(entry.tags))
 
 
 def _resolve(uri: str, model_uri: str) -> tuple[str, int]:

@@ -18,8 +18,8 @@ DEEDS = {
 }
 PLANTED = """
 import os, sys, time
-from tests.faults import hostile, hostile_kinds
-from tests.faults.hostile_kinds import Kind
+from tests.faults.hostile import __main__, all_kinds, read_inputs
+from tests.faults.hostile.kind import Kind
 
 def build(root):
     (root / "planted").mkdir()
@@ -31,13 +31,13 @@ def kind(deed):
     def read(source, out):
         if (source / "name").exists():
             exec(deed, globals() | {"NAME": (source / "name").read_text()})
-    return Kind(1, "planted", change, read, lambda out, printed: "wrong" not in printed)
+    return Kind("planted", 1, "planted", change, read, lambda out, printed: "wrong" not in printed)
 
-hostile_kinds.build, hostile._IMPORTED, hostile.SECONDS = build, (), 10.0
-hostile._PARALLEL = 1  # so that a missing file is counted for the input that is being read
-hostile.KINDS.clear()
-hostile.KINDS.update({deed: kind(deed) for deed in sys.argv.pop().split("; ")})
-sys.exit(hostile.main())
+all_kinds.build, read_inputs._IMPORTED, read_inputs.SECONDS = build, (), 10.0
+read_inputs._PARALLEL = 1  # so that a missing file is counted for the input that is being read
+read_inputs.KINDS.clear()
+read_inputs.KINDS.update({deed: kind(deed) for deed in sys.argv.pop().split("; ")})
+sys.exit(__main__.main())
 """
 
 

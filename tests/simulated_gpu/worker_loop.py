@@ -10,17 +10,17 @@ from unittest import mock
 
 import pytest
 import torch
-from pipeline.training.training_run import Assignment
 
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import PackSection, TrainJob
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import StoredCheckpoint
+from pipeline.training.shared_types import Assignment
 from pipeline.training.worker import training_loop
 from tests.faults.kills import FileSender
 from tests.simulated_gpu import simulated_gpu
 from tests.simulated_gpu.simulated_gpu import Record
-from tests.unit.training.test_moved_run import start_run
+from tests.unit.training.test_lost_mlflow_run import start_run
 
 BATCH, STEPS = 16, 4  # the first worker ends after half of the steps
 

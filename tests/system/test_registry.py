@@ -228,6 +228,9 @@ def test_the_training_state_behind_a_version_is_pulled_and_is_the_one_that_was_r
     other = registry.register(server.uri, name, folder, run_id, facts | {"checkpoint_sha256": "ab" * 32})
     with pytest.raises(CorruptError, match="is not the checkpoint from which"):
         registry.pull_checkpoint(server.uri, f"models:/{name}/{other}", tmp_path / "other")
+    registry.client(server.uri).delete_model_version_tag(name, str(other), "checkpoint_sha256")
+    with pytest.raises(CorruptError, match="is not the checkpoint from which"):
+        registry.pull_checkpoint(server.uri, f"models:/{name}/{other}", tmp_path / "without")
     file_sets.remove_set(url)
     with pytest.raises(CorruptError, match=f"version {version} does not exist: {url}"):
         registry.pull_checkpoint(server.uri, f"models:/{name}/{version}", tmp_path / "gone")

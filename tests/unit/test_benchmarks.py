@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("name", "file"),
     [
+        ("checks", "imagenette128-train-1500.tar"),
         ("evaluation", "resnet56-cifar10.ts"),
         ("learning", "resnet56-cifar10.ts"),
         ("stream", "imagenette128-train-1500.tar"),

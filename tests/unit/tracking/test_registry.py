@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sqlite3
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -97,6 +101,38 @@ def test_a_changed_version_is_refused_by_its_file(
             CliRunner().invoke(app, command, catch_exceptions=False)
     assert (tmp_path / "out" / "samples.png").exists()  # the model that was pulled before is kept
     assert not (tmp_path / "samples.png").exists()
+
+
+def test_a_version_whose_files_have_grown_is_refused_before_they_are_downloaded(
+    artifact: Path, uri: str, tmp_path: Path
+) -> None:
+    os.truncate(artifact / "generator.safetensors", 2**40)  # sparse: it takes no room in the artifact store
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, limits[1]))  # so that a download cannot fill the disk
+    try:
+        with pytest.raises(CorruptError, match=r"generator\.safetensors"):
+            registry.pull(uri, "models:/digits/1", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_version_whose_number_is_none_is_refused(artifact: Path, uri: str, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE model_versions SET version = '../x\x1b[2J'")
+    with pytest.raises(CorruptError, match=r"'\.\./x\\x1b\[2J'"):
+        registry.pull(uri, "models:/digits@champion", tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", ["", "x", "nan"])
+def test_a_version_whose_score_is_no_number_is_not_compared(
+    artifact: Path, uri: str, tmp_path: Path, value: str
+) -> None:
+    client(uri).delete_registered_model_alias("digits", "champion")
+    client(uri).set_model_version_tag("digits", "1", "fd/1", value)
+    tags = {"metric": "fd/1", "fd/1": "2.0", "better": "lower", "checkpoint_sha256": uuid.uuid4().hex}
+    run_id = client(uri).get_model_version("digits", "1").run_id
+    assert registry.register(uri, "digits", tmp_path / "model", run_id, tags) == 2
+    assert promote_best(uri, "digits") == 2
 
 
 def test_a_version_without_a_digest_is_refused_with_what_to_do(artifact: Path, uri: str, tmp_path: Path) -> None:

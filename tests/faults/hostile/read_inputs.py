@@ -1,22 +1,18 @@
-"""A fuzzer: changes foreign files and rows at random, gives them to the public commands, and counts what happens.
+"""Reads changed inputs, each in a process of its own, and judges what happens.
 
-    python -m tests.faults.hostile [--seed N] [--minutes M] [--inputs N] [--only KIND:NUMBER] [--failures FOLDER]
-
-Each input is a clean example of its kind (`hostile_kinds`) with a few changes. The seed, the kind and the number of an
-input decide about its changes. A process of its own, forked from one that has imported everything, runs the command
-with a limit of memory, an empty home and a folder of its own. Files of somebody else lie beside it, and the changes
-write their paths into the inputs. An audit hook records every file that is opened for writing or deleted outside the
-folder, every program that is started and every connection.
+Each input is a clean example of its kind with a few changes. A process that is forked from one that has imported
+everything runs the command with a limit of memory, an empty home and a folder of its own. Files of somebody else lie
+beside it, and the changes write their paths into the inputs. An audit hook records every file that is opened for
+writing or deleted outside the folder, every program that is started and every connection.
 
 An input is refused where the command ends with an error of `pipeline.errors`, or accepted and right. Everything else is
-a failure: its files are kept in a folder, and the exit code is 1.
+a failure, and its files are kept.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import hashlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -36,29 +32,33 @@ from io import TextIOWrapper
 from pathlib import Path
 from random import Random
 
-from rich.console import Console
-from rich.table import Table
+import typer.main
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # a process with threads must not fork
 
-from tests.faults import hostile_kinds  # noqa: E402
-from tests.faults.hostile_kinds import KINDS, Kind  # noqa: E402
+from pipeline import cli  # noqa: E402
+from pipeline.evaluation.extractors.published_networks import import_torch_fidelity  # noqa: E402
+from tests.faults.hostile import all_kinds  # noqa: E402
+from tests.faults.hostile.all_kinds import KINDS  # noqa: E402
+from tests.faults.hostile.kind import Kind  # noqa: E402
 
 # What the commands import while they run. torch imports `_dynamo`, and much with it, for its first optimiser.
 _IMPORTED = (
     *("pipeline.collection.verify", "pipeline.evaluation.evaluate_model", "pipeline.job_runner", "pipeline.image_grid"),
     *("pipeline.packing.pack", "pipeline.report.write_report", "pipeline.tracking.open_model", "sagan.cost"),
-    *("mlflow.pyfunc", "pandas", "pyarrow.parquet", "torch._dynamo"),
+    *("mlflow.pyfunc", "mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.tracking.sqlalchemy_store"),
+    *("pandas", "pyarrow.parquet", "torch._dynamo"),
 )
 SECONDS, MOST_MORE = 30.0, 2**30
 _DATA_LIMIT, _FILE_LIMIT = 4 * 2**30, 2**30  # bytes: memory beyond that of the forking process, and a file
 _EXCEPTION = 70  # exit status of a process that ends with an exception that is no SaganError
-_PARALLEL = 2
+_PARALLEL = 3  # on two cores, since this process works while it starts and ends another one
 
 REFUSED, RIGHT = "refused", "accepted and right"
 FAILURES = ("wrong", "exceptions", "signals", "outside", "> 30 s", "> 1 GB")
-_WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+_WRITES = {"os.truncate", "os.chmod"}
+_CHANGES_OF_FOLDERS = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}  # they follow no link
 _STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect"}
 
 
@@ -108,10 +108,13 @@ class Ground:
 
         Another process makes the clean inputs, since this starts threads.
         """
+        import_torch_fidelity()
         for module in _IMPORTED:
             importlib.import_module(module)
+        cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once here, instead of in every process
         self.clean.mkdir()
-        builder = multiprocessing.get_context("fork").Process(target=hostile_kinds.build, args=(self.clean,))
+        (self.root / "slots").mkdir()
+        builder = multiprocessing.get_context("fork").Process(target=all_kinds.build, args=(self.clean,))
         builder.start()
         builder.join()
         if builder.exitcode:
@@ -120,17 +123,25 @@ class Ground:
             path = self.canary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("mine")
+        gc.collect()
+        gc.freeze()  # the collector of a forked process would copy every page that has objects
 
-    def state(self) -> str:
-        """Return a digest of everything that no command may change."""
-        digest = hashlib.sha256()
-        for path in sorted([*self.root.iterdir(), *self.canary.rglob("*"), *self.clean.rglob("*")]):
-            with contextlib.suppress(FileNotFoundError):  # a command deletes it at this moment
-                facts = path.lstat()
-                content = path.read_bytes() if path.is_file() and self.canary in path.parents else b""
-                same = (facts.st_size, facts.st_mtime_ns, facts.st_ino) if path.is_file() else ()
-                digest.update(f"{path} {facts.st_mode} {same} ".encode() + content)
-        return digest.hexdigest()
+    def state(self) -> set[tuple[str, int, int, int]]:
+        """Return path, mode, size and time of change of every file that no command may change, and of the folders.
+
+        Unlike the time of modification, the time of change cannot be set back.
+        """
+        found, folders = set(), [self.canary, self.clean]
+        for folder in folders:  # grows
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    facts = entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                        found.add((entry.path, facts.st_mode, 0, 0))
+                    else:
+                        found.add((entry.path, facts.st_mode, facts.st_size, facts.st_ctime_ns))
+        return found | {(entry.path, 0, 0, 0) for entry in os.scandir(self.root)}
 
 
 # --- in the process of an input --------------------------------------------------------------------------------------
@@ -169,10 +180,11 @@ def _watch(slot: Path) -> None:
     record = os.open(slot / "outside", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     allowed = tuple(os.path.realpath(slot / name) for name in ("in", "out", "tmp", "home/.cache/sagan"))
 
-    def is_own(path: object) -> bool:
+    def is_own(path: object, follow: bool = True) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return True  # a file that is open already
-        real = os.path.realpath(os.fsdecode(path))
+        folder, name = os.path.split(os.fsdecode(path).rstrip("/"))
+        real = os.path.realpath(os.fsdecode(path)) if follow else f"{os.path.realpath(folder)}/{name}"
         above = tuple(str(parent) for parent in Path(allowed[-1]).parents[:2])
         return real.startswith(allowed) or real in above or real.startswith(("/dev/null", "/dev/shm", "/proc/self"))
 
@@ -182,7 +194,11 @@ def _watch(slot: Path) -> None:
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) or is_own(path):
                 return
         elif event in _WRITES:
-            if all(is_own(path) for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]):
+            if is_own(arguments[0]):
+                return
+        elif event in _CHANGES_OF_FOLDERS:
+            paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[event == "os.symlink" :][:1]
+            if all(is_own(path, follow=False) for path in paths):
                 return
         elif event not in _STARTS:
             return
@@ -192,9 +208,6 @@ def _watch(slot: Path) -> None:
 
 
 def _start(ground: Ground, name: str, number: int | None, slot: Path) -> Running:
-    shutil.rmtree(slot, ignore_errors=True)
-    for folder in ("out", "tmp", "home"):
-        (slot / folder).mkdir(parents=True)
     began = time.monotonic()
     pid = os.fork()
     if not pid:
@@ -202,6 +215,9 @@ def _start(ground: Ground, name: str, number: int | None, slot: Path) -> Running
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            shutil.rmtree(slot, ignore_errors=True)
+            for folder in ("out", "tmp", "home"):
+                (slot / folder).mkdir(parents=True)
             fd = os.open(slot / "printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for stream in (1, 2):
                 os.dup2(fd, stream)
@@ -261,7 +277,7 @@ def _controls_terminal(printed: str) -> bool:
     return any((ord(letter) < 32 and letter not in "\n\t\r") or letter in "\x7f\u202e" for letter in printed)
 
 
-def _measure_clean(ground: Ground) -> None:
+def measure_clean(ground: Ground) -> None:
     """Read every clean input. Raises SystemExit where one is not accepted."""
     for name in KINDS:
         running = _start(ground, name, None, ground.root / "slots" / "0")
@@ -272,7 +288,7 @@ def _measure_clean(ground: Ground) -> None:
         ground.memory[name] = outcome.memory
 
 
-def _in_turn() -> Iterator[tuple[str, int]]:
+def inputs_in_turn() -> Iterator[tuple[str, int]]:
     """Yield kinds and numbers of inputs, endlessly, by the shares of the kinds."""
     given: Counter[str] = Counter()
     while True:
@@ -281,8 +297,17 @@ def _in_turn() -> Iterator[tuple[str, int]]:
         given[name] += 1
 
 
-def _fuzz(ground: Ground, inputs: Iterator[tuple[str, int]], until: float, counts: dict[str, Counter[str]]) -> None:
-    """Read inputs until there are no more or until a time, and add what they led to to `counts`."""
+def read_inputs(
+    ground: Ground, inputs: Iterator[tuple[str, int]], until: float, counts: dict[str, Counter[str]]
+) -> None:
+    """Read inputs until there are no more or until a time.
+
+    Args:
+        ground: Where the inputs are read.
+        inputs: Kinds and numbers.
+        until: Time by the monotonic clock.
+        counts: What the inputs led to, by row of the table. The function adds to it.
+    """
     running: dict[int, Running] = {}
     free = [ground.root / "slots" / str(n) for n in range(_PARALLEL)]
     state, reported = ground.state(), time.monotonic()
@@ -300,13 +325,13 @@ def _fuzz(ground: Ground, inputs: Iterator[tuple[str, int]], until: float, count
                 one = running.pop(handle)
                 outcome = _end(ground, one, handle in late)
                 if (now := ground.state()) != state:
-                    outcome = Outcome(
-                        sorted({*outcome.what, "outside"} - {RIGHT, REFUSED}), outcome.memory, outcome.printed
-                    )
+                    changed = "\n".join(sorted({path for path, *_ in now ^ state}))
+                    what = sorted({*outcome.what, "outside"} - {RIGHT, REFUSED})
+                    outcome = Outcome(what, outcome.memory, f"{outcome.printed}\noutside:\n{changed}\n")
                     state = now
                 if ground.show:
                     print(outcome.printed.encode(errors="backslashreplace").decode(), end="", flush=True)
-                counts[one.kind].update(["tried", *outcome.what])
+                counts.setdefault(KINDS[one.kind].row, Counter()).update(["tried", *outcome.what])
                 if set(outcome.what) & set(FAILURES):
                     _keep(ground, one, outcome)
                 free.append(one.slot)
@@ -330,52 +355,3 @@ def _keep(ground: Ground, one: Running, outcome: Outcome) -> None:
     (folder / "how.txt").write_text(f"{', '.join(outcome.what)}\n{how}\n\n{outcome.printed}", errors="backslashreplace")
     last = next((line for line in reversed(outcome.printed.splitlines()) if line.strip()), "")
     print(f"{one.kind}:{one.number}: {', '.join(outcome.what)}: {last[:300]!a}", file=sys.stderr, flush=True)
-
-
-def _table(counts: dict[str, Counter[str]]) -> Table:
-    columns = ("tried", REFUSED, RIGHT, *FAILURES)
-    table = Table("kind", *columns)
-    for name, count in counts.items():
-        table.add_row(name, *(f"{count[column]:,}" for column in columns))
-    total = sum(counts.values(), Counter[str]())
-    table.add_row("all", *(f"{total[column]:,}" for column in columns))
-    return table
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="stop after this time")
-    parser.add_argument(
-        "--inputs", type=int, help="number of inputs over all kinds; default: 20 000, or until the time"
-    )
-    parser.add_argument("--only", help="read one input, and show what the command prints; or all inputs of one kind")
-    parser.add_argument("--failures", type=Path, help="folder for the inputs that fail; default: a new one")
-    options = parser.parse_args()
-    until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    most = options.inputs if options.inputs or options.minutes else 20_000
-    failures = options.failures or Path(tempfile.gettempdir()) / f"sagan-hostile-{os.getpid()}"
-    with tempfile.TemporaryDirectory(prefix="sagan-hostile-") as folder:
-        ground = Ground(Path(folder).resolve(), options.seed, failures)
-        ground.plant()
-        _measure_clean(ground)
-        inputs = _in_turn()
-        if options.only:
-            name, _, number = options.only.rpartition(":") if options.only not in KINDS else (options.only, "", "")
-            every = ((name, n) for n in range(most or 10**9))
-            inputs = iter([(name, int(number))]) if number else every
-            ground.show = bool(number)
-        elif most is not None:
-            inputs = (following for following, _ in zip(inputs, range(most), strict=False))
-        counts = {name: Counter[str]() for name in KINDS}
-        with contextlib.suppress(KeyboardInterrupt):
-            _fuzz(ground, inputs, until, counts)
-    Console(width=None if sys.stdout.isatty() else 160).print(_table({n: c for n, c in counts.items() if c}))
-    failed = any(count[what] for count in counts.values() for what in FAILURES)
-    if failed:
-        print(f"the inputs that failed are in {failures}")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
