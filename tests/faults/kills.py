@@ -141,7 +141,7 @@ def _work(rank: int, world: int, folder: Path, assignment: Assignment, kill: Kil
     if kill is not None and kill.rank == rank:
         _plant(kill)
     with mock.patch.object(training_loop, "worker_device", return_value=torch.device("cpu")):
-        training_loop.train_worker(assignment)
+        training_loop.train_worker(assignment, "")
 
 
 def _plant(kill: Kill) -> None:
@@ -242,7 +242,7 @@ class Runs:
                 ):  # Ray Train ends the group where one of its workers fails
                     for process in ranks:
                         process.kill()
-            status.apply(run_status.StartAsked())
+            status.apply(run_status.StartAsked(frozenset()))
             for message in sender.received():
                 status.apply(message)
             codes = [process.exitcode or 0 for process in ranks]
