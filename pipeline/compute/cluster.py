@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +93,40 @@ def run_on_each_node(function: Callable[[], T], timeout_s: float) -> dict[str, T
         if node["Alive"]
     }
     return {address: ray.get(result, timeout=timeout_s) for address, result in pending.items()}
+
+
+@dataclass(frozen=True)
+class LeavingNode:
+    """A node of the cluster that will be taken away."""
+
+    node: str
+    """Id of the node."""
+    host: str
+    seconds: float | None
+    """Time until then, in seconds; None where the notice has no deadline."""
+
+
+def leaving_nodes() -> list[LeavingNode]:
+    """Return the live nodes that drain.
+
+    A drain is the notice of a cloud, of an autoscaler, or of `ray start --block` that received SIGTERM.
+    """
+    import ray
+
+    draining = ray._private.state.state.get_draining_nodes()  # Ray Train reads it there too; no public function has it
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]} if draining else {}
+    return [
+        LeavingNode(node, hosts[node], max(0.0, deadline_ms / 1000 - time.time()) if deadline_ms else None)
+        for node, deadline_ms in draining.items()
+        if node in hosts
+    ]
+
+
+def this_node() -> str:
+    """Return the id of the node on which this process runs."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def ray_storage(root: str) -> tuple[Any, str]:

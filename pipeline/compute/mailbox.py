@@ -25,10 +25,12 @@ class _Actor:
             self._messages.append(message)
         return self._stop
 
-    def collect(self, stop: bool) -> list[Any]:
-        self._stop = stop
+    def collect(self) -> list[Any]:
         messages, self._messages = self._messages, []
         return messages
+
+    def ask_to_stop(self, stop: bool) -> None:
+        self._stop = stop
 
     def give(self, question: str, answer: Any) -> None:
         self._answers[question] = (answer,)
@@ -127,18 +129,22 @@ class Mailbox:
         self._actor = ray.remote(_Actor).options(**options).remote()
         self.sender = Sender(self._actor)
 
-    def collect(self, *, stop: bool, timeout_s: float = 5.0) -> list[Any]:
-        """Return the messages that arrived since the last call, the oldest first, and say whether senders must stop.
+    def collect(self, timeout_s: float = 5.0) -> list[Any]:
+        """Return the messages that arrived since the last call, the oldest first.
 
         Returns [] where the mailbox is not available.
         """
         import ray
 
         try:
-            messages: list[Any] = ray.get(self._actor.collect.remote(stop), timeout=timeout_s)
+            messages: list[Any] = ray.get(self._actor.collect.remote(), timeout=timeout_s)
         except ray.exceptions.RayError:  # its process died and is being started again
             return []
         return messages
+
+    def ask_to_stop(self, stop: bool) -> None:
+        """Tell senders whether they must stop, before any answer that follows. The call does not wait."""
+        self._actor.ask_to_stop.remote(stop)
 
     def answer(self, question: Question, answer: Any) -> None:
         """Answer a question that was collected. The call does not wait."""

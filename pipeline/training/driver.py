@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.compute.cluster import this_node
 from pipeline.compute.devices import uses_gpu
 from pipeline.compute.mailbox import Mailbox, Question
 from pipeline.compute.root_cause import root_cause
@@ -23,9 +24,10 @@ from pipeline.runs.owner import LostRun
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.training import worker_group
 from pipeline.training.find_or_start import find_or_start, owned
+from pipeline.training.node_watch import NodeWatch
 from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
-from pipeline.training.run_status import NotFiniteAt, StartAsked, Status
+from pipeline.training.run_status import NodesLeave, NotFiniteAt, StartAsked, Status
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation, TrainingRun
 from pipeline.training.training_progress import Console
@@ -110,7 +112,8 @@ def finish_tracking(run: TrainingRun, status: str) -> None:
 def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, float | None], None] | None) -> Status:
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
-    Returns the last status of the run.
+    A worker group whose node will be taken away writes a checkpoint and ends. Another group then starts as soon as it
+    has nodes. Returns the last status of the run.
     """
     job, owner = run.job, run.owner
     assert owner is not None, "a run that has ended is not trained"
@@ -123,14 +126,17 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
     scores = ScoringBeside(scoring) if beside else None
     in_line = None if beside else scoring.in_line(uses_gpu(job.resources.device))
     workers = _Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))
-    with _signals() as signals, Console(job) as console:
+    here, ends = this_node(), False
+    with _signals() as signals, Console(job) as console, contextlib.closing(NodeWatch()) as nodes:
         workers.start()
         training = scoring_goes_on = True
         while training or scoring_goes_on:
             training = not workers.done.wait(POLL_SECONDS)
             owner.require()
             known = len(status.scores)
-            _receive(mailbox, status, job, stop=bool(signals))
+            status.apply(NodesLeave(nodes.leaving))
+            ends = bool(signals) or here in status.leaving
+            _receive(mailbox, status, job, ends)
             console.show(status)
             for images, _, value in status.scores[known:]:
                 if on_score is not None:
@@ -138,8 +144,12 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
             housekeeping.follow(status)
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
             failed = status.failure is not None or workers.error is not None
-            if status.stopped or isinstance(status.failure, LostRun) or (not training and (failed or signals)):
+            left = not training or not status.nodes  # no group trains
+            if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break
+            if status.stopped and not training:
+                workers.start()
+                training = True
         if scores is not None:
             scores.cancel()
     if signals:
@@ -149,6 +159,12 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
         )
     if status.failure is not None:
         raise status.failure
+    if ends and status.images < 1000 * job.train.kimg:
+        raise EnvironmentFault(
+            f"the node of the driver will be taken away; training stopped at {status.images / 1000:.1f} kimg, and "
+            f"{_newest_checkpoint(run)}",
+            "run the same command again to resume",
+        )
     if workers.error is not None:
         cause = root_cause(workers.error)
         if isinstance(cause, SaganError):
@@ -165,15 +181,20 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
     return status
 
 
-def _receive(mailbox: Mailbox, status: Status, job: TrainJob, *, stop: bool) -> None:
-    """Apply all messages of the mailbox to the status, and answer the questions among them."""
-    for message in mailbox.collect(stop=stop):
+def _receive(mailbox: Mailbox, status: Status, job: TrainJob, ends: bool) -> None:
+    """Apply all messages of the mailbox to the status, and answer the questions among them.
+
+    The workers are asked to stop where the run ends, or where a node of theirs will be taken away.
+    """
+    for message in mailbox.collect():
         asked = message.message if isinstance(message, Question) else message
         repeated = isinstance(asked, NotFiniteAt) and asked.images in status.not_finite
         status.apply(asked)
         if isinstance(message, Question):
+            mailbox.ask_to_stop(ends or status.must_move)
             start = next_start(status.attempts, job.train.max_failures)
             mailbox.answer(message, start if isinstance(asked, StartAsked) else repeated)
+    mailbox.ask_to_stop(ends or status.must_move)
 
 
 def _newest_checkpoint(run: TrainingRun) -> str:
@@ -225,6 +246,7 @@ class _Background:
     error: BaseException | None = None
 
     def start(self) -> None:
+        self.done.clear()
         threading.Thread(target=self._run, daemon=True, name="ray-train").start()
 
     def _run(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import EnvironmentFault, LastingFault, SaganError
 
 
@@ -59,7 +61,16 @@ class Noted:
 
 @dataclass(frozen=True)
 class StartAsked:
-    """A worker group asks for permission to start. The driver answers with a `Start`."""
+    """A worker group on these nodes asks for permission to start. The driver answers with a `Start`."""
+
+    nodes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class NodesLeave:
+    """Nodes of the cluster will be taken away."""
+
+    leaving: Sequence[LeavingNode]
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class WorkerFailed:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A run that was asked to stop has a complete checkpoint, or stopped before its first step."""
+    """A worker group that was asked to stop has a complete checkpoint, or stopped before its first step."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ class Failed:
 
 Message = (
     StartAsked
+    | NodesLeave
     | GroupStarted
     | Logged
     | Stepped
@@ -137,6 +149,8 @@ class Status:
         train_seconds: Seconds of training up to `images`.
         positions: Last completed position of every rank of the present group.
         not_finite: Positions at which values were not finite.
+        nodes: Nodes of the present group; empty where no group trains.
+        leaving: Nodes of which there was notice that they will be taken away.
     """
 
     images: int = 0
@@ -154,12 +168,21 @@ class Status:
     train_seconds: float = 0.0
     positions: dict[int, int] = field(default_factory=dict)
     not_finite: set[int] = field(default_factory=set)
+    nodes: frozenset[str] = frozenset()
+    leaving: set[str] = field(default_factory=set)
+
+    @property
+    def must_move(self) -> bool:
+        """Whether a node of the worker group will be taken away, or was."""
+        return not self.nodes.isdisjoint(self.leaving)
 
     def apply(self, message: Message) -> None:
         """Change the status as a message says."""
         match message:
-            case StartAsked():
-                self.attempts.append([])
+            case StartAsked(nodes):
+                self._start_asked(nodes)
+            case NodesLeave(leaving):
+                self._nodes_leave(leaving)
             case GroupStarted():
                 self._group_started(message)
             case Logged(images, metrics, train_seconds):
@@ -186,9 +209,25 @@ class Status:
                 self.attempts[-1].append(message)
                 self.lines.append(f"a worker failed: {error.message}")
             case Stopped():
-                self.stopped = True
+                self.stopped, self.nodes = True, frozenset()
+                self.attempts = self.attempts[:-1]  # the group has not failed
             case Failed(error):
                 self.failure = error
+
+    def _start_asked(self, nodes: frozenset[str]) -> None:
+        if self.must_move:
+            self.attempts = self.attempts[:-1]  # the group before lost a node, of which there was notice
+        self.attempts.append([])
+        self.stopped, self.nodes = False, nodes
+
+    def _nodes_leave(self, leaving: Sequence[LeavingNode]) -> None:
+        for node in leaving:
+            if node.node in self.nodes - self.leaving:
+                when = "soon" if node.seconds is None else f"in {node.seconds:.0f} s"
+                self.lines.append(
+                    f"node {node.host} will be taken away {when}: the workers write a checkpoint and leave it"
+                )
+        self.leaving.update(node.node for node in leaving)
 
     def _group_started(self, now: GroupStarted) -> None:
         """Count a start. Images that an earlier group trained on beyond its position are lost."""

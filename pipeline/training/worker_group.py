@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.compute.cluster import connect, ray_storage
+from pipeline.compute.cluster import connect, ray_storage, this_node
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.mailbox import Sender
 from pipeline.compute.resources import has_resources, require_resources
@@ -65,7 +65,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
     env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **public}
     TorchTrainer(
-        lambda: train_worker(assignment),  # Ray Train would show a `train_loop_config` in its state
+        lambda: train_worker(assignment, this_node()),  # Ray Train would show a `train_loop_config` in its state
         torch_config=ProcessGroup(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
             num_workers=job.train.workers,

@@ -5,11 +5,11 @@
 Every seed is a run of its own. Workers, gloo, storage and MLflow are real, but the processes are started here and not
 by Ray, and a file stands in for the driver's mailbox. A seed chooses in how many worker groups a rank dies, at which
 point, and at which pass through it. The process ends there by `os._exit`. The next group starts from what storage
-holds.
+holds. Some groups are not killed but get notice, as before a node is taken away.
 
 What is promised: the last checkpoint has the bits of the undisturbed run's. Its `metrics.jsonl` holds every point of
-the undisturbed run once. A kill loses at most the images since the newest checkpoint and those of one step. The
-temporary folder is empty, and the run's folder holds complete checkpoints alone.
+the undisturbed run once. A kill loses at most the images since the newest checkpoint and those of one step, and a
+notice loses none. The temporary folder is empty, and the run's folder holds complete checkpoints alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +83,24 @@ class Kill:
         return cls(dice.randrange(world), point, dice.randint(1, POINTS[point][2]), dice.random() < 0.5)
 
 
+@dataclass(frozen=True)
+class Notice:
+    """The workers are asked to leave at position `images`."""
+
+    images: int
+
+    @classmethod
+    def drawn(cls, dice: random.Random) -> Notice:
+        return cls(dice.randrange(0, LENGTH, STEP))
+
+
 @dataclass
 class FileSender:
     """Stands in for `pipeline.compute.mailbox.Sender`: messages are in a file, which survives the sender."""
 
     path: Path
+    leave_at: int | None = None
+    """Position from which on the workers are asked to stop."""
 
     def send(self, message: Any) -> None:
         with self.path.open("ab") as file:
@@ -99,7 +112,7 @@ class FileSender:
     def exchange(self, message: Any) -> bool:
         if message is not None:
             self.send(message)
-        return False
+        return self.leave_at is not None and isinstance(message, run_status.Stepped) and message.images >= self.leave_at
 
     def ask(self, message: Any, timeout_s: float = 0.0) -> Any:
         return Start(0.0) if isinstance(message, run_status.StartAsked) else False
@@ -119,6 +132,8 @@ class Ended:
     status: Status
     seconds: list[float] = field(default_factory=list)
     reached: list[Kill] = field(default_factory=list)
+    left: int = 0
+    """Groups that left after a notice."""
 
 
 def _found(place: str) -> Any:
@@ -141,7 +156,7 @@ def _work(rank: int, world: int, folder: Path, assignment: Assignment, kill: Kil
     if kill is not None and kill.rank == rank:
         _plant(kill)
     with mock.patch.object(training_loop, "worker_device", return_value=torch.device("cpu")):
-        training_loop.train_worker(assignment)
+        training_loop.train_worker(assignment, "")
 
 
 def _plant(kill: Kill) -> None:
@@ -182,20 +197,21 @@ class Runs:
             "track": {"uri": f"sqlite:///{folder}/mlflow.db", "register": False},
         }
 
-    def run(self, name: str, kills: list[Kill]) -> Ended:
-        """Train a run to its end. The n-th worker group meets the n-th kill."""
+    def run(self, name: str, events: Sequence[Kill | Notice]) -> Ended:
+        """Train a run to its end. The n-th worker group meets the n-th event."""
         job = parse_job({**self.values, "name": name}, name)
         assert isinstance(job, TrainJob)
         run = start_run(job)
-        status, seconds, reached = Status(), [], []
-        for kill in [*kills, None]:
+        status, seconds, reached, left = Status(), [], [], 0
+        for event in [*events, None]:
             began = time.monotonic()
-            ended, codes = self._group(run, kill, status)
+            ended, codes = self._group(run, event, status)
             seconds.append(time.monotonic() - began)
             delete_superfluous_checkpoints(job)
-            if kill is not None and KILLED in codes:
-                reached.append(kill)
-            if ended:
+            if isinstance(event, Kill) and KILLED in codes:
+                reached.append(event)
+            left += status.stopped
+            if ended and not status.stopped:
                 break
         newest = run.stored.checkpoints()[-1]
         points: dict[tuple[int, str], float] = {}
@@ -208,15 +224,16 @@ class Runs:
         names = files.list_names(run.stored.checkpoints_url)
         if names != [checkpoint.name for checkpoint in run.stored.checkpoints()]:
             raise AssertionError(f"{name}: unfinished checkpoints are left: {names}")
-        return Ended(newest.name, points, status, seconds, reached)
+        return Ended(newest.name, points, status, seconds, reached, left)
 
-    def _group(self, run: TrainingRun, kill: Kill | None, status: Status) -> tuple[bool, list[int]]:
+    def _group(self, run: TrainingRun, event: Kill | Notice | None, status: Status) -> tuple[bool, list[int]]:
         """Run one worker group. Returns whether all ranks came to the end, and their exit codes."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pipeline.training.worker.training_loop", "mlflow"])
         with tempfile.TemporaryDirectory(dir=self.folder) as group:
             assert run.owner is not None
-            sender = FileSender(Path(group) / "mailbox")
+            kill = event if isinstance(event, Kill) else None
+            sender = FileSender(Path(group) / "mailbox", event.images if isinstance(event, Notice) else None)
             sender.path.touch()
             assignment = Assignment(
                 job=run.job.model_dump(mode="json", by_alias=True),
@@ -242,7 +259,7 @@ class Runs:
                 ):  # Ray Train ends the group where one of its workers fails
                     for process in ranks:
                         process.kill()
-            status.apply(run_status.StartAsked())
+            status.apply(run_status.StartAsked(frozenset()))
             for message in sender.received():
                 status.apply(message)
             codes = [process.exitcode or 0 for process in ranks]
@@ -262,9 +279,12 @@ def runs(world: int) -> Iterator[Runs]:
 def check(seed: int, made: Runs, undisturbed: Ended) -> Ended:
     """Train a run with the kills of a seed. Raises AssertionError where a promise is broken."""
     dice = random.Random(seed)
-    kills = [Kill.drawn(dice, made.world, group) for group in range(dice.randint(1, 3))]
-    ended = made.run(f"seed{seed}", kills)
-    what = f"seed {seed}, {made.world} ranks, {kills}"
+    events = [
+        Notice.drawn(dice) if dice.random() < 0.2 else Kill.drawn(dice, made.world, group)
+        for group in range(dice.randint(1, 3))
+    ]
+    ended = made.run(f"seed{seed}", events)
+    what = f"seed {seed}, {made.world} ranks, {events}"
     if ended.checkpoint != undisturbed.checkpoint:
         raise AssertionError(f"{what}: the run ended in {ended.checkpoint} and not in {undisturbed.checkpoint}")
     if ended.points != undisturbed.points:
@@ -284,7 +304,7 @@ def main() -> int:
     parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, which take turns")
     options = parser.parse_args()
     points: Counter[str] = Counter()
-    seconds, lost, failures = [], [], 0
+    seconds, lost, failures, notices = [], [], 0, 0
     for world in options.world:
         with runs(world) as made:
             undisturbed = made.run("undisturbed", [])
@@ -301,8 +321,10 @@ def main() -> int:
                 points.update(f"{kill.point}, {'after' if kill.after else 'before'}" for kill in ended.reached)
                 seconds += ended.seconds
                 lost.append(ended.status.images_lost)
-                print(f"seed {seed}, {world} ranks: {len(ended.reached)} kills, {lost[-1]} images lost", flush=True)
-    print(f"{options.seeds} seeds, {sum(points.values())} kills met, {failures} failures")
+                met = f"{len(ended.reached)} kills, {ended.left} notices"
+                print(f"seed {seed}, {world} ranks: {met}, {lost[-1]} images lost", flush=True)
+                notices += ended.left
+    print(f"{options.seeds} seeds, {sum(points.values())} kills and {notices} notices met, {failures} failures")
     if seconds:
         print(f"worker groups: median {statistics.median(seconds):.1f} s; images lost: at most {max(lost)} in a run")
     for point, count in sorted(points.items()):

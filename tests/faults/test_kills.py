@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.kills import Ended, Kill, Runs, check, runs
+from tests.faults.kills import STEP, Ended, Kill, Notice, Runs, check, runs
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def two_ranks() -> Iterator[tuple[Runs, Ended]]:
 
 def test_a_run_whose_workers_are_killed_ends_as_the_undisturbed_run(two_ranks: tuple[Runs, Ended]) -> None:
     made, undisturbed = two_ranks
-    ended = check(11, made, undisturbed)
+    ended = check(12, made, undisturbed)
     assert ended.reached
 
 
@@ -33,3 +33,12 @@ def test_each_kill_of_a_list_is_met(two_ranks: tuple[Runs, Ended]) -> None:
     assert ended.reached == kills
     assert (ended.checkpoint, ended.points) == (undisturbed.checkpoint, undisturbed.points)
     assert ended.status.images_lost > 0
+
+
+def test_workers_that_get_notice_lose_nothing(two_ranks: tuple[Runs, Ended]) -> None:
+    """Between two checkpoints, and as soon as they have started."""
+    made, undisturbed = two_ranks
+    ended = made.run("noticed", [Notice(4 * STEP), Notice(0)])
+    assert ended.left == 2
+    assert (ended.checkpoint, ended.points) == (undisturbed.checkpoint, undisturbed.points)
+    assert ended.status.images_lost == 0

@@ -61,7 +61,7 @@ def work(folder: Path, collection: str, device: str, steps: int) -> tuple[Stored
         step_timeout_s=300.0,
     )
     with mock.patch.object(training_loop, "worker_device", return_value=torch.device(device)), Record() as record:
-        training_loop.train_worker(assignment)
+        training_loop.train_worker(assignment, "")
     return run.stored.checkpoints()[-1], record
 
 

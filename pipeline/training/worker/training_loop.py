@@ -60,12 +60,12 @@ _HEARTBEAT_S = 1.0  # seconds between two messages about the position of a rank
 _MEET_S = 30.0  # longest time that ranks wait for rank 0 without a sign of it
 
 
-def train_worker(assignment: Assignment) -> None:
-    """Run one Ray Train worker."""
+def train_worker(assignment: Assignment, node: str) -> None:
+    """Run one Ray Train worker, on the node with the id `node`."""
     os.environ.update(assignment.secrets)
     worker = None
     try:
-        with contextlib.closing(worker := Worker(assignment)):
+        with contextlib.closing(worker := Worker(assignment, node)):
             worker.run()
     except Exception as error:
         shown = error if isinstance(error, SaganError) else SaganError(f"{type(error).__name__}: {error}")
@@ -81,8 +81,9 @@ def train_worker(assignment: Assignment) -> None:
 class Worker:
     """One rank of a training run."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment, node: str) -> None:
         self.assignment = assignment
+        self.node = node
         self.job = TrainJob.model_validate(assignment.job)
         self.stored = StoredRun.of(self.job)
         self.driver = assignment.driver
@@ -128,8 +129,9 @@ class Worker:
         Returns False where the run is asked to stop meanwhile. Raises SaganError where the run must not go on.
         """
         start: Start | None = None
+        nodes = self._from_all(self.node)
         if self.is_rank0:
-            start = self.driver.ask(run_status.StartAsked())
+            start = self.driver.ask(run_status.StartAsked(frozenset(nodes)))
             if start.pause_s and start.refusal is None:
                 self._note(f"the workers start in {start.pause_s:.0f} s")
             until = time.monotonic() + min(start.pause_s, LONGEST_PAUSE_S)
@@ -360,6 +362,14 @@ class Worker:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def _from_all(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank. Collective."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def _require_owner(self) -> None:
         """Raise LostRun where the driver of this worker does not own the run any more."""

@@ -190,6 +190,13 @@ def test_a_stopped_job_has_time_to_finish_its_checkpoint(rayjob):
     assert not head.get("tolerations")  # the head must not stand on a spot machine
 
 
+def test_workers_have_time_for_a_checkpoint_before_their_node_is_taken_away(rayjob):
+    for name, pod in pods(rayjob).items():
+        if name != "head":
+            drain = int(env(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]["value"])
+            assert 30 < drain < pod["terminationGracePeriodSeconds"]
+
+
 def test_versions_are_the_pinned_ones(rayjob):
     assert rayjob["rayClusterSpec"]["rayVersion"] == PINS["ray"]
     images = {container(template["spec"])["image"] for _, template in templates(rayjob)}

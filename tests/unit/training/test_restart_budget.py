@@ -12,6 +12,8 @@ from pipeline.errors import EnvironmentFault, LastingFault, SaganError
 from pipeline.training.restart_budget import LONGEST_PAUSE_S, SAME_FAILURES, next_start
 from pipeline.training.run_status import StartAsked, Status, Uploaded, WorkerFailed
 
+NODES = frozenset({"a", "b"})
+
 
 def failed(images: int = 32, error: SaganError | None = None) -> list[WorkerFailed]:
     return [WorkerFailed(error or SaganError("it broke"), images, type(error).__name__ if error else "RuntimeError")]
@@ -50,10 +52,10 @@ def test_the_error_that_ends_a_run_keeps_its_exit_code_and_its_remedy() -> None:
 def test_a_checkpoint_resets_the_count() -> None:
     status = Status()
     for _ in range(4):
-        status.apply(StartAsked())
+        status.apply(StartAsked(NODES))
     assert next_start(status.attempts, 2).refusal is not None
     status.apply(Uploaded("000000000032-00000000", to_score=False))
-    status.apply(StartAsked())
+    status.apply(StartAsked(NODES))
     assert next_start(status.attempts, 0).refusal is not None, "the group that wrote the checkpoint failed once"
     assert next_start(status.attempts, 1) == next_start([[], []], 1)
 

@@ -1,0 +1,64 @@
+"""A further node of a Ray cluster on this machine, which gets notice and leaves as one of a cloud does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from infra.local.server_process import Server, free_port
+from infra.local.servers import Ray
+
+# `ray start` refuses a second node on loopback: with a cluster allowed, it would use an address of the network.
+RAY_ON_LOOPBACK = """
+from ray._private import ray_constants, services
+from ray.scripts.scripts import main
+services.get_node_ip_address = lambda *_: services.get_localhost_ip()
+ray_constants.ENABLE_RAY_CLUSTER = True
+main()
+"""
+
+
+class RayNode(Server):
+    """A node of 127.0.0.1 that joins a head.
+
+    Args:
+        head: The head, which runs.
+        cpus: Logical CPUs.
+        drain_s: Seconds between the notice and the end of the node.
+    """
+
+    name = "a Ray node"
+
+    def __init__(self, head: Ray, cpus: int, drain_s: float = 120.0) -> None:
+        super().__init__(env={"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s)})
+        self.head, self.cpus = head, cpus
+
+    def command(self) -> list[str]:
+        join = ["--address", self.head.env["RAY_ADDRESS"], "--node-ip-address", "127.0.0.1"]
+        join += ["--dashboard-agent-listen-port", str(free_port())]
+        join += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any port; by default, a range of the machine
+        size = ["--num-cpus", str(self.cpus), "--object-store-memory", str(100_000_000)]
+        return [sys.executable, "-c", RAY_ON_LOOPBACK, "start", "--block", *join, *size, "--disable-usage-stats"]
+
+    def environment(self) -> dict[str, str]:
+        return self.head.environment()
+
+    def ready(self) -> bool:
+        return "Ray runtime started" in self.log.read_text(errors="replace")
+
+    def give_notice(self) -> None:
+        """Send SIGTERM to `ray start`, as Kubernetes does."""
+        give_notice(self)
+
+    def wait_for_end(self) -> None:
+        """Wait until the node has left."""
+        assert self._guardian is not None
+        self._guardian.wait()
+
+
+def give_notice(server: Ray | RayNode) -> None:
+    """Send SIGTERM to `ray start` of a head or of another node."""
+    start = next(pid for pid in server.pids[1:] if b"\0start\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(start, signal.SIGTERM)

@@ -1,0 +1,65 @@
+"""A worker group that loses a node has not failed where there was notice."""
+
+from __future__ import annotations
+
+from pipeline.compute.cluster import LeavingNode
+from pipeline.errors import SaganError
+from pipeline.training.restart_budget import next_start
+from pipeline.training.run_status import GroupStarted, NodesLeave, StartAsked, Status, Stepped, Stopped, WorkerFailed
+
+LOST = WorkerFailed(SaganError("connection reset"), 64, "RuntimeError")
+
+
+def group_on(*nodes: str) -> StartAsked:
+    return StartAsked(frozenset(nodes))
+
+
+def leaves(node: str, seconds: float | None = 25.0) -> NodesLeave:
+    return NodesLeave([LeavingNode(node, f"host-of-{node}", seconds)])
+
+
+def status_of_a_group_on(*nodes: str) -> Status:
+    status = Status()
+    status.apply(group_on(*nodes))
+    status.apply(GroupStarted(0, None, 0.0))
+    status.apply(Stepped(0, 64))
+    return status
+
+
+def test_a_group_moves_when_one_of_its_nodes_leaves() -> None:
+    status = status_of_a_group_on("a", "b")
+    status.apply(leaves("c"))
+    assert not status.must_move
+    assert not status.lines
+    for _ in range(3):  # a drain is seen again at each look
+        status.apply(leaves("b"))
+    assert status.must_move
+    (line,) = status.lines
+    assert "node host-of-b will be taken away in 25 s" in line
+    status.apply(Stopped())
+    assert not status.must_move, "no group is there"
+    status.apply(group_on("a", "c"))
+    assert status.must_move, "c leaves, too"
+    status.apply(group_on("a", "d"))
+    assert not status.must_move
+
+
+def test_a_group_that_stopped_for_a_leaving_node_has_not_failed() -> None:
+    status = status_of_a_group_on("a", "b")
+    status.apply(leaves("b", None))
+    status.apply(Stopped())
+    status.apply(group_on("a", "c"))
+    assert next_start(status.attempts, 0).refusal is None
+
+
+def test_a_group_whose_node_left_before_the_checkpoint_was_complete_has_not_failed() -> None:
+    status = status_of_a_group_on("a", "b")
+    status.apply(leaves("b"))
+    status.apply(LOST)
+    status.apply(group_on("a", "c"))
+    status.apply(GroupStarted(0, None, 0.0))
+    assert next_start(status.attempts, 0).refusal is None
+    assert status.images_lost == 64
+    status.apply(LOST)
+    status.apply(group_on("a", "c"))
+    assert next_start(status.attempts, 0).refusal is not None, "without notice it has"
