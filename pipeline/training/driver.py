@@ -42,6 +42,7 @@ from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import NotFiniteAt, StartAsked, Status
 from pipeline.training.scoring import Scoring, ScoringBeside
+from pipeline.training.status_file import StatusFile
 from pipeline.training.training_run import Evaluation, TrainingRun
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,11 @@ def train(
         run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)))
         if run.summary is not None:
             return run.summary
+        told = held.enter_context(StatusFile(run))
         status = "FAILED"
         try:
-            snapshot = _train(run, evaluation, on_score)
+            snapshot = _train(run, evaluation, on_score, told)
+            told.score(snapshot.images)
             scores = RunScores()
             if final:
                 scores = evaluation.finalise(run.job, run.mlflow_run_id)
@@ -285,7 +288,12 @@ def _require_own_checkpoints(stored: StoredRun, method_digest: str) -> None:
 # --- while the run trains ---------------------------------------------------------------------------------------------
 
 
-def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, float | None], None] | None) -> Status:
+def _train(
+    run: TrainingRun,
+    evaluation: Evaluation,
+    on_score: Callable[[int, float | None], None] | None,
+    told: StatusFile,
+) -> Status:
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
     Returns the last status of the run.
@@ -309,7 +317,10 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
             owner.require()
             known = len(status.scores)
             _receive(mailbox, status, job, stop=bool(signals))
+            if training:
+                status.notice_silence(worker_group.shown(job))
             console.show(status)
+            told.follow(status)
             for images, _, value in status.scores[known:]:
                 if on_score is not None:
                     on_score(images, value)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.errors import EnvironmentFault, LastingFault, SaganError
+from pipeline.runs.records import Wait
+
+ALIVE_S = 5.0  # seconds between two signs of a rank
+SILENT_S = 30.0  # seconds without a sign after which a rank is silent
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,46 @@ class Logged:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A rank has completed a step that ends at position `images`."""
+    """The ranks have completed a step that ends at position `images`."""
+
+    images: int
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The process of a rank runs. A thread sends it every few seconds, also while the rank waits for others.
+
+    Attributes:
+        rank: Rank in the present worker group.
+        process: Machine and process id, for people.
+        images: Last completed position of the rank.
+    """
 
     rank: int
+    process: str
     images: int
+
+
+@dataclass(frozen=True)
+class Waits:
+    """A part of the run waits.
+
+    Attributes:
+        who: The part, such as `checkpoint 000000036000-d60d37b7`.
+        what: What it waits for.
+        until: What ends the wait.
+    """
+
+    who: str
+    what: str
+    until: str
+
+
+@dataclass(frozen=True)
+class WentOn:
+    """A part of the run that waited waits no more."""
+
+    who: str
 
 
 @dataclass(frozen=True)
@@ -106,6 +148,9 @@ Message = (
     | GroupStarted
     | Logged
     | Stepped
+    | Alive
+    | Waits
+    | WentOn
     | Uploaded
     | Scored
     | Noted
@@ -114,6 +159,18 @@ Message = (
     | Stopped
     | Failed
 )
+
+
+@dataclass(frozen=True)
+class RankSeen:
+    """What was last heard from a rank."""
+
+    process: str
+    """Machine and process id."""
+    images: int
+    """Last completed position."""
+    heard_s: float
+    """Unix time in seconds."""
 
 
 @dataclass
@@ -135,8 +192,12 @@ class Status:
         stopped: Whether the run was asked to stop and its last checkpoint is complete.
         failure: An error that a restart of the workers would not correct.
         train_seconds: Seconds of training up to `images`.
-        positions: Last completed position of every rank of the present group.
         not_finite: Positions at which values were not finite.
+        ranks: What was last heard from every rank of the present group.
+        waits: What the parts of the run wait for, by the name of the part.
+        last_error: The last error of a worker.
+        workers_gone_s: Unix time since which there are no workers, in seconds; None while there are.
+        clock: Returns the Unix time in seconds.
     """
 
     images: int = 0
@@ -152,21 +213,35 @@ class Status:
     stopped: bool = False
     failure: SaganError | None = None
     train_seconds: float = 0.0
-    positions: dict[int, int] = field(default_factory=dict)
     not_finite: set[int] = field(default_factory=set)
+    ranks: dict[int, RankSeen] = field(default_factory=dict)
+    waits: dict[str, Wait] = field(default_factory=dict)
+    last_error: str | None = None
+    clock: Callable[[], float] = time.time
+    workers_gone_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.workers_gone_s = self.clock()
 
     def apply(self, message: Message) -> None:
         """Change the status as a message says."""
         match message:
             case StartAsked():
                 self.attempts.append([])
+                self._went_on("the run")
+                self.ranks, self.waits, self.workers_gone_s = {}, {}, None
             case GroupStarted():
                 self._group_started(message)
             case Logged(images, metrics, train_seconds):
                 self.images, self.metrics, self.train_seconds = images, metrics, train_seconds
-            case Stepped(rank, images):
-                self.positions[rank] = images
+            case Stepped(images):
                 self.images = max(self.images, images)
+            case Alive():
+                self._heard(message)
+            case Waits(who, what, until):
+                self._waits(who, what, until, self.clock())
+            case WentOn(who):
+                self._went_on(who)
             case Uploaded(checkpoint, to_score):
                 self.uploaded.append(checkpoint)
                 if to_score:
@@ -185,10 +260,49 @@ class Status:
                 self.attempts = self.attempts or [[]]  # a worker may fail before its group asks
                 self.attempts[-1].append(message)
                 self.lines.append(f"a worker failed: {error.message}")
+                self.last_error = error.message
+                self.workers_gone_s = self.workers_gone_s or self.clock()
             case Stopped():
                 self.stopped = True
             case Failed(error):
                 self.failure = error
+
+    def notice_silence(self, workers: str) -> None:
+        """Note what no message says: that workers are missing or silent. `workers` describes all workers of the run."""
+        now = self.clock()
+        if silent := silent_ranks(self.ranks, now):
+            names = ", ".join(f"rank {rank} ({self.ranks[rank].process})" for rank in sorted(silent))
+            until = "the other ranks raise an error after their time limit, and the workers start again"
+            since = min(self.ranks[rank].heard_s for rank in silent)
+            self._waits("training", f"{names}, of which nothing was heard", until, since)
+        else:
+            self._went_on("training")
+        if self.ranks and self.workers_gone_s is None:
+            last = max(seen.heard_s for seen in self.ranks.values())
+            self.workers_gone_s = last if now - last > SILENT_S else None
+        if self.workers_gone_s is not None and now - self.workers_gone_s > SILENT_S:
+            self._waits("the run", workers, "Ray starts them when the cluster has room", self.workers_gone_s)
+
+    def _heard(self, message: Alive) -> None:
+        """Note that a rank is alive. Another process of a known rank belongs to a new worker group."""
+        known = self.ranks.get(message.rank)
+        if known is not None and known.process != message.process:
+            self.ranks = {}
+        self.ranks[message.rank] = RankSeen(message.process, message.images, self.clock())
+        self.workers_gone_s = None
+        self._went_on("the run")
+
+    def _waits(self, who: str, what: str, until: str, since_s: float) -> None:
+        """Note a wait. A wait that is known already keeps its beginning."""
+        known = self.waits.get(who)
+        wait = Wait(who=who, what=what, until=until, since_s=known.since_s if known else since_s)
+        if wait != known:
+            self.waits[who] = wait
+            self.lines.append(wait.line)
+
+    def _went_on(self, who: str) -> None:
+        if (wait := self.waits.pop(who, None)) is not None:
+            self.lines.append(f"{who} waited {max(0.0, self.clock() - wait.since_s):.0f} s")
 
     def _group_started(self, now: GroupStarted) -> None:
         """Count a start. Images that an earlier group trained on beyond its position are lost."""
@@ -202,4 +316,16 @@ class Status:
             self.lines.append(
                 f"started over, because no checkpoint was complete; the run had reached {self.images / 1000:.1f} kimg"
             )
-        self.images, self.train_seconds, self.positions = now.images, now.train_seconds, {}
+        self.images, self.train_seconds = now.images, now.train_seconds
+
+
+def silent_ranks(ranks: Mapping[int, RankSeen], now: float) -> set[int]:
+    """Return the ranks without a sign for 30 s at the Unix time `now`, while at least one other rank gives signs.
+
+    A thread of each rank gives the signs, also while the rank waits for others. So a silent rank is stopped, or its
+    machine is cut off, or its threads get no time. If no rank gives signs, messages do not arrive, and no rank is
+    named.
+    """
+    silent = {rank for rank, seen in ranks.items() if now - seen.heard_s > SILENT_S}
+    speaking = any(now - seen.heard_s <= 2 * ALIVE_S for seen in ranks.values())
+    return silent if speaking else set()

@@ -1,0 +1,121 @@
+"""A rank that gives no sign is named, also where it cannot speak for itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.training import run_status
+from pipeline.training.run_status import Alive, StartAsked, Status
+from pipeline.training.worker.watchdog import Watchdog
+
+
+def sum_for_ever(rank: int, store: Path, driver: Connection) -> None:
+    """A rank that steps until it is killed: each step waits for the other rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    watchdog = Watchdog(rank, 1.0, driver.send)
+    step = 0
+    while True:
+        dist.all_reduce(torch.ones(1))
+        watchdog.step(step := step + 1)
+
+
+@contextmanager
+def two_ranks(folder: Path) -> Iterator[tuple[list[int], list[Connection]]]:
+    """(process ids, what the driver hears of each)."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as ended:
+        processes, heard = [], []
+        for rank in range(2):
+            driver, worker = context.Pipe(duplex=False)
+            process = context.Process(target=sum_for_ever, args=(rank, folder / "store", worker), daemon=True)
+            process.start()
+            ended.callback(process.join)
+            ended.callback(process.kill)
+            processes.append(process.pid or 0)
+            heard.append(driver)
+        yield processes, heard
+
+
+def test_a_stopped_rank_is_named_while_the_other_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_status, "SILENT_S", 3.0)
+    status = Status()
+    with two_ranks(tmp_path) as (processes, heard):
+
+        def hear(ranks: list[int]) -> None:
+            for rank in ranks:
+                status.apply(heard[rank].recv())
+            status.notice_silence("2 workers")
+
+        hear([0, 1])
+        os.kill(processes[1], signal.SIGSTOP)
+        while not status.waits:
+            hear([0])
+        wait = status.waits["training"]
+        assert wait.what.startswith(f"rank 1 (process {processes[1]} on ")
+        assert "the workers start again" in wait.until
+        assert wait.since_s == status.ranks[1].heard_s
+        assert status.lines[-1] == wait.line
+        os.kill(processes[1], signal.SIGCONT)
+        while status.waits:
+            hear([0, 1])
+    assert status.lines[-1].startswith("training waited ")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_missing_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    status = Status(clock=clock)
+    clock.now += 20
+    status.notice_silence("2 workers with 1 CPUs each")
+    assert not status.waits, "a start takes a while"
+    clock.now += 20
+    status.notice_silence("2 workers with 1 CPUs each")
+    assert status.waits["the run"].what == "2 workers with 1 CPUs each"
+    assert status.waits["the run"].since_s == 1000
+    status.apply(StartAsked())
+    assert not status.waits
+    assert status.lines[-1] == "the run waited 40 s"
+
+
+def test_no_rank_is_blamed_where_all_are_silent() -> None:
+    """Their machine or the mailbox is gone; the run waits for all of them."""
+    clock = Clock()
+    status = Status(clock=clock)
+    status.apply(StartAsked())
+    for rank in range(2):
+        status.apply(Alive(rank, f"process {rank} on a", 32))
+        clock.now += 1
+    clock.now += 60
+    status.notice_silence("2 workers")
+    assert list(status.waits) == ["the run"]
+    assert status.waits["the run"].since_s == 1001
+
+
+def test_ranks_of_an_earlier_group_are_forgotten() -> None:
+    clock = Clock()
+    status = Status(clock=clock)
+    status.apply(StartAsked())
+    for rank in range(2):
+        status.apply(Alive(rank, f"process {rank} on a", 32))
+    clock.now += 60
+    status.apply(Alive(0, "process 7 on b", 0))
+    status.notice_silence("1 worker")
+    assert not status.waits
