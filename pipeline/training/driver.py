@@ -60,6 +60,7 @@ def train(
     on_score: Callable[[int, float | None], None] | None = None,
     final: bool = True,
     on_end: Callable[[TrainJob, str], None] | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> TrainSummary:
     """Train from the run's newest checkpoint to `train.kimg` and return the summary.
 
@@ -73,9 +74,10 @@ def train(
         final: Whether to compute a final score at the end and to register the best model. False for a trial, because a
             sweep chooses its champion among all trials; the checkpoints that are due are scored then, too.
         on_end: Called with (job, MLflow run id) after the summary is stored and before the MLflow run ends.
+        asked_to_stop: Returns whether the run must stop as after a signal. It is called several times a second.
 
     Raises UsageError, also where another driver trains this run, EnvironmentFault or SaganError. Raises InterruptedRun
-    after SIGINT or SIGTERM; the checkpoint after the current step is written first.
+    after SIGINT, SIGTERM or `asked_to_stop`; the checkpoint after the current step is written first.
     """
     with contextlib.ExitStack() as held:
         run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)))
@@ -84,7 +86,7 @@ def train(
         told = held.enter_context(StatusFile(run))
         status = "FAILED"
         try:
-            snapshot = _train(run, evaluation, on_score, told)
+            snapshot = _train(run, evaluation, on_score, asked_to_stop, told)
             told.score(snapshot.images)
             scores = RunScores()
             if final:
@@ -292,6 +294,7 @@ def _train(
     run: TrainingRun,
     evaluation: Evaluation,
     on_score: Callable[[int, float | None], None] | None,
+    asked_to_stop: Callable[[], bool],
     told: StatusFile,
 ) -> Status:
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
@@ -315,10 +318,13 @@ def _train(
         while training or scoring_goes_on:
             training = not workers.done.wait(POLL_SECONDS)
             owner.require()
+            if not signals and asked_to_stop():
+                signals.append(signal.SIGTERM)
             known = len(status.scores)
             _receive(mailbox, status, job, stop=bool(signals))
             if training:
                 status.notice_silence(worker_group.shown(job))
+                status.notice_stragglers()
             console.show(status)
             told.follow(status)
             for images, _, value in status.scores[known:]:

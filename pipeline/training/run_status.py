@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +13,8 @@ from pipeline.runs.records import Wait
 
 ALIVE_S = 5.0  # seconds between two signs of a rank
 SILENT_S = 30.0  # seconds without a sign after which a rank is silent
+STRAGGLES_S = 60.0  # seconds of slow steps after which a rank is noted
+_LEAST_OWN_S = 0.005  # a rank that works less in a step holds nobody up
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class Alive:
         rank: Rank in the present worker group.
         process: Machine and process id, for people.
         images: Last completed position of the rank.
+        own_s: Seconds that the rank works in a step, without waiting for other ranks.
     """
 
     rank: int
     process: str
     images: int
+    own_s: float
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,8 @@ class RankSeen:
     """Machine and process id."""
     images: int
     """Last completed position."""
+    own_s: float
+    """Seconds that the rank works in a step, without waiting for other ranks."""
     heard_s: float
     """Unix time in seconds."""
 
@@ -195,6 +203,7 @@ class Status:
         not_finite: Positions at which values were not finite.
         ranks: What was last heard from every rank of the present group.
         waits: What the parts of the run wait for, by the name of the part.
+        slow_since_s: Unix time since which a rank takes twice as long as the others, by rank; inf once it is noted.
         last_error: The last error of a worker.
         workers_gone_s: Unix time since which there are no workers, in seconds; None while there are.
         clock: Returns the Unix time in seconds.
@@ -216,6 +225,7 @@ class Status:
     not_finite: set[int] = field(default_factory=set)
     ranks: dict[int, RankSeen] = field(default_factory=dict)
     waits: dict[str, Wait] = field(default_factory=dict)
+    slow_since_s: dict[int, float] = field(default_factory=dict)
     last_error: str | None = None
     clock: Callable[[], float] = time.time
     workers_gone_s: float | None = None
@@ -229,7 +239,7 @@ class Status:
             case StartAsked():
                 self.attempts.append([])
                 self._went_on("the run")
-                self.ranks, self.waits, self.workers_gone_s = {}, {}, None
+                self.ranks, self.waits, self.slow_since_s, self.workers_gone_s = {}, {}, {}, None
             case GroupStarted():
                 self._group_started(message)
             case Logged(images, metrics, train_seconds):
@@ -283,12 +293,25 @@ class Status:
         if self.workers_gone_s is not None and now - self.workers_gone_s > SILENT_S:
             self._waits("the run", workers, "Ray starts them when the cluster has room", self.workers_gone_s)
 
+    def notice_stragglers(self) -> None:
+        """Note, once for each worker group, a rank that has held the others up for a while."""
+        now, slow = self.clock(), stragglers(self.ranks)
+        self.slow_since_s = {rank: since for rank, since in self.slow_since_s.items() if rank in slow or since > now}
+        for rank, median_s in slow.items():
+            seen, since = self.ranks[rank], self.slow_since_s.setdefault(rank, now)
+            if now - since > STRAGGLES_S:
+                self.slow_since_s[rank] = math.inf
+                self.lines.append(
+                    f"rank {rank} ({seen.process}) holds the others up: it works {seen.own_s:.3f} s in a step, and the "
+                    f"median of the ranks is {median_s:.3f} s; look at its machine's load, disk and clock rate"
+                )
+
     def _heard(self, message: Alive) -> None:
         """Note that a rank is alive. Another process of a known rank belongs to a new worker group."""
         known = self.ranks.get(message.rank)
         if known is not None and known.process != message.process:
             self.ranks = {}
-        self.ranks[message.rank] = RankSeen(message.process, message.images, self.clock())
+        self.ranks[message.rank] = RankSeen(message.process, message.images, message.own_s, self.clock())
         self.workers_gone_s = None
         self._went_on("the run")
 
@@ -329,3 +352,14 @@ def silent_ranks(ranks: Mapping[int, RankSeen], now: float) -> set[int]:
     silent = {rank for rank, seen in ranks.items() if now - seen.heard_s > SILENT_S}
     speaking = any(now - seen.heard_s <= 2 * ALIVE_S for seen in ranks.values())
     return silent if speaking else set()
+
+
+def stragglers(ranks: Mapping[int, RankSeen]) -> dict[int, float]:
+    """Return the ranks that work more than twice as long in a step as the median of the ranks, with this median.
+
+    The median of an even number of ranks is the lower of the two in the middle, so that one of two ranks can be slow.
+    """
+    if not ranks:
+        return {}
+    median_s = statistics.median_low(seen.own_s for seen in ranks.values())
+    return {rank: median_s for rank, seen in ranks.items() if seen.own_s > max(2 * median_s, _LEAST_OWN_S)}

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from pipeline.training.worker import rank_consistency
 from pipeline.training.worker.actions_after_step import Actions, actions_after_step
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
 from pipeline.training.worker.finite_check import FiniteCheck, NotFinite, diverged, first_not_finite
+from pipeline.training.worker.own_time import OwnTime
 from pipeline.training.worker.time_shares import TimeShares
 from pipeline.training.worker.watchdog import Watchdog
 from sagan import spectral_norm
@@ -87,7 +89,8 @@ class Worker:
         self.job = TrainJob.model_validate(assignment.job)
         self.stored = StoredRun.of(self.job)
         self.driver = assignment.driver
-        self.world = World.current()
+        self.own_time = OwnTime()
+        self.world = replace(World.current(), waits=lambda: self.own_time)
         self.is_rank0 = self.world.rank == 0
         self.device = worker_device()
         self.images = 0  # last completed position
@@ -215,10 +218,12 @@ class Worker:
 
     def _step(self) -> None:
         """Run one training step on the next batches."""
+        self.own_time.begin_step()
         self.totals += (metrics := self.step(self._next_batches()))
+        self.own_time.end_step()
         self.steps += 1
         self.images = self.state.images
-        self.watchdog.step(self.images)
+        self.watchdog.step(self.images, self.own_time.seconds)
         if (found := self.finite.step(self.images, metrics[_GRADIENTS])) is not None:
             self._not_finite(found, "a gradient")
 
@@ -351,12 +356,12 @@ class Worker:
         The ranks meet in between, because an outage of storage may last longer than they wait for each other.
         """
         while self._from_rank0(self.is_rank0 and not self.upload.ended(_MEET_S)):
-            self.watchdog.step(self.images)
+            self.watchdog.step(self.images, self.own_time.seconds)
 
     def _wait_for_room(self) -> None:
         """Wait until rank 0 has room on its disk for the files of a checkpoint. Collective."""
         while self._from_rank0(self.is_rank0 and self._lacks_room()):
-            self.watchdog.step(self.images)
+            self.watchdog.step(self.images, self.own_time.seconds)
 
     def _lacks_room(self) -> bool:
         """Return whether there is no room for a checkpoint, after a pause, and tell the driver."""

@@ -30,23 +30,27 @@ class Watchdog:
     def __init__(self, rank: int, limit_s: float, tell: Callable[[Message], None]) -> None:
         self._rank, self._limit_s, self._tell = rank, limit_s, tell
         self._process = f"process {os.getpid()} on {socket.gethostname()}"
-        self._images = 0
+        self._images, self._own_s = 0, 0.0
         self._watched = threading.get_ident()
         self._began = time.monotonic()
         self._next_s = limit_s
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def step(self, images: int) -> None:
-        """Record a step that ends at position `images`, or another sign that the worker gets on."""
-        self._images, self._began, self._next_s = images, time.monotonic(), self._limit_s
+    def step(self, images: int, own_s: float) -> None:
+        """Record a step that ends at position `images`, or another sign that the worker gets on.
+
+        `own_s` is how long the rank works in a step without waiting for others, in seconds.
+        """
+        self._images, self._own_s = images, own_s
+        self._began, self._next_s = time.monotonic(), self._limit_s
 
     def close(self) -> None:
         self._ended.set()
 
     def _watch(self) -> None:
         while not self._ended.wait(min(self._limit_s / 4, ALIVE_S)):
-            self._tell(Alive(self._rank, self._process, self._images))
+            self._tell(Alive(self._rank, self._process, self._images, self._own_s))
             seconds = time.monotonic() - self._began
             if seconds > self._next_s:
                 self._next_s *= 2

@@ -35,6 +35,6 @@ def test_steps_keep_it_quiet() -> None:
     said: list[Message] = []
     watchdog = Watchdog(0, 30.0, said.append)
     for step in range(100):
-        watchdog.step(32 * step)
+        watchdog.step(32 * step, 0.1)
     watchdog.close()
     assert not [message for message in said if isinstance(message, Noted)]
