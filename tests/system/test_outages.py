@@ -93,7 +93,7 @@ def kill_when_it_runs(kill: Callable[[str], None], actor: str) -> None:
 def test_a_rank_is_stopped_for_a_while(place: Place, undisturbed: str) -> None:
     folder, bucket, env = place
     run = Driver(folder, env, name="stopped-rank", **SCORED)
-    run.until("kimg  D")
+    run.until("checkpoint 0")
     process = training_workers(env["RAY_ADDRESS"])[0]
     os.kill(process, signal.SIGSTOP)
     run.until(f"(process {process} on ")
