@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -411,6 +412,32 @@ def report(
         raise UsageError("--extractor-sha256 is given without --extractor", "give the file: --extractor FILE")
     size = write_report(of, out, samples, Reader(data, evaluate))
     print(f"{out}: {size / 1e6:.1f} MB; open it in a browser, also without a network")
+
+
+@app.command(epilog="Examples: `sagan status cifar10` · `sagan status s3://bucket/runs/cifar10 --json`")
+def status(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of a run or a sweep below $SAGAN_BUCKET/runs (without SAGAN_BUCKET: runs/), or its URL.",
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what a run is doing: state, position, newest checkpoint, scores, what it waits for, and its last error.
+
+    The command reads the run's folder only. It also works while the cluster or MLflow is gone.
+    """
+    from pipeline.runs.run_view import look_at_run
+    from pipeline.storage import files
+
+    root = files.join(os.environ["SAGAN_BUCKET"], "runs") if os.environ.get("SAGAN_BUCKET") else "runs"
+    seen = look_at_run(name if "/" in name else files.join(root, name))
+    if as_json:
+        print(seen.model_dump_json(indent=1))
+    else:
+        _show(seen.rows(), False, "status")
 
 
 @app.command(epilog="Example: `sagan doctor --cluster`")

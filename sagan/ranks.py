@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,13 @@ class World:
         size: number of processes.
         joint: promise that every rank runs the code that gets this value. A forward that needs all ranks requires the
             promise. Without it the forward raises an error instead of waiting for ranks that never come.
+        waits: returns a context in which a collective runs, for example to take the time of it.
     """
 
     rank: int = 0
     size: int = 1
     joint: bool = False
+    waits: Callable[[], AbstractContextManager[object]] = field(default=nullcontext, compare=False, repr=False)
 
     @classmethod
     def current(cls) -> World:
@@ -53,20 +56,23 @@ class World:
     def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` with the tensor of rank 0, and return it."""
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            with self.waits():
+                dist.broadcast(tensor, src=0)
         return tensor
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over ranks in place, and return it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self.waits():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensors of all ranks in rank order, [size, *tensor.shape]."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
         if self.size > 1:
-            _all_gather(gathered.flatten(), tensor.contiguous().flatten())
+            with self.waits():
+                _all_gather(gathered.flatten(), tensor.contiguous().flatten())
         else:
             gathered[0] = tensor
         return gathered

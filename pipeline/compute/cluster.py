@@ -1,12 +1,14 @@
-"""The connection to Ray: join a cluster, start Ray on this machine, run a function on every node."""
+"""The connection to Ray: join a cluster, start Ray on this machine, run a function on every node, see nodes leave."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from pipeline.storage.filesystems import filesystem
 T = TypeVar("T")
 
 _ANSWER_S = 20.0  # longest wait for a connection to the head
+_WATCH_S = 1.0  # seconds between two looks for nodes that leave
 
 
 def connect(least_cpus: float = 1) -> None:
@@ -120,6 +123,23 @@ def leaving_nodes() -> list[LeavingNode]:
         for node, deadline_ms in draining.items()
         if node in hosts
     ]
+
+
+class NodeWatch:
+    """A thread that asks Ray which nodes drain, since the driver must not wait for an answer."""
+
+    def __init__(self) -> None:
+        self.leaving: Sequence[LeavingNode] = ()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="nodes", daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_WATCH_S):
+            with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
+                self.leaving = leaving_nodes()
 
 
 def this_node() -> str:

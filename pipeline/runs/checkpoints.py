@@ -25,6 +25,7 @@ CHECKPOINT_FACTS = "checkpoint.json"
 METRICS = "metrics.jsonl"
 _NAME = re.compile(r"[0-9]{12}-[0-9a-f]{8}")
 _MOST_METRICS = 2**30  # bytes
+_REST = 2**20  # bytes of a checkpoint beside its tensors and metrics, at most about so many
 
 
 class LoggedPoint(BaseModel):
@@ -125,6 +126,23 @@ def write_checkpoint(local: Path, state: TrainState, metrics: Path, facts: Check
     with (local / TENSORS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return f"{state.images:012d}-{digest[:8]}"
+
+
+def require_room(local: Path, url: str, state: TrainState, metrics: Path) -> None:
+    """Check that there is room for a checkpoint in the local folder `local` and, where `url` is local, there too.
+
+    Raises EnvironmentFault that names the folder.
+    """
+    tensors = sum(tensor.numel() * tensor.element_size() for _, tensor in state.tensors())
+    needed = tensors + (metrics.stat().st_size if metrics.exists() else 0) + _REST
+    if not files.is_local(url):
+        files.require_room(local, needed, "a checkpoint")
+        return
+    folder = files.local_path(url)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    copies = 2 if existing.stat().st_dev == local.stat().st_dev else 1
+    files.require_room(local, copies * needed, "a checkpoint")
+    files.require_room(folder, needed, "a checkpoint")
 
 
 def upload_checkpoint(local: Path, checkpoint: StoredCheckpoint) -> None:

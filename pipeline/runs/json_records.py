@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -19,6 +20,10 @@ RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped early"
 
 Method = Annotated[dict[str, Any], AfterValidator(completed)]
 """The method of a run or a sweep, by dotted key. A record of older code gets the keys that were added later."""
+
+
+Seconds = Annotated[float, Field(ge=0, le=2**40, allow_inf_nan=False)]
+"""Unix time in seconds."""
 
 
 class Record(BaseModel):
@@ -114,6 +119,53 @@ class RunRecord(Record):
     data: RecordedData
     evaluate: RecordedEvaluation
     format: int = 3
+
+
+class Wait(BaseModel):
+    """Something that a part of a run waits for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    who: str
+    """The part of the run."""
+    what: str
+    """What it waits for."""
+    until: str
+    """What ends the wait."""
+    since_s: Seconds
+    """Unix time of its beginning."""
+
+    @property
+    def line(self) -> str:
+        """The wait as one line for people."""
+        since = datetime.fromtimestamp(self.since_s, UTC)
+        return f"{self.who} waits for {self.what}, since {since:%H:%M:%S} UTC; {self.until}"
+
+
+class RunState(Record):
+    """`status.json` of a training run: what its driver knew when it wrote the file. No other part of the run reads it.
+
+    The file is replaced while the run trains, at most every two seconds.
+    """
+
+    owner: Size
+    """Number of the driver as the run's owner."""
+    state: Literal["starting", "training", "scoring", "finished", "stopped", "failed"]
+    images: Size
+    """Position of the run."""
+    kimg: float = Field(gt=0, allow_inf_nan=False)
+    """Position at which the run ends, in thousands of images."""
+    images_per_s: float | None = Field(None, allow_inf_nan=False)
+    """Speed of training at the last log; None before it."""
+    waits: list[Wait] = []
+    restarts: Size = 0
+    images_lost: Size = 0
+    last_error: str | None = None
+    """Last error of a worker or of a driver."""
+    last_error_s: Seconds | None = None
+    """Unix time of the last error."""
+    time_s: Seconds
+    """Unix time at which the driver knew this."""
 
 
 class SweepRecord(Record):

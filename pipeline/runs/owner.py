@@ -128,6 +128,39 @@ def newest_owner(folder: str) -> int | None:
     return max((int(stem) for stem in stems if stem.isdecimal() and len(stem) == _DIGITS), default=None)
 
 
+class OwnerSeen(BaseModel):
+    """What a reader of a run's folder sees of the run's newest owner."""
+
+    model_config = ConfigDict(frozen=True)
+
+    number: int
+    host: str | None
+    """Machine of the driver; None where its record is not valid."""
+    pid: int | None
+    age_s: float
+    """Seconds since the owner was renewed, by the clock of this machine."""
+    alive: bool
+    """Whether the driver seems to run: it has not released the run, and was renewed less than a minute ago."""
+
+
+def look_at_owner(folder: str) -> OwnerSeen | None:
+    """Return the newest owner of a run without changing anything; None where the run has had none.
+
+    Raises EnvironmentFault.
+    """
+    if (number := newest_owner(folder)) is None:
+        return None
+    owner, age = _read(folder, number), max(0.0, time.time() - _renewed_at(folder, number))
+    gone = _is_released(folder, number) or (owner is not None and owner.has_died())
+    return OwnerSeen(
+        number=number,
+        host=owner and owner.host,
+        pid=owner and owner.pid,
+        age_s=age,
+        alive=not gone and age < TAKEOVER_S,
+    )
+
+
 def require_owner(folder: str, number: int) -> None:
     """Raise LostRun where owner `number` is not the newest one. Raises EnvironmentFault."""
     if newest_owner(folder) != number:

@@ -9,6 +9,7 @@ from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints
 from pipeline.runs.json_records import (
     RunRecord,
+    RunState,
     ScoreRecord,
     SweepRecord,
     SweepSummary,
@@ -51,6 +52,17 @@ class StoredRun:
 
     def write_summary(self, summary: TrainSummary) -> None:
         summary.write(_summary_url(self.url))
+
+    def state(self) -> RunState | None:
+        """Return `status.json`; None where no driver has written it. Raises CorruptError, EnvironmentFault."""
+        return RunState.read(self._state_url)
+
+    def write_state(self, state: RunState) -> None:
+        state.write(self._state_url)
+
+    @property
+    def _state_url(self) -> str:
+        return files.join(self.url, "status.json")
 
     def delete(self) -> None:
         """Delete the folder with all checkpoints. Registered models have files of their own."""

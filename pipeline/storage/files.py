@@ -31,6 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import EnvironmentFault, SaganError
 from pipeline.storage import storage_errors
 from pipeline.storage.filesystems import ATTEMPTS, SILENCE_S, filesystem, is_local, local_path
+from pipeline.storage.scratch_folder import ScratchFolder
 
 _SLOWEST = 50_000  # bytes per second: a slower download fails
 _SETTLING_S = 1.0  # seconds after which a created object is read again where creation has no condition
@@ -174,20 +175,37 @@ def sends_parts(url: str) -> bool:
 def temporary_folder(purpose: str) -> Iterator[Path]:
     """Make a folder for temporary files on this machine's disk, and delete it at the end.
 
-    Raises EnvironmentFault that names the folder and TMPDIR where it cannot be made, or where its disk is full in the
-    body of the `with` statement.
+    Another process deletes it where this one is killed. Raises EnvironmentFault that names the folder and TMPDIR where
+    it cannot be made, or where its disk is full in the body of the `with` statement.
     """
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise EnvironmentFault(f"no temporary folder can be written to: {error.strerror}", "set TMPDIR") from error
+    scratch = None
     try:
-        with tempfile.TemporaryDirectory(prefix=f"sagan-{purpose}-") as folder:
-            yield Path(folder)
+        scratch = ScratchFolder(purpose)
+        (folder := scratch.path / purpose).mkdir()
+        yield folder
     except Exception as error:
         if not storage_errors.is_full(error):
             raise
         raise storage_errors.no_space(Path(tempfile.gettempdir()), purpose) from error
+    finally:
+        if scratch is not None:
+            scratch.delete()
+
+
+def require_room(folder: Path, needed: int, what: str) -> None:
+    """Check that the disk of a local folder has `needed` bytes for `what`. The folder need not exist yet.
+
+    Raises EnvironmentFault.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        fault = storage_errors.no_space(folder, what)
+        amounts = f"{needed / 1e6:,.1f} MB are needed, and {free / 1e6:,.1f} MB are free"
+        raise EnvironmentFault(f"{fault.message}: {amounts}", fault.remedy)
 
 
 def exists(url: str) -> bool:

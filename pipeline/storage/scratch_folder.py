@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+_PREFIX = "sagan-"
 _OWNER = ".owner"  # a file that the owner locks. The kernel releases the lock when the owner dies
 
 
 class ScratchFolder:
     """A temporary folder of this process.
 
-    Creating a folder first deletes the folders with the same purpose whose processes are dead.
+    Creating a folder first deletes all such folders of this user whose processes are dead.
 
     Args:
         purpose: Part of the folder's name.
@@ -26,9 +26,8 @@ class ScratchFolder:
     """
 
     def __init__(self, purpose: str) -> None:
-        prefix = f"sagan-{purpose}-"
-        _delete_abandoned(Path(tempfile.gettempdir()), prefix)
-        made = Path(tempfile.mkdtemp(prefix=f".{prefix}"))
+        _delete_abandoned(Path(tempfile.gettempdir()))
+        made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{purpose}-"))
         self._lock = os.open(made / _OWNER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = made.rename(made.with_name(made.name.removeprefix(".")))  # once it is locked, others may see it
@@ -44,9 +43,9 @@ class ScratchFolder:
             self.delete()
 
 
-def _delete_abandoned(parent: Path, prefix: str) -> None:
-    """Delete this user's folders in `parent` whose names begin with `prefix` and whose owners are dead."""
-    for folder in parent.glob(f"{glob.escape(prefix)}*"):
+def _delete_abandoned(parent: Path) -> None:
+    """Delete this user's scratch folders in `parent` whose owners are dead."""
+    for folder in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another process deletes it too, or it has no owner yet
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue

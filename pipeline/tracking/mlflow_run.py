@@ -120,18 +120,25 @@ def _unusable(uri: str, error: Exception) -> EnvironmentFault:
     return LastingFault(f"MLflow at {shown} cannot be used: {first_line(error, uri)}", remedy)
 
 
-class MlflowRun:
-    """Sends metrics, pictures and files to one MLflow run. A thread sends them in the order of the calls.
+class Tag(NamedTuple):
+    """A tag of the run."""
 
-    `log` and `log_file` return at once and never raise. A point is not sent if the run already has a point with the
-    same key and step, so a resumed run may log all its points again. If the server does not respond, the thread repeats
-    the call until `close` reaches its time-out. One warning is logged per outage.
+    key: str
+    value: str
+
+
+class MlflowRun:
+    """Sends metrics, tags, pictures and files to one MLflow run. A thread sends them in the order of the calls.
+
+    `log`, `tag` and `log_file` return at once and never raise. A point is not sent if the run already has a point with
+    the same key and step, so a resumed run may log all its points again. If the server does not respond, the thread
+    repeats the call until `close` reaches its time-out. One warning is logged per outage.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
         """Continue the existing run `run_id`."""
         self.uri, self.run_id = uri, run_id
-        self._waiting: deque[Point | Upload] = deque()
+        self._waiting: deque[Point | Upload | Tag] = deque()
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._deadline = math.inf
@@ -206,13 +213,17 @@ class MlflowRun:
         """Upload a file into the folder `folder` of the run's artifacts. The thread reads the file later."""
         self._put(Upload(local, folder))
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag."""
+        self._put(Tag(key, value))
+
     def close(self, timeout_s: float) -> int:
         """Send the waiting points and files and end the thread.
 
         Args:
             timeout_s: Longest time to wait, in seconds.
 
-        Returns the number of points and files of the run that did not reach the server.
+        Returns the number of points, tags and files of the run that did not reach the server.
         """
         with self._changed:
             self._deadline = time.monotonic() + timeout_s
@@ -222,7 +233,7 @@ class MlflowRun:
         lost = self._lost + len(self._waiting)
         if lost:
             log.warning(
-                "%d points and files of run %s did not reach MLflow at %s", lost, self.run_id, shown_url(self.uri)
+                "%d points, tags and files of run %s did not reach MLflow at %s", lost, self.run_id, shown_url(self.uri)
             )
         return lost
 
@@ -239,7 +250,7 @@ class MlflowRun:
                 "the status of run %s could not be set to %s: %s", self.run_id, status, first_line(error, self.uri)
             )
 
-    def _put(self, *items: Point | Upload) -> None:
+    def _put(self, *items: Point | Upload | Tag) -> None:
         """Append the items to the queue. Items beyond MOST_WAITING are dropped and counted as lost."""
         with self._changed:
             room = max(0, MOST_WAITING - len(self._waiting))
@@ -277,8 +288,8 @@ class MlflowRun:
                 for _ in items:
                     self._waiting.popleft()
 
-    def _next(self) -> list[Point | Upload]:
-        """Wait for items and return the items of the next call: the points before the next file, or one file.
+    def _next(self) -> list[Point | Upload | Tag]:
+        """Wait for items and return those of the next call: the points before the next file or tag, or one of these.
 
         Returns [] when the queue is empty and the run is closed.
         """
@@ -287,14 +298,18 @@ class MlflowRun:
             points = list(itertools.islice(itertools.takewhile(_is_point, self._waiting), BATCH))
             return points or list(itertools.islice(self._waiting, 1))
 
-    def _deliver(self, items: list[Point | Upload]) -> None:
+    def _deliver(self, items: list[Point | Upload | Tag]) -> None:
         """Send the items in one call. Raises the exceptions of MLflow."""
         from mlflow.entities import Metric
 
         mlflow = client(self.uri)
-        if isinstance(upload := items[0], Upload):
-            mlflow.log_artifact(self.run_id, str(upload.local), upload.folder or None)
-            return
+        match items[0]:
+            case Upload(local, folder):
+                mlflow.log_artifact(self.run_id, str(local), folder or None)
+                return
+            case Tag(key, value):
+                mlflow.set_tag(self.run_id, key, value)
+                return
         points = [point for point in items if isinstance(point, Point)]
         for key in {point.key for point in points} - self._known_steps.keys():
             self._known_steps[key] = {metric.step for metric in mlflow.get_metric_history(self.run_id, key)}
@@ -312,7 +327,7 @@ class MlflowRun:
         time.sleep(min(0.5, max(0.0, self._deadline - time.monotonic())))
 
 
-def _is_point(item: Point | Upload) -> bool:
+def _is_point(item: Point | Upload | Tag) -> bool:
     return isinstance(item, Point)
 
 

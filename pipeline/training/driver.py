@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.compute.cluster import this_node
+from pipeline.compute.cluster import NodeWatch, this_node
 from pipeline.compute.devices import uses_gpu
 from pipeline.compute.mailbox import Mailbox, Question
 from pipeline.compute.root_cause import root_cause
@@ -24,12 +24,12 @@ from pipeline.runs.owner import LostRun
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.training import worker_group
 from pipeline.training.find_or_start import find_or_start, owned
-from pipeline.training.node_watch import NodeWatch
 from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
 from pipeline.training.run_status import NodesLeave, NotFiniteAt, StartAsked, Status
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation, TrainingRun
+from pipeline.training.status_file import StatusFile
 from pipeline.training.training_progress import Console
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def train(
     on_score: Callable[[int, float | None], None] | None = None,
     final: bool = True,
     on_end: Callable[[TrainJob, str], None] | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> TrainSummary:
     """Train from the run's newest checkpoint to `train.kimg` and return the summary.
 
@@ -59,17 +60,20 @@ def train(
         final: Whether to compute a final score at the end and to register the best model. False for a trial, because a
             sweep chooses its champion among all trials; the checkpoints that are due are scored then, too.
         on_end: Called with (job, MLflow run id) after the summary is stored and before the MLflow run ends.
+        asked_to_stop: Returns whether the run must stop as after a signal. It is called several times a second.
 
     Raises UsageError, also where another driver trains this run, EnvironmentFault or SaganError. Raises InterruptedRun
-    after SIGINT or SIGTERM; the checkpoint after the current step is written first.
+    after SIGINT, SIGTERM or `asked_to_stop`; the checkpoint after the current step is written first.
     """
     with contextlib.ExitStack() as held:
         run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)))
         if run.summary is not None:
             return run.summary
+        told = held.enter_context(StatusFile(run))
         status = "FAILED"
         try:
-            snapshot = _train(run, evaluation, on_score)
+            snapshot = _train(run, evaluation, on_score, asked_to_stop, told)
+            told.score(snapshot.images)
             scores = RunScores()
             if final:
                 scores = evaluation.finalise(run.job, run.mlflow_run_id)
@@ -109,7 +113,13 @@ def finish_tracking(run: TrainingRun, status: str) -> None:
 # --- while the run trains ---------------------------------------------------------------------------------------------
 
 
-def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, float | None], None] | None) -> Status:
+def _train(
+    run: TrainingRun,
+    evaluation: Evaluation,
+    on_score: Callable[[int, float | None], None] | None,
+    asked_to_stop: Callable[[], bool],
+    told: StatusFile,
+) -> Status:
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
     A worker group whose node will be taken away writes a checkpoint and ends. Another group then starts as soon as it
@@ -133,11 +143,17 @@ def _train(run: TrainingRun, evaluation: Evaluation, on_score: Callable[[int, fl
         while training or scoring_goes_on:
             training = not workers.done.wait(POLL_SECONDS)
             owner.require()
+            if not signals and asked_to_stop():
+                signals.append(signal.SIGTERM)
             known = len(status.scores)
             status.apply(NodesLeave(nodes.leaving))
             ends = bool(signals) or here in status.leaving
             _receive(mailbox, status, job, ends)
+            if training:
+                status.notice_silence(worker_group.shown(job))
+                status.notice_stragglers()
             console.show(status)
+            told.follow(status)
             for images, _, value in status.scores[known:]:
                 if on_score is not None:
                     on_score(images, value)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import EnvironmentFault, LastingFault, SaganError
+from pipeline.runs.json_records import Wait
+
+ALIVE_S = 5.0  # seconds between two signs of a rank
+SILENT_S = 30.0  # seconds without a sign after which a rank is silent
+STRAGGLES_S = 60.0  # seconds of slow steps after which a rank is noted
+_LEAST_OWN_S = 0.005  # a rank that works less in a step holds nobody up
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,48 @@ class Logged:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A rank has completed a step that ends at position `images`."""
+    """The ranks have completed a step that ends at position `images`."""
+
+    images: int
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The process of a rank runs. A thread sends it every few seconds, also while the rank waits for others.
+
+    Attributes:
+        rank: Rank in the present worker group.
+        process: Machine and process id, for people.
+        images: Last completed position of the rank.
+        own_s: Seconds that the rank works in a step, without waiting for other ranks.
+    """
 
     rank: int
+    process: str
     images: int
+    own_s: float
+
+
+@dataclass(frozen=True)
+class Waits:
+    """A part of the run waits.
+
+    Attributes:
+        who: The part, such as `checkpoint 000000036000-d60d37b7`.
+        what: What it waits for.
+        until: What ends the wait.
+    """
+
+    who: str
+    what: str
+    until: str
+
+
+@dataclass(frozen=True)
+class WentOn:
+    """A part of the run that waited waits no more."""
+
+    who: str
 
 
 @dataclass(frozen=True)
@@ -118,6 +165,9 @@ Message = (
     | GroupStarted
     | Logged
     | Stepped
+    | Alive
+    | Waits
+    | WentOn
     | Uploaded
     | Scored
     | Noted
@@ -126,6 +176,20 @@ Message = (
     | Stopped
     | Failed
 )
+
+
+@dataclass(frozen=True)
+class RankSeen:
+    """What was last heard from a rank."""
+
+    process: str
+    """Machine and process id."""
+    images: int
+    """Last completed position."""
+    own_s: float
+    """Seconds that the rank works in a step, without waiting for other ranks."""
+    heard_s: float
+    """Unix time in seconds."""
 
 
 @dataclass
@@ -147,10 +211,15 @@ class Status:
         stopped: Whether the run was asked to stop and its last checkpoint is complete.
         failure: An error that a restart of the workers would not correct.
         train_seconds: Seconds of training up to `images`.
-        positions: Last completed position of every rank of the present group.
         not_finite: Positions at which values were not finite.
         nodes: Nodes of the present group; empty where no group trains.
         leaving: Nodes of which there was notice that they will be taken away.
+        ranks: What was last heard from every rank of the present group.
+        waits: What the parts of the run wait for, by the name of the part.
+        slow_since_s: Unix time since which a rank takes twice as long as the others, by rank; inf once it is noted.
+        last_error: The last error of a worker.
+        workers_gone_s: Unix time since which there are no workers, in seconds; None while there are.
+        clock: Returns the Unix time in seconds.
     """
 
     images: int = 0
@@ -166,10 +235,18 @@ class Status:
     stopped: bool = False
     failure: SaganError | None = None
     train_seconds: float = 0.0
-    positions: dict[int, int] = field(default_factory=dict)
     not_finite: set[int] = field(default_factory=set)
     nodes: frozenset[str] = frozenset()
     leaving: set[str] = field(default_factory=set)
+    ranks: dict[int, RankSeen] = field(default_factory=dict)
+    waits: dict[str, Wait] = field(default_factory=dict)
+    slow_since_s: dict[int, float] = field(default_factory=dict)
+    last_error: str | None = None
+    clock: Callable[[], float] = time.time
+    workers_gone_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.workers_gone_s = self.clock()
 
     @property
     def must_move(self) -> bool:
@@ -187,9 +264,14 @@ class Status:
                 self._group_started(message)
             case Logged(images, metrics, train_seconds):
                 self.images, self.metrics, self.train_seconds = images, metrics, train_seconds
-            case Stepped(rank, images):
-                self.positions[rank] = images
+            case Stepped(images):
                 self.images = max(self.images, images)
+            case Alive():
+                self._heard(message)
+            case Waits(who, what, until):
+                self._waits(who, what, until, self.clock())
+            case WentOn(who):
+                self._went_on(who)
             case Uploaded(checkpoint, to_score):
                 self.uploaded.append(checkpoint)
                 if to_score:
@@ -208,8 +290,10 @@ class Status:
                 self.attempts = self.attempts or [[]]  # a worker may fail before its group asks
                 self.attempts[-1].append(message)
                 self.lines.append(f"a worker failed: {error.message}")
+                self.last_error = error.message
+                self.workers_gone_s = self.workers_gone_s or self.clock()
             case Stopped():
-                self.stopped, self.nodes = True, frozenset()
+                self.stopped, self.nodes, self.workers_gone_s = True, frozenset(), self.clock()
                 self.attempts = self.attempts[:-1]  # the group has not failed
             case Failed(error):
                 self.failure = error
@@ -219,6 +303,8 @@ class Status:
             self.attempts = self.attempts[:-1]  # the group before lost a node, of which there was notice
         self.attempts.append([])
         self.stopped, self.nodes = False, nodes
+        self._went_on("the run")
+        self.ranks, self.waits, self.slow_since_s, self.workers_gone_s = {}, {}, {}, None
 
     def _nodes_leave(self, leaving: Sequence[LeavingNode]) -> None:
         for node in leaving:
@@ -228,6 +314,56 @@ class Status:
                     f"node {node.host} will be taken away {when}: the workers write a checkpoint and leave it"
                 )
         self.leaving.update(node.node for node in leaving)
+
+    def notice_silence(self, workers: str) -> None:
+        """Note what no message says: that workers are missing or silent. `workers` describes all workers of the run."""
+        now = self.clock()
+        if silent := silent_ranks(self.ranks, now):
+            names = ", ".join(f"rank {rank} ({self.ranks[rank].process})" for rank in sorted(silent))
+            until = "the other ranks raise an error after their time limit, and the workers start again"
+            since = min(self.ranks[rank].heard_s for rank in silent)
+            self._waits("training", f"{names}, of which nothing was heard", until, since)
+        else:
+            self._went_on("training")
+        if self.ranks and self.workers_gone_s is None:
+            last = max(seen.heard_s for seen in self.ranks.values())
+            self.workers_gone_s = last if now - last > SILENT_S else None
+        if self.workers_gone_s is not None and now - self.workers_gone_s > SILENT_S:
+            self._waits("the run", workers, "Ray starts them when the cluster has room", self.workers_gone_s)
+
+    def notice_stragglers(self) -> None:
+        """Note, once for each worker group, a rank that has held the others up for a while."""
+        now, slow = self.clock(), stragglers(self.ranks)
+        self.slow_since_s = {rank: since for rank, since in self.slow_since_s.items() if rank in slow or since > now}
+        for rank, median_s in slow.items():
+            seen, since = self.ranks[rank], self.slow_since_s.setdefault(rank, now)
+            if now - since > STRAGGLES_S:
+                self.slow_since_s[rank] = math.inf
+                self.lines.append(
+                    f"rank {rank} ({seen.process}) holds the others up: it works {seen.own_s:.3f} s in a step, and the "
+                    f"median of the ranks is {median_s:.3f} s; look at its machine's load, disk and clock rate"
+                )
+
+    def _heard(self, message: Alive) -> None:
+        """Note that a rank is alive. Another process of a known rank belongs to a new worker group."""
+        known = self.ranks.get(message.rank)
+        if known is not None and known.process != message.process:
+            self.ranks = {}
+        self.ranks[message.rank] = RankSeen(message.process, message.images, message.own_s, self.clock())
+        self.workers_gone_s = None
+        self._went_on("the run")
+
+    def _waits(self, who: str, what: str, until: str, since_s: float) -> None:
+        """Note a wait. A wait that is known already keeps its beginning."""
+        known = self.waits.get(who)
+        wait = Wait(who=who, what=what, until=until, since_s=known.since_s if known else since_s)
+        if wait != known:
+            self.waits[who] = wait
+            self.lines.append(wait.line)
+
+    def _went_on(self, who: str) -> None:
+        if (wait := self.waits.pop(who, None)) is not None:
+            self.lines.append(f"{who} waited {max(0.0, self.clock() - wait.since_s):.0f} s")
 
     def _group_started(self, now: GroupStarted) -> None:
         """Count a start. Images that an earlier group trained on beyond its position are lost."""
@@ -241,4 +377,27 @@ class Status:
             self.lines.append(
                 f"started over, because no checkpoint was complete; the run had reached {self.images / 1000:.1f} kimg"
             )
-        self.images, self.train_seconds, self.positions = now.images, now.train_seconds, {}
+        self.images, self.train_seconds = now.images, now.train_seconds
+
+
+def silent_ranks(ranks: Mapping[int, RankSeen], now: float) -> set[int]:
+    """Return the ranks without a sign for 30 s at the Unix time `now`, while at least one other rank gives signs.
+
+    A thread of each rank gives the signs, also while the rank waits for others. So a silent rank is stopped, or its
+    machine is cut off, or its threads get no time. If no rank gives signs, messages do not arrive, and no rank is
+    named.
+    """
+    silent = {rank for rank, seen in ranks.items() if now - seen.heard_s > SILENT_S}
+    speaking = any(now - seen.heard_s <= 2 * ALIVE_S for seen in ranks.values())
+    return silent if speaking else set()
+
+
+def stragglers(ranks: Mapping[int, RankSeen]) -> dict[int, float]:
+    """Return the ranks that work more than twice as long in a step as the median of the ranks, with this median.
+
+    The median of an even number of ranks is the lower of the two in the middle, so that one of two ranks can be slow.
+    """
+    if not ranks:
+        return {}
+    median_s = statistics.median_low(seen.own_s for seen in ranks.values())
+    return {rank: median_s for rank, seen in ranks.items() if seen.own_s > max(2 * median_s, _LEAST_OWN_S)}

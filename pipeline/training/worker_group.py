@@ -30,6 +30,12 @@ def require_room(job: TrainJob) -> bool:
     )
 
 
+def shown(job: TrainJob) -> str:
+    """Return the workers of a run with their resources, for messages."""
+    gpus = " and a GPU" if uses_gpu(job.resources.device) else ""
+    return f"{job.train.workers} workers with {job.resources.cpus_per_worker:g} CPUs{gpus} each"
+
+
 def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None) -> None:
     """Train with Ray Train until the workers return. The call blocks and raises the exceptions of Ray.
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
 from pipeline.compute.devices import uses_gpu
+from pipeline.compute.mailbox import Mailbox, Sender
 from pipeline.compute.resources import cluster_resources, release_placement_groups, require_resources
 from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
@@ -30,6 +31,7 @@ from pipeline.training.driver import train
 from pipeline.training.find_or_start import artifact_location, complete_job, pack_if_missing, start_tracking
 from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
+from pipeline.tuning.stop_trials import stopped_by, stops_trials
 from pipeline.tuning.sweep_picture import draw_plane
 
 
@@ -57,11 +59,17 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
     _require_room(sweep, base)
     evaluation.check(base)
     run_id = _find_or_start(sweep, base, stored, record, method)
-    higher_is_better = evaluation.higher_is_better(base)
+    higher_is_better, mailbox = evaluation.higher_is_better(base), Mailbox()
     run = ray_tune.with_parameters(
-        run_trial, base=base, evaluation=evaluation, parent=run_id, higher_is_better=higher_is_better
+        run_trial,
+        base=base,
+        evaluation=evaluation,
+        parent=run_id,
+        higher_is_better=higher_is_better,
+        sweep=mailbox.sender,
     )
-    trials = ray_tune.search(sweep, base, run, stored, higher_is_better)
+    with stops_trials(mailbox, sweep.name):
+        trials = ray_tune.search(sweep, base, run, stored, higher_is_better)
     release_placement_groups()
     return _conclude(sweep, base, stored, evaluation, run_id, trials)
 
@@ -81,7 +89,13 @@ def job_of_trial(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJo
 
 
 def run_trial(
-    trial: dict[str, Any], *, base: TrainJob, evaluation: Evaluation, parent: str, higher_is_better: bool
+    trial: dict[str, Any],
+    *,
+    base: TrainJob,
+    evaluation: Evaluation,
+    parent: str,
+    higher_is_better: bool,
+    sweep: Sender,
 ) -> None:
     """Train one trial inside Ray Tune and report each score.
 
@@ -91,6 +105,7 @@ def run_trial(
         evaluation: Computes the scores.
         parent: Id of the MLflow run of the sweep.
         higher_is_better: Direction of the score.
+        sweep: Leads to the driver of the sweep, which may ask the trial to stop. The trial then writes a checkpoint.
 
     Raises EnvironmentFault. Other errors of training are reported as the failure of the trial.
     """
@@ -102,7 +117,15 @@ def run_trial(
         ray_tune.report(score, images / 1000, higher_is_better)
 
     try:
-        train(job, evaluation, parent=parent, on_score=report, final=False)
+        with stopped_by(sweep, job.name):
+            train(
+                job,
+                evaluation,
+                parent=parent,
+                on_score=report,
+                final=False,
+                asked_to_stop=lambda: sweep.exchange(None),
+            )
         for last in StoredRun.of(job).scores()[-1:]:
             if last.images > reported[-1]:  # it was computed by an earlier driver, or when training had ended
                 report(last.images, last.score.value)

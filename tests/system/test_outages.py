@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from pipeline.storage import files
 from tests.faults.storage_proxy import fault_proxy
-from tests.system.command_process import Driver, ray_workers
+from tests.system.command_process import JOBS, Driver, ray_workers, training_workers
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
@@ -89,6 +90,32 @@ def kill_when_it_runs(kill: Callable[[str], None], actor: str) -> None:
         return
 
 
+def test_a_rank_is_stopped_for_a_while(place: Place, undisturbed: str) -> None:
+    folder, bucket, env = place
+    run = Driver(folder, env, name="stopped-rank", **SCORED)
+    run.until("checkpoint 0")
+    process = training_workers(env["RAY_ADDRESS"])[0]
+    os.kill(process, signal.SIGSTOP)
+    run.until(f"(process {process} on ")
+    line = run.output.splitlines()[-1]
+    assert line.startswith("training waits for rank ")
+    command = [sys.executable, "-m", "pipeline", "status", f"{bucket}/runs/stopped-rank", "--json"]
+    without_cluster = {
+        **os.environ,
+        **env,
+        "PYTHONPATH": str(JOBS.parent),
+        "RAY_ADDRESS": "",
+        "MLFLOW_TRACKING_URI": "",
+    }
+    while not (seen := json.loads(subprocess.run(command, env=without_cluster, capture_output=True).stdout))["waits"]:
+        continue
+    assert f"process {process} on " in seen["waits"][0]["what"]
+    os.kill(process, signal.SIGCONT)
+    run.until("training waited ")
+    summary = ends_the_same(place, run, "stopped-rank", undisturbed)
+    assert (summary["restarts"], summary["images_lost"]) == (0, 0)
+
+
 def test_storage_fails_during_a_checkpoint_and_a_score(place: Place, s3: Any, undisturbed: str) -> None:
     folder, _, env = place
     with fault_proxy(s3.url) as proxy:
@@ -97,7 +124,7 @@ def test_storage_fails_during_a_checkpoint_and_a_score(place: Place, s3: Any, un
         run = Driver(folder, {**env, **behind}, name="outage", **overrides)
         run.until("checkpoint 000000000320")
         proxy.inject("burst_503", times=float("inf"), object="*/runs/outage/*")
-        run.until("waits for storage and is sent again")
+        run.until("waits for storage: ")
         proxy.clear()
         summary = ends_the_same(place, run, "outage", undisturbed)
     assert summary["restarts"] == 0

@@ -131,6 +131,35 @@ def test_a_sweep_whose_driver_was_killed_goes_on_from_its_records(s3, ray_cluste
 
 
 @pytest.mark.slow
+def test_a_stopped_sweep_has_a_checkpoint_of_each_running_trial(s3, ray_cluster, tmp_path):
+    """SIGTERM to the driver while two trials train, of which no checkpoint is due."""
+    bucket = s3.bucket()
+    env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}
+    long = {**TINY, "train.workers": 1, "train.kimg": 1000, "checkpoint.kimg": 1000, "evaluate.cpus": 0.5}
+    sweep = {
+        "kind": "tune",
+        "name": "two",
+        "base": str(JOBS / "quickstart.yaml"),
+        "overrides": {**long, "evaluate.kimg": 1000},
+        "space": {"optim.lr_d": {"loguniform": [1.0e-4, 1.0e-3]}},
+        "search": {"trials": 2, "max_concurrent": 2},
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(sweep).replace("'[", "[").replace("]'", "]"))
+    run = Driver(tmp_path, env, job=tmp_path / "two.yaml", tiny=False)
+    names = [run.until(" starts at ").split()[1] for _ in range(2)]
+    stored = StoredSweep(f"{bucket}/runs/two")
+    while any((state := stored.trial(name).state()) is None or state.images == 0 for name in names):
+        time.sleep(0.2)
+    run.signal(signal.SIGTERM)
+    assert run.end() == 130, run.output
+    assert "the sweep two was stopped" in run.output
+    for name in names:
+        (checkpoint,) = stored.trial(name).checkpoints()
+        assert checkpoint.images > 0
+    assert [record.ended for record in stored.trial_records()] == [False, False]
+
+
+@pytest.mark.slow
 def test_a_trial_whose_process_was_killed_goes_on_in_the_same_sweep(s3, ray_cluster, tmp_path):
     bucket = s3.bucket()
     env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}

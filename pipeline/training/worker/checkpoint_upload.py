@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import EnvironmentFault, LastingFault
 from pipeline.runs.checkpoints import StoredCheckpoint, upload_checkpoint
+from pipeline.training.run_status import Message, Waits, WentOn
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 _LEAVING_S = 30.0  # longest wait at the end for an upload that goes on
@@ -18,12 +19,12 @@ class CheckpointUpload:
     """Uploads one checkpoint after another.
 
     Args:
-        note: Called with lines for the driver's console.
+        tell: Called with messages for the driver.
         require_owner: Called before each upload. Raises LostRun where another driver owns the run.
     """
 
-    def __init__(self, note: Callable[[str], None], require_owner: Callable[[], None]) -> None:
-        self._note, self._require_owner = note, require_owner
+    def __init__(self, tell: Callable[[Message], None], require_owner: Callable[[], None]) -> None:
+        self._tell, self._require_owner = tell, require_owner
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self._error: Exception | None = None
@@ -58,7 +59,7 @@ class CheckpointUpload:
             self._thread.join(_LEAVING_S)
 
     def _run(self, folder: Path, checkpoint: StoredCheckpoint, then: Callable[[], None]) -> None:
-        pause = FIRST_PAUSE_S
+        pause, who = FIRST_PAUSE_S, f"checkpoint {checkpoint.name}"
         try:
             while True:
                 try:
@@ -68,14 +69,13 @@ class CheckpointUpload:
                 except LastingFault:
                     raise
                 except EnvironmentFault as error:
-                    self._note(
-                        f"checkpoint {checkpoint.name} waits for storage and is sent again in {pause:.0f} s; training "
-                        f"continues to the next checkpoint: {error.message}"
-                    )
+                    until = f"it is sent again in {pause:.0f} s; training continues to the next checkpoint"
+                    self._tell(Waits(who, f"storage: {error.message}", until))
                     if self._ending.wait(pause):
                         raise
                     pause = min(2 * pause, LONGEST_PAUSE_S)
                 else:
+                    self._tell(WentOn(who))
                     return
         except Exception as error:
             self._error = error

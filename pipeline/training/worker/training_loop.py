@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pipeline.runs.checkpoints import (
     StoredCheckpoint,
     fetch_newest_checkpoint,
     load_state,
+    require_room,
     write_checkpoint,
 )
 from pipeline.runs.json_records import CheckpointFacts
@@ -46,6 +48,7 @@ from pipeline.training.worker import rank_consistency
 from pipeline.training.worker.actions_after_step import Actions, actions_after_step
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
 from pipeline.training.worker.finite_check import FiniteCheck, NotFinite, diverged, first_not_finite
+from pipeline.training.worker.own_time import OwnTime
 from pipeline.training.worker.time_shares import TimeShares
 from pipeline.training.worker.watchdog import Watchdog
 from sagan import spectral_norm
@@ -56,7 +59,7 @@ from sagan.step import Step
 from sagan.train_state import TrainState
 
 _GRADIENTS = slice(STEP_METRICS.index("gradient_d"), None)  # equal on all ranks, unlike the parts of the losses
-_HEARTBEAT_S = 1.0  # seconds between two messages about the position of a rank
+ROOM_PAUSE_S = 10.0  # seconds between two looks at a full disk
 _MEET_S = 30.0  # longest time that ranks wait for rank 0 without a sign of it
 
 
@@ -87,14 +90,15 @@ class Worker:
         self.job = TrainJob.model_validate(assignment.job)
         self.stored = StoredRun.of(self.job)
         self.driver = assignment.driver
-        self.world = World.current()
+        self.own_time = OwnTime()
+        self.world = replace(World.current(), waits=lambda: self.own_time)
         self.is_rank0 = self.world.rank == 0
         self.device = worker_device()
         self.images = 0  # last completed position
         # Decisions are broadcast between hosts with gloo, so that a broadcast never waits for a GPU.
         limit = timedelta(seconds=assignment.step_timeout_s)
         self.control = dist.new_group(backend="gloo", timeout=limit) if self.world.size > 1 else None
-        self.watchdog = Watchdog(self.world.rank, assignment.step_timeout_s / 4, self._note)
+        self.watchdog = Watchdog(self.world.rank, assignment.step_timeout_s / 4, self.driver.send)
         self.open = contextlib.ExitStack()  # what `close` ends
         self.open.callback(self.watchdog.close)
 
@@ -133,7 +137,8 @@ class Worker:
         if self.is_rank0:
             start = self.driver.ask(run_status.StartAsked(frozenset(nodes)))
             if start.pause_s and start.refusal is None:
-                self._note(f"the workers start in {start.pause_s:.0f} s")
+                pause = f"it ends {start.pause_s:.0f} s after its beginning"
+                self.driver.send(run_status.Waits("the start", "the end of a pause after failures in a row", pause))
             until = time.monotonic() + min(start.pause_s, LONGEST_PAUSE_S)
             while time.monotonic() < until and not self.driver.exchange(None):
                 time.sleep(0.2)
@@ -157,10 +162,12 @@ class Worker:
         self.collection = Collection.open(job.data.train)
         self.state = self._restore()
         self.images = self.state.images
-        self.upload = self.open.enter_context(contextlib.closing(CheckpointUpload(self._note, self._require_owner)))
+        self.upload = self.open.enter_context(
+            contextlib.closing(CheckpointUpload(self.driver.send, self._require_owner))
+        )
         self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
         stream = Stream(
-            self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._note
+            self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._waits_for_images
         )
         self.open.enter_context(contextlib.closing(stream))
         self.batches = stream.batches(self.images, job.train.batch)
@@ -169,10 +176,10 @@ class Worker:
             self.open.callback(self.tracker.close, timeout_s=30)
             if self.metrics_file.exists():  # the tracker skips points that the MLflow run has
                 self.tracker.replay(self.metrics_file.read_text())
+        self.waits_for_images = False
         self.finite = FiniteCheck()
         self.shares, self.logged_at, self.steps = TimeShares(), self.images, 0
         self.totals = torch.zeros(len(STEP_METRICS), device=self.device)
-        self.told_at = 0.0
 
     def _restore(self) -> TrainState:
         """Return the state of the newest good checkpoint, or a new state where there is no checkpoint. Collective.
@@ -207,23 +214,34 @@ class Worker:
         if self.is_rank0:
             self.upload.wait()
             finished = self.images >= 1000 * self.job.train.kimg
-            self.driver.deliver(run_status.Stepped(0, self.images) if finished else run_status.Stopped())
+            self.driver.deliver(run_status.Stepped(self.images) if finished else run_status.Stopped())
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
         """Run one training step on the next batches."""
+        self.own_time.begin_step()
         self.totals += (metrics := self.step(self._next_batches()))
+        self.own_time.end_step()
         self.steps += 1
         self.images = self.state.images
-        self.watchdog.step()
+        self.watchdog.step(self.images, self.own_time.seconds)
         if (found := self.finite.step(self.images, metrics[_GRADIENTS])) is not None:
             self._not_finite(found, "a gradient")
+
+    def _waits_for_images(self, reason: str) -> None:
+        """Tell the driver that this rank has waited for a shard. The next batch ends the wait."""
+        self.waits_for_images = True
+        until = f"the workers start again after data.patience_s, {self.job.data.patience_s:g} s"
+        self.driver.send(run_status.Waits(f"rank {self.world.rank}", f"images: {reason}", until))
 
     def _next_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         flip_seed = self.job.seed if self.job.data.flip else None
         for number in range(self.job.optim.n_dis):
             batch: Batch = next(self.batches)
+            if self.waits_for_images:
+                self.waits_for_images = False
+                self.driver.send(run_status.WentOn(f"rank {self.world.rank}"))
             self.shares.data += batch.wait_s
             start = self.state.images + number * self.job.train.batch
             if batch.positions != self.world.share(start, start + self.job.train.batch):
@@ -232,10 +250,7 @@ class Worker:
 
     def _stop_requested(self) -> bool:
         """Return whether the driver asks to stop. All ranks return what rank 0 knows. Collective."""
-        if not self.is_rank0 and time.monotonic() - self.told_at > _HEARTBEAT_S:
-            self.told_at = time.monotonic()
-            self.driver.send(run_status.Stepped(self.world.rank, self.images))
-        requested = self.is_rank0 and self.driver.exchange(run_status.Stepped(0, self.images))
+        requested = self.is_rank0 and self.driver.exchange(run_status.Stepped(self.images))
         if self.control is None:
             return requested
         flag = torch.tensor([requested])
@@ -300,6 +315,7 @@ class Worker:
         rank_consistency.check_ranks(self.state, self.world)
         if tensor := first_not_finite(self.state):
             self._not_finite(self.images, tensor)
+        self._wait_for_room()
         if self.is_rank0:
             local = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch.path))
             facts = CheckpointFacts(
@@ -351,7 +367,25 @@ class Worker:
         The ranks meet in between, because an outage of storage may last longer than they wait for each other.
         """
         while self._from_rank0(self.is_rank0 and not self.upload.ended(_MEET_S)):
-            self.watchdog.step()
+            self.watchdog.step(self.images, self.own_time.seconds)
+
+    def _wait_for_room(self) -> None:
+        """Wait until rank 0 has room on its disk for the files of a checkpoint. Collective."""
+        while self._from_rank0(self.is_rank0 and self._lacks_room()):
+            self.watchdog.step(self.images, self.own_time.seconds)
+
+    def _lacks_room(self) -> bool:
+        """Return whether there is no room for a checkpoint, after a pause, and tell the driver."""
+        who = "the next checkpoint"
+        try:
+            require_room(self.scratch.path, self.stored.checkpoints_url, self.state, self.metrics_file)
+        except EnvironmentFault as fault:
+            until = f"it is written when there is room; {fault.remedy}"
+            self.driver.send(run_status.Waits(who, f"its machine's disk: {fault.message}", until))
+            time.sleep(ROOM_PAUSE_S)
+            return True
+        self.driver.send(run_status.WentOn(who))
+        return False
 
     # --- between processes -------------------------------------------------------------------------------------------
 

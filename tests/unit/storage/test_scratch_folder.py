@@ -53,8 +53,8 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_has_is_kept
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert left.is_dir()
-    again = ScratchFolder("run-a")
-    assert not left.exists()
+    again = ScratchFolder("run-c")
+    assert not left.exists(), "whichever run it belonged to"
     assert {path for path in temporary.iterdir() if path.is_dir()} == {foreign, other.path, mine.path, again.path}
 
 

@@ -22,7 +22,7 @@ def status_of_a_group_on(*nodes: str) -> Status:
     status = Status()
     status.apply(group_on(*nodes))
     status.apply(GroupStarted(0, None, 0.0))
-    status.apply(Stepped(0, 64))
+    status.apply(Stepped(64))
     return status
 
 

@@ -14,6 +14,7 @@ from pipeline.errors import LastingFault
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.owner import LostRun, lost_run
 from pipeline.storage import files
+from pipeline.training.run_status import Message, Waits, WentOn
 from pipeline.training.worker import checkpoint_upload
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
 from tests.conftest import TestS3
@@ -35,7 +36,7 @@ def mine() -> None:
 def test_it_goes_on_after_an_outage(s3: TestS3, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_upload, "FIRST_PAUSE_S", 0.1)
     checkpoint = StoredCheckpoint(f"{s3.bucket()}/000000000032-00000000")
-    said: list[str] = []
+    said: list[Message] = []
     done: list[str] = []
     with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(said.append, mine)) as upload:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
@@ -49,7 +50,10 @@ def test_it_goes_on_after_an_outage(s3: TestS3, written: Path, monkeypatch: pyte
         assert upload.ended(within_s=0.0)
         assert checkpoint.is_complete()
     assert done == [checkpoint.name]
-    assert "waits for storage and is sent again" in said[0]
+    assert isinstance(said[0], Waits)
+    assert said[0].what.startswith("storage: ")
+    assert said[0].until.startswith("it is sent again in ")
+    assert said[-1] == WentOn(said[0].who)
     assert not written.exists(), "the local copy is deleted"
 
 

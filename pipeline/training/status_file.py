@@ -1,0 +1,133 @@
+"""Says what a run is doing to people who do not see its driver's console: in `status.json` and in a tag of MLflow."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun, shown_url
+from pipeline.runs.json_records import RunState
+from pipeline.runs.owner import LostRun
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.training.run_status import Status
+from pipeline.training.shared_types import TrainingRun
+
+WAITING = "waiting"
+"""Tag of MLflow: what the run waits for, or `no`."""
+NEWS_S = 2.0  # least seconds between two writes
+POSITION_S = 30.0  # seconds between two writes where only the position has changed
+_LEAVING_S = 30.0  # longest wait at the end
+_LONGEST_TAG = 1000  # letters
+
+
+class StatusFile:
+    """Writes the state of a run while a `with` block runs, and at its end how the block has ended.
+
+    A thread writes, so that neither storage nor MLflow holds up the driver. A write that fails is done later.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        assert run.owner is not None, "the state of a run that has ended does not change"
+        self._run, self._owner = run, run.owner
+        before = _stored_state(run)
+        self._state = RunState(
+            owner=run.owner.number,
+            state="starting",
+            images=run.reached,
+            kimg=run.job.train.kimg,
+            restarts=max(0, run.record.starts - 1),
+            images_lost=run.record.images_lost,
+            last_error=before and before.last_error,
+            last_error_s=before and before.last_error_s,
+            time_s=time.time(),
+        )
+        self._starts = run.record.starts
+        self._changed, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._write_until_the_end, name="status", daemon=True)
+
+    def __enter__(self) -> StatusFile:
+        self._tracker = MlflowRun(self._run.tracking_uri, self._run.mlflow_run_id)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._change(state="finished", waits=[])
+        elif isinstance(error, InterruptedRun | KeyboardInterrupt):
+            self._change(state="stopped", waits=[])
+        else:
+            self._change(state="failed", waits=[], **_error(_first_line(error)))
+        self._ended.set()
+        self._changed.set()
+        self._thread.join(_LEAVING_S)
+        self._tracker.close(timeout_s=5)
+
+    def follow(self, now: Status) -> None:
+        """Show the status of a run that trains. The call does not wait."""
+        self._change(
+            state="training" if now.starts > self._starts else "starting",
+            images=now.images,
+            images_per_s=now.metrics.get("images_per_s"),
+            waits=list(now.waits.values()),
+            restarts=max(0, now.starts - 1),
+            images_lost=now.images_lost,
+            **(_error(now.last_error) if now.last_error and now.last_error != self._state.last_error else {}),
+        )
+
+    def score(self, images: int) -> None:
+        """Show that training has ended and that the last scores are computed."""
+        self._change(state="scoring", images=images, waits=[])
+
+    def _change(self, **values: Any) -> None:
+        before = self._state
+        self._state = before.model_copy(update={**values, "time_s": time.time()})
+        if _news(self._state) != _news(before):
+            self._changed.set()
+
+    def _write_until_the_end(self) -> None:
+        tagged = None
+        while True:
+            last = self._ended.is_set()
+            self._changed.clear()
+            state = self._state
+            try:
+                self._owner.require()
+                self._run.stored.write_state(state)
+            except EnvironmentFault:
+                self._changed.set()  # written later
+            except LostRun:
+                return  # the file is the other driver's
+            waiting = "; ".join(wait.line for wait in state.waits)[:_LONGEST_TAG] or "no"
+            if waiting != tagged:
+                self._tracker.tag(WAITING, waiting)
+                tagged = waiting
+            if last:
+                return
+            if not self._ended.wait(NEWS_S):
+                self._changed.wait(POSITION_S)
+
+
+def _news(state: RunState) -> dict[str, Any]:
+    """Return what is written soon after it has changed."""
+    return state.model_dump(exclude={"images", "images_per_s", "time_s"})
+
+
+def _stored_state(run: TrainingRun) -> RunState | None:
+    """Return what an earlier driver has written, if it can be read."""
+    with suppress(CorruptError, EnvironmentFault):
+        return run.stored.state()
+    return None
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"last_error": message, "last_error_s": time.time()}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = shown_url(str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
