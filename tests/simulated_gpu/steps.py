@@ -47,13 +47,6 @@ def _on_the_device() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _same_forms_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's forms of some layers round differently. The CPU uses one of them too, and the device leaves one out."""
-    monkeypatch.setattr("sagan.resample._filters_weight", lambda x, side: side >= 16)
-    monkeypatch.setattr("sagan.attention._attends_blockwise", lambda values: False)
-
-
 def real(config: ModelConfig, position: int) -> tuple[torch.Tensor, torch.Tensor]:
     positions, side = range(position, position + BATCH), config.known_resolution
     pixels = draw_latents(9, Purpose.DEQUANTISE, positions, 3 * side**2).view(-1, 3, side, side).clamp(-1, 1)
