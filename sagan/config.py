@@ -17,6 +17,7 @@ _MOST_CHANNELS = 2**13
 _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
 
 AttentionForm = Literal["released", "icml", "first"]
+ResidualForm = Literal["residual_1x1", "residual_3x3"]
 
 _SEQUENCES = ("attention", "multipliers_g", "multipliers_d")
 # Field, least and greatest value
@@ -75,10 +76,11 @@ class ModelConfig:
     attention: tuple[int, ...] | None = None
     """Sizes of the feature maps that get self-attention in both networks; [] for none. The default depends on the
     resolution."""
-    attention_form: AttentionForm = "released"
+    attention_form: AttentionForm | ResidualForm = "released"
     """Form of attention. released: pooled keys and values, values of C/2 channels, an output convolution. icml: no
     pooling, values of C/8 channels, an output convolution. first: no pooling, values of C channels, no output
-    convolution."""
+    convolution. residual_1x1 and residual_3x3: no attention but its controls in table 1 of the paper, residual blocks
+    of two 1×1 or 3×3 convolutions with as many parameters as the released form."""
     slope_g: float = 0.0
     """Negative slope of the generator's rectifiers; 0 is ReLU."""
     slope_d: float = 0.0
@@ -205,6 +207,11 @@ class ModelConfig:
     def attention_sizes(self) -> tuple[int, ...]:
         """Sizes of the feature maps that get self-attention: `attention`, or the default of the resolution."""
         return _ATTENTION[self.known_resolution] if self.attention is None else self.attention
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the networks have self-attention, and not its residual controls."""
+        return bool(self.attention_sizes) and not self.attention_form.startswith("residual")
 
     @property
     def widths_g(self) -> list[int]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from sagan.attention import value_channels
-from sagan.config import AttentionForm, ModelConfig
+from sagan.blocks import control_shape
+from sagan.config import AttentionForm, ModelConfig, ResidualForm
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
 
@@ -53,9 +54,12 @@ def forward_macs(config: ModelConfig) -> tuple[int, int]:
     return generator, discriminator + in_ * (2 if config.known_num_classes else 1)
 
 
-def _attention(form: AttentionForm, channels: int, size: int) -> int:
-    """Return the multiply-accumulates of self-attention on a feature map of size × size positions."""
+def _attention(form: AttentionForm | ResidualForm, channels: int, size: int) -> int:
+    """Return the multiply-accumulates of self-attention, or of its control, on a feature map of size × size."""
     positions = size**2
+    if form == "residual_1x1" or form == "residual_3x3":
+        side, hidden = control_shape(form, channels)
+        return positions * side**2 * 2 * channels * hidden
     keys = positions // 4 if form == "released" else positions
     values = value_channels(form, channels)
     output = 0 if form == "first" else values

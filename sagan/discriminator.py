@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sagan.attention import SelfAttention
-from sagan.blocks import DiscriminatorBlock
+from sagan.blocks import DiscriminatorBlock, attention_block
 from sagan.config import ModelConfig
 from sagan.rectifier import rectify
 from sagan.spectral_norm import Embedding, Linear
@@ -28,7 +27,7 @@ class Discriminator(nn.Module):
             blocks.append(DiscriminatorBlock(in_, out, config, spectral, down=down, first=not blocks))
             in_, size = out, size // 2 if down else size
             if down and size in config.attention_sizes:
-                blocks.append(SelfAttention(out, spectral, config.attention_form))
+                blocks.append(attention_block(out, config, spectral, self.slope))
         self.blocks = nn.Sequential(*blocks)
         self.linear = Linear(in_, 1, spectral)
         self.embedding = Embedding(config.known_num_classes, in_, spectral) if config.known_num_classes else None

@@ -7,9 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sagan.attention import SelfAttention
 from sagan.batch_norm import LAST_DECAY, BatchNorm, Groups
-from sagan.blocks import GeneratorBlock
+from sagan.blocks import GeneratorBlock, attention_block
 from sagan.config import ModelConfig
 from sagan.spectral_norm import Conv2d, Linear
 
@@ -33,7 +32,7 @@ class Generator(nn.Module):
             blocks.append(GeneratorBlock(in_, out, config, spectral))
             size *= 2
             if size in config.attention_sizes:
-                blocks.append(SelfAttention(out, spectral, config.attention_form))
+                blocks.append(attention_block(out, config, spectral, self.slope))
         self.blocks = nn.ModuleList(blocks)
         self.norm = BatchNorm(widths[-1], config.batch_norm_eps, LAST_DECAY)
         self.conv = Conv2d(widths[-1], 3, 3, spectral)

@@ -49,6 +49,8 @@ SYSTEMS = {
     "official norm": Case(replace(CONDITIONAL, spectral_norm_gradient="through", spectral_norm_start="cold")),
     "attention of the paper": Case(replace(CONDITIONAL, attention=(8, 16), attention_form="icml")),
     "attention of the first version": Case(replace(CONDITIONAL, attention_form="first")),
+    "residual control 1x1": Case(replace(CONDITIONAL, attention_form="residual_1x1")),
+    "residual control 3x3": Case(replace(CONDITIONAL, attention_form="residual_3x3")),
     "leaky": Case(replace(CONDITIONAL, num_classes=0, slope_g=0.02, slope_d=0.2)),
 }
 FAST = ("conditional", "unconditional", "groups of 8")
