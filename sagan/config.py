@@ -18,6 +18,7 @@ _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
 
 AttentionForm = Literal["released", "icml", "first"]
 ResidualForm = Literal["residual_1x1", "residual_3x3"]
+AdversarialLoss = Literal["hinge", "bce"]
 
 _SEQUENCES = ("attention", "multipliers_g", "multipliers_d")
 # Field, least and greatest value
@@ -88,6 +89,9 @@ class ModelConfig:
     thin_d: bool = False
     """Discriminator blocks after the first take the width of their input inside (SNGAN-projection). By default they
     take the width of their output."""
+    condition_d: Literal["projection", "classifier"] = "projection"
+    """How labels enter the discriminator. projection: the logit has a term with the embedding of the label.
+    classifier: a second layer classifies the image, and both networks get its loss (AC-GAN)."""
     spectral_norm_g: bool = True
     """Spectral norm on the generator's layers. Its class tables never have it."""
     spectral_norm_d: bool = True
@@ -237,7 +241,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Configuration of the two Adam optimisers and of the generator's moving average.
+    """Configuration of the losses, of the two Adam optimisers and of the generator's moving average.
 
     The defaults of the optimisers are the official code's: TTUR with learning rates 4e-4 and 1e-4, and one
     discriminator update per generator update.
@@ -261,6 +265,11 @@ class OptimConfig:
     """Discriminator updates per generator update."""
     lr_decay_kimg: tuple[float, float] | None = None
     """Two positions in thousands of images. Both learning rates fall linearly to zero between them. None: no decay."""
+    loss: AdversarialLoss = "hinge"
+    """Adversarial loss. hinge: that of the paper. bce: binary cross-entropy, without saturation for the generator
+    (Goodfellow et al. 2014)."""
+    auxiliary_weight: float = 1.0
+    """Weight λ of the classification loss in both networks, where `model.condition_d` is classifier."""
     ema_decay: float = 0.999
     """Decay of the moving average per generator update. Evaluation and export use the moving average by default."""
     ema_start_kimg: float = 0.0
@@ -280,8 +289,9 @@ class OptimConfig:
             object.__setattr__(self, "lr_decay_kimg", (start, end))
             if not 0 <= start < end:
                 raise ValueError(f"optim.lr_decay_kimg is {[start, end]}; it must be [start, end] with 0 ≤ start < end")
-        if self.ema_start_kimg < 0:
-            raise ValueError(f"optim.ema_start_kimg is {self.ema_start_kimg}; it must be 0 or more")
+        for name in ("auxiliary_weight", "ema_start_kimg"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be 0 or more")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values by field name."""

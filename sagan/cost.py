@@ -51,7 +51,9 @@ def forward_macs(config: ModelConfig) -> tuple[int, int]:
         in_, size = out, after
         if down and size in config.attention_sizes:
             discriminator += _attention(config.attention_form, out, size)
-    return generator, discriminator + in_ * (2 if config.known_num_classes else 1)
+    projection = 1 if config.known_num_classes else 0
+    of_labels = config.known_num_classes if config.condition_d == "classifier" else projection
+    return generator, discriminator + in_ * (1 + of_labels)
 
 
 def _attention(form: AttentionForm | ResidualForm, channels: int, size: int) -> int:

@@ -1,9 +1,10 @@
-"""Projection discriminator (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
+"""Discriminator with projection (Miyato & Koyama 2018; as in brain-research/self-attention-gan) or a classifier."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sagan.blocks import DiscriminatorBlock, attention_block
 from sagan.config import ModelConfig
@@ -14,7 +15,8 @@ from sagan.spectral_norm import Embedding, Linear
 class Discriminator(nn.Module):
     """Network that maps an image and its label to one logit.
 
-    The label enters by projection. An unconditional model has no labels. The network has no batch norm.
+    The label enters by projection, or a classifier says how likely it is (AC-GAN, Odena et al. 2017). An unconditional
+    model has no labels. The network has no batch norm.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -30,10 +32,12 @@ class Discriminator(nn.Module):
                 blocks.append(attention_block(out, config, spectral, self.slope))
         self.blocks = nn.Sequential(*blocks)
         self.linear = Linear(in_, 1, spectral)
-        self.embedding = Embedding(config.known_num_classes, in_, spectral) if config.known_num_classes else None
+        num_classes, projects = config.known_num_classes, config.condition_d == "projection"
+        self.embedding = Embedding(num_classes, in_, spectral) if num_classes and projects else None
+        self.classifier = Linear(in_, num_classes, spectral) if num_classes and not projects else None
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """Return the logits, [b] and float32 at least.
+        """Return the logits, [b] and float32 at least. With a classifier, return [b, 2]: the logits, and log p(y | x).
 
         Args:
             x: images, float [b, 3, H, W] in [−1, 1].
@@ -45,4 +49,8 @@ class Discriminator(nn.Module):
             logits = self.linear(features).squeeze(1)
             if self.embedding is not None:
                 logits = logits + (features * self.embedding(y)).sum(1)
+            if self.classifier is not None:
+                assert y is not None
+                log_likelihoods = -F.cross_entropy(self.classifier(features), y, reduction="none")
+                return torch.stack([logits, log_likelihoods], dim=1)
         return logits

@@ -14,7 +14,7 @@ from sagan import batch_norm, moving_average, spectral_norm
 from sagan.batch_norm import Groups
 from sagan.device import on_device
 from sagan.learning_rate import learning_rate_factor
-from sagan.losses import discriminator_hinge, generator_hinge
+from sagan.losses import Loss, logits
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.ranks import World
 from sagan.step_graph import StepGraph
@@ -92,6 +92,7 @@ class Step:
         self.world = (World() if world is None else world).joined()
         self.device = next(state.generator.parameters()).device
         self.dtype = next(state.generator.parameters()).dtype
+        self.loss = Loss(state.optim.loss, state.optim.auxiliary_weight)
         self.groups = batch // (state.model.batch_norm_group or batch)
         self.passes = passes(batch, self.world.size, self.groups, micro_batch)
         self.generator = self._distribute(state.generator)
@@ -161,11 +162,11 @@ class Step:
             with self._autocast():
                 both_labels = torch.cat([labels[draw.rows], draw.labels]) if draw.labels is not None else None
                 both = torch.cat([real.to(fake.dtype), fake]).contiguous(memory_format=torch.channels_last)
-                logit_real, logit_fake = self.discriminator(both, both_labels).split([len(real), len(fake)])
-            loss = discriminator_hinge(logit_real, logit_fake) / self.batch
+                outputs = self.discriminator(both, both_labels).split([len(real), len(fake)])
+            loss = self.loss.discriminator(*outputs) / self.batch
             self._backward(loss)
             with torch.no_grad():
-                metrics += torch.stack([loss, logit_real.sum() / self.batch, logit_fake.sum() / self.batch])
+                metrics += torch.stack([loss, *(logits(output).sum() / self.batch for output in outputs)])
         gradient = self._descend(state.optimizer_d)
         spectral_norm.advance(state.discriminator, self.world)
         return torch.cat([metrics, gradient[None]])
@@ -182,8 +183,8 @@ class Step:
         for draw in self._passes(self.generator, draws):
             with self._autocast():
                 images = self.generator(draw.latents, draw.labels, draw.groups)
-                logits = state.discriminator(images, draw.labels)
-            loss = generator_hinge(logits) / self.batch
+                output = state.discriminator(images, draw.labels)
+            loss = self.loss.generator(output) / self.batch
             self._backward(loss)
             total_loss += loss.detach()
             statistics.append(batch_norm.used(state.generator))

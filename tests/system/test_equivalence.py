@@ -51,6 +51,8 @@ SYSTEMS = {
     "attention of the first version": Case(replace(CONDITIONAL, attention_form="first")),
     "residual control 1x1": Case(replace(CONDITIONAL, attention_form="residual_1x1")),
     "residual control 3x3": Case(replace(CONDITIONAL, attention_form="residual_3x3")),
+    "AC-GAN": Case(replace(CONDITIONAL, condition_d="classifier"), OptimConfig(ema_decay=0.9, auxiliary_weight=0.5)),
+    "cross-entropy": Case(optim=OptimConfig(ema_decay=0.9, loss="bce")),
     "leaky": Case(replace(CONDITIONAL, num_classes=0, slope_g=0.02, slope_d=0.2)),
 }
 FAST = ("conditional", "unconditional", "groups of 8")

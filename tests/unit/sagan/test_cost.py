@@ -31,6 +31,8 @@ OTHERS = [
     # what differs from the defaults at 128 px with 1 000 classes, generator, discriminator
     ({"attention": (), "thin_d": True}, 41_996_931, 30_041_857),  # SNGAN-projection
     ({"resolution": 64, "multipliers_g": (16, 16, 8, 4, 2)}, 41_577_732, 20_571_842),  # BigGAN-PyTorch
+    # AC-GAN: 1 000 biases more than projection
+    ({"attention": (), "condition_d": "classifier"}, 41_996_931, 39_443_137 + 1_000),
     ({"num_classes": 10, "channels_g": 4, "channels_d": 4}, 256_332, 151_438),
     ({"resolution": 32, "num_classes": 10, "channels_g": 4, "channels_d": 4}, 50_468, 4_586),
     ({"resolution": 32, "num_classes": 10, "channels_g": 8, "channels_d": 8}, 130_756, 17_522),
@@ -47,6 +49,7 @@ COSTS = [
     ({"attention": (8,), "attention_form": "residual_1x1"}, "9.174", "4.714", "148.8"),
     ({"attention": (32,), "attention_form": "residual_1x1"}, "9.174", "4.714", "148.8"),
     ({"attention": (32,), "attention_form": "residual_3x3"}, "9.175", "4.714", "148.8"),
+    ({"attention": (), "condition_d": "classifier"}, "9.0901", "4.6942", "147.83"),  # 1.02 MMAC of the classifier
     ({"resolution": 32, "num_classes": 10}, "1.705", "0.279", "18.1"),
     ({"resolution": 64}, "1.997", "1.114", "33.8"),
     ({"resolution": 64, "multipliers_g": (16, 16, 8, 4, 2)}, "7.256", "1.114", "75.9"),
