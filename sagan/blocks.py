@@ -1,4 +1,4 @@
-"""Residual blocks of the two networks (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
+"""Blocks of the two networks: residual (Miyato & Koyama 2018; brain-research/self-attention-gan), and of DCGAN."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from sagan.attention import SelfAttention
-from sagan.batch_norm import Groups, conditional
+from sagan.batch_norm import BatchNorm, Groups, conditional
 from sagan.config import ModelConfig, ResidualForm
 from sagan.rectifier import rectify, rectify_
 from sagan.resample import conv_down, double, halve, up_conv
-from sagan.spectral_norm import Conv2d, Spectral, SpectralNorm, TransposedConv2d
+from sagan.spectral_norm import (
+    Conv2d,
+    Spectral,
+    SpectralNorm,
+    StridedConv2d,
+    StridedTransposedConv2d,
+    TransposedConv2d,
+)
 
 
 class GeneratorBlock(nn.Module):
@@ -66,6 +73,39 @@ class DiscriminatorBlock(nn.Module):
         # A 1×1 convolution commutes with average pooling. After the pooling it costs a quarter.
         skip = halve(x) if self.down else x
         return h.add_(skip if self.skip is None else self.skip(skip))
+
+
+class TransposedBlock(nn.Module):
+    """Block of DCGAN's generator that doubles height and width: batch norm, ReLU, 5×5 transposed convolution."""
+
+    def __init__(self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None) -> None:
+        super().__init__()
+        self.slope = config.slope_g
+        self.norm = conditional(in_, config.known_num_classes, config.batch_norm_eps)
+        self.conv = StridedTransposedConv2d(in_, out, spectral)
+
+    def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
+        """Return [b, out, 2H, 2W] for x [b, in, H, W]. `y` and `groups` are those of `BatchNorm.forward`."""
+        return self.conv(self.norm(x, y, groups, self.slope))
+
+
+class StridedBlock(nn.Module):
+    """Block of DCGAN's discriminator that halves height and width: leaky ReLU, 5×5 convolution, batch norm.
+
+    The first block of a network is the convolution alone.
+    """
+
+    def __init__(self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *, first: bool) -> None:
+        super().__init__()
+        self.slope = config.slope_d
+        self.conv = StridedConv2d(in_, out, spectral)
+        self.norm = None if first else BatchNorm(out, config.batch_norm_eps)
+
+    def forward(self, x: Tensor, groups: Groups | None) -> Tensor:
+        """Return [b, out, H/2, W/2] for x [b, in, H, W]. `groups` are those of `BatchNorm.forward`."""
+        if self.norm is None:
+            return self.conv(x)
+        return self.norm(self.conv(rectify(x, self.slope)), None, groups)
 
 
 def control_shape(form: ResidualForm, channels: int) -> tuple[int, int]:

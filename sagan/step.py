@@ -93,6 +93,7 @@ class Step:
         self.device = next(state.generator.parameters()).device
         self.dtype = next(state.generator.parameters()).dtype
         self.loss = Loss(state.optim.loss, state.optim.auxiliary_weight)
+        self.norm_d = bool(batch_norm.layers(state.discriminator))
         self.groups = batch // (state.model.batch_norm_group or batch)
         self.passes = passes(batch, self.world.size, self.groups, micro_batch)
         self.generator = self._distribute(state.generator)
@@ -155,6 +156,7 @@ class Step:
         """
         state = self.state
         metrics = torch.zeros(3, dtype=self.dtype, device=self.device)
+        statistics = []
         for draw in self._passes(self.discriminator, draws):
             real = images[draw.rows]
             with torch.no_grad(), self._autocast():
@@ -162,13 +164,19 @@ class Step:
             with self._autocast():
                 both_labels = torch.cat([labels[draw.rows], draw.labels]) if draw.labels is not None else None
                 both = torch.cat([real.to(fake.dtype), fake]).contiguous(memory_format=torch.channels_last)
-                outputs = self.discriminator(both, both_labels).split([len(real), len(fake)])
+                # Real and generated images are normalised apart.
+                groups_d = draw.groups.twice() if self.norm_d else None
+                outputs = self.discriminator(both, both_labels, groups_d).split([len(real), len(fake)])
             loss = self.loss.discriminator(*outputs) / self.batch
             self._backward(loss)
             with torch.no_grad():
                 metrics += torch.stack([loss, *(logits(output).sum() / self.batch for output in outputs)])
+            if self.norm_d:
+                statistics.append(batch_norm.used(state.discriminator))
         gradient = self._descend(state.optimizer_d)
         spectral_norm.advance(state.discriminator, self.world)
+        if self.norm_d:
+            batch_norm.track(state.discriminator, torch.stack(statistics).mean(0), self.world)
         return torch.cat([metrics, gradient[None]])
 
     def _update_generator(self, draws: list[Draw]) -> tuple[Tensor, Tensor]:
@@ -183,7 +191,7 @@ class Step:
         for draw in self._passes(self.generator, draws):
             with self._autocast():
                 images = self.generator(draw.latents, draw.labels, draw.groups)
-                output = state.discriminator(images, draw.labels)
+                output = state.discriminator(images, draw.labels, draw.groups)
             loss = self.loss.generator(output) / self.batch
             self._backward(loss)
             total_loss += loss.detach()

@@ -33,6 +33,7 @@ SYSTEMS = {
     "icml": (replace(BASE, attention=(8, 16), attention_form="icml"), OptimConfig()),
     "first": (replace(BASE, attention_form="first"), OptimConfig()),
     "residual control": (replace(BASE, attention_form="residual_3x3"), OptimConfig()),
+    "DCGAN": (replace(BASE, architecture="dcgan", attention=(), spectral_norm_d=False), OptimConfig(loss="bce")),
     "AC-GAN": (replace(BASE, condition_d="classifier"), OptimConfig(loss="bce")),
     "leaky": (replace(BASE, num_classes=0, slope_g=0.02, slope_d=0.2), OptimConfig()),
     "attention at 64": (

@@ -26,7 +26,13 @@ def test_a_variant_is_another_method_in_three_keys_or_fewer(name):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("model.condition_d", "classifier"), ("optim.loss", "bce"), ("optim.auxiliary_weight", 0.5)],
+    [
+        ("model.architecture", "dcgan"),
+        ("model.init_std", 0.02),
+        ("model.condition_d", "classifier"),
+        ("optim.loss", "bce"),
+        ("optim.auxiliary_weight", 0.5),
+    ],
 )
 def test_a_new_key_makes_another_method_and_its_default_leaves_the_digests_of_older_runs(key, value):
     method = method_of(imagenet(), COLLECTION)

@@ -27,10 +27,15 @@ COUNTS = [
     (256, 0, (32,), 37_462_788, 43_483_330),
 ]
 
+DCGAN = {"architecture": "dcgan", "num_classes": 0, "z_dim": 100}
+
 OTHERS = [
     # what differs from the defaults at 128 px with 1 000 classes, generator, discriminator
     ({"attention": (), "thin_d": True}, 41_996_931, 30_041_857),  # SNGAN-projection
     ({"resolution": 64, "multipliers_g": (16, 16, 8, 4, 2)}, 41_577_732, 20_571_842),  # BigGAN-PyTorch
+    # DCGAN, the layers of compare_gan: 5×5 convolutions with biases, batch norm, a linear layer on the flattened map
+    ({"resolution": 64} | DCGAN, 5_135_363, 4_316_545),
+    ({"resolution": 128} | DCGAN, 7_617_539, 4_341_121),
     # AC-GAN: 1 000 biases more than projection
     ({"attention": (), "condition_d": "classifier"}, 41_996_931, 39_443_137 + 1_000),
     ({"num_classes": 10, "channels_g": 4, "channels_d": 4}, 256_332, 151_438),
@@ -50,6 +55,9 @@ COSTS = [
     ({"attention": (32,), "attention_form": "residual_1x1"}, "9.174", "4.714", "148.8"),
     ({"attention": (32,), "attention_form": "residual_3x3"}, "9.175", "4.714", "148.8"),
     ({"attention": (), "condition_d": "classifier"}, "9.0901", "4.6942", "147.83"),  # 1.02 MMAC of the classifier
+    # 100 · 16 · 512 + 25 (8² · 512 · 256 + 16² · 256 · 128 + 32² · 128 · 64 + 64² · 64 · 3) / 4, and the same back
+    ({"resolution": 64} | DCGAN, "0.16302", "0.16221", "3.900"),
+    ({"resolution": 128} | DCGAN, "0.65208", "0.64884", "15.598"),
     ({"resolution": 32, "num_classes": 10}, "1.705", "0.279", "18.1"),
     ({"resolution": 64}, "1.997", "1.114", "33.8"),
     ({"resolution": 64, "multipliers_g": (16, 16, 8, 4, 2)}, "7.256", "1.114", "75.9"),

@@ -60,9 +60,9 @@ def test_the_learning_rates_of_a_decay_are_those_of_the_position():
 
 
 class TestMicroBatches:
-    @pytest.mark.parametrize("classes", [3, 0])
-    def test_several_passes_are_the_same_step(self, classes):
-        config = replace(CONFIG, batch_norm_group=2, num_classes=classes)
+    @pytest.mark.parametrize("differs", [{}, {"num_classes": 0}, {"architecture": "dcgan"}])
+    def test_several_passes_are_the_same_step(self, differs):
+        config = replace(CONFIG, batch_norm_group=2, **differs)
         whole, parts = (TrainState(config, OptimConfig(), seed=1).to(torch.float64) for _ in range(2))
         for state, micro_batch in ((whole, None), (parts, 2)):
             step = Step(state, BATCH, micro_batch=micro_batch)
