@@ -10,6 +10,8 @@ backward pass one sum. No collective is called where every group lies inside one
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,12 @@ class Groups:
             )
         index = torch.tensor([p % count for p in positions])
         self.membership = on_device((torch.arange(count)[:, None] == index).float(), device)
+
+    def twice(self) -> Groups:
+        """Return the groups of two batches behind one another. Each batch has groups of its own, which are as these."""
+        groups = copy(self)
+        groups.membership = torch.block_diag(self.membership, self.membership)
+        return groups
 
 
 class _GroupNorm(torch.autograd.Function):

@@ -179,6 +179,28 @@ class TransposedConv2d(SpectralNorm):
         return self.normalised_weight.permute(0, 3, 1, 2)
 
 
+class StridedConv2d(SpectralNorm):
+    """5×5 convolution at stride 2 that halves an even size (DCGAN). The weight is [out, height, width, in]."""
+
+    def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
+        super().__init__(_standard_layout(initial_weight(out, in_, 5, 5).permute(0, 2, 3, 1)), out, spectral)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, stride=2, padding=2)
+
+
+class StridedTransposedConv2d(SpectralNorm):
+    """5×5 transposed convolution at stride 2 that doubles the size (DCGAN). The weight is [in, height, width, out]."""
+
+    def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
+        weight = _standard_layout(initial_weight(out, in_, 5, 5).permute(1, 2, 3, 0))
+        super().__init__(weight, out, spectral, transposed=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.normalised_weight.permute(0, 3, 1, 2)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=2, output_padding=1)
+
+
 class Linear(SpectralNorm):
     """Linear layer with a bias. The weight is [out, in]."""
 
