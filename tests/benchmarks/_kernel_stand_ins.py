@@ -73,7 +73,7 @@ class _FlashAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         return _attend_backward(dy, *ctx.saved_tensors)
 
 

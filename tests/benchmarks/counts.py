@@ -1,8 +1,8 @@
 """What a training step asks of a GPU, counted without one: `python -m tests.benchmarks.counts [--json FILE]`.
 
 The official SAGAN at 128 px with attention at 64×64, in bf16, batch 256. The step runs at full size on a simulated GPU
-that computes nothing (`tests/simulated_gpu/`), in the forms that CUDA has (`_kernel_stand_ins.py`). The model of the cost is simple, and it is the same for every change of
-the code:
+that computes nothing (`tests/simulated_gpu/`), in the forms that CUDA has (`_kernel_stand_ins.py`). The model of the
+cost is simple, and it is the same for every change of the code:
 
 launches_eager: Kernels, copies and fills that the operators start. Views start none. An operator starts one, except
     those of `_STARTS` (from torch's CUDA sources) and those on lists of tensors, whose chunks are counted as
