@@ -14,6 +14,7 @@ from copy import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sagan.device import kernels, on_device
 from sagan.ranks import World
@@ -246,7 +247,7 @@ class ConditionalBatchNorm(BatchNorm):
 
     def _scale_and_shift(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         assert y is not None
-        return self.weight[y], self.bias[y]
+        return F.embedding(y, self.weight), F.embedding(y, self.bias)
 
 
 def conditional(channels: int, num_classes: int, eps: float) -> BatchNorm:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sagan import ModelConfig, OptimConfig, Step, TrainState, World
+from sagan import ModelConfig, OptimConfig, Step, TrainState, World, spectral_norm
 from sagan.batch_norm import Groups
 from sagan.random import Purpose, draw_labels, draw_latents
 
@@ -125,7 +125,7 @@ def train(world, case):
             state.discriminator.linear.u = -state.discriminator.linear.u.roll(1) + 0.1
             layer = state.discriminator.blocks[0].conv1
             layer.u = layer.u.roll(1)
-            layer.power_iteration()
+            spectral_norm.power_iteration([layer])
     found |= {f"state/{name}": tensor.clone() for name, tensor in state.tensors()}
     found["losses"] = torch.stack(losses)
     z, y = (
