@@ -10,8 +10,11 @@ backward pass one sum. No collective is called where every group lies inside one
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sagan.device import kernels, on_device
 from sagan.ranks import World
@@ -48,6 +51,12 @@ class Groups:
             )
         index = torch.tensor([p % count for p in positions])
         self.membership = on_device((torch.arange(count)[:, None] == index).float(), device)
+
+    def twice(self) -> Groups:
+        """Return the groups of two batches behind one another. Each batch has groups of its own, which are as these."""
+        groups = copy(self)
+        groups.membership = torch.block_diag(self.membership, self.membership)
+        return groups
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -238,7 +247,7 @@ class ConditionalBatchNorm(BatchNorm):
 
     def _scale_and_shift(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         assert y is not None
-        return self.weight[y], self.bias[y]
+        return F.embedding(y, self.weight), F.embedding(y, self.bias)
 
 
 def conditional(channels: int, num_classes: int, eps: float) -> BatchNorm:

@@ -1,15 +1,23 @@
-"""Residual blocks of the two networks (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
+"""Blocks of the two networks: residual (Miyato & Koyama 2018; brain-research/self-attention-gan), and of DCGAN."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from sagan.batch_norm import Groups, conditional
-from sagan.config import ModelConfig
+from sagan.attention import SelfAttention
+from sagan.batch_norm import BatchNorm, Groups, conditional
+from sagan.config import ModelConfig, ResidualForm
 from sagan.rectifier import rectify, rectify_
 from sagan.resample import conv_down, double, halve, up_conv
-from sagan.spectral_norm import Conv2d, Spectral, SpectralNorm, TransposedConv2d
+from sagan.spectral_norm import (
+    Conv2d,
+    Spectral,
+    SpectralNorm,
+    StridedConv2d,
+    StridedTransposedConv2d,
+    TransposedConv2d,
+)
 
 
 class GeneratorBlock(nn.Module):
@@ -65,6 +73,86 @@ class DiscriminatorBlock(nn.Module):
         # A 1×1 convolution commutes with average pooling. After the pooling it costs a quarter.
         skip = halve(x) if self.down else x
         return h.add_(skip if self.skip is None else self.skip(skip))
+
+
+class TransposedBlock(nn.Module):
+    """Block of DCGAN's generator that doubles height and width: batch norm, ReLU, 5×5 transposed convolution."""
+
+    def __init__(self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None) -> None:
+        super().__init__()
+        self.slope = config.slope_g
+        self.norm = conditional(in_, config.known_num_classes, config.batch_norm_eps)
+        self.conv = StridedTransposedConv2d(in_, out, spectral)
+
+    def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
+        """Return [b, out, 2H, 2W] for x [b, in, H, W]. `y` and `groups` are those of `BatchNorm.forward`."""
+        return self.conv(self.norm(x, y, groups, self.slope))
+
+
+class StridedBlock(nn.Module):
+    """Block of DCGAN's discriminator that halves height and width: leaky ReLU, 5×5 convolution, batch norm.
+
+    The first block of a network is the convolution alone.
+    """
+
+    def __init__(self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *, first: bool) -> None:
+        super().__init__()
+        self.slope = config.slope_d
+        self.conv = StridedConv2d(in_, out, spectral)
+        self.norm = None if first else BatchNorm(out, config.batch_norm_eps)
+
+    def forward(self, x: Tensor, groups: Groups | None) -> Tensor:
+        """Return [b, out, H/2, W/2] for x [b, in, H, W]. `groups` are those of `BatchNorm.forward`."""
+        if self.norm is None:
+            return self.conv(x)
+        return self.norm(self.conv(rectify(x, self.slope)), None, groups)
+
+
+def control_shape(form: ResidualForm, channels: int) -> tuple[int, int]:
+    """Return k, the side of the kernels of a residual control, and the number of channels between its convolutions.
+
+    Two k×k convolutions C → 5C / 8k² → C have the 1.25 C² weights of released attention, where C has `channels`. The
+    inner channels are rounded.
+    """
+    side = 1 if form == "residual_1x1" else 3
+    return side, max(1, round(5 * channels / (8 * side**2)))
+
+
+class ResidualControl(nn.Module):
+    """Residual block in the place of self-attention (paper, table 1): y = x + γ · c₂(ReLU(c₁(ReLU(x)))).
+
+    The paper says that the block has as many parameters as self-attention, and gives no layout. Here it shares with
+    `SelfAttention` all that is not attention: γ is learned and starts at 0, and the convolutions have no biases.
+
+    Args:
+        channels: C, the number of channels of x.
+        spectral: how the convolutions are normalised; None for plain convolutions.
+        form: the size of the kernels.
+        slope: negative slope of the rectifiers.
+    """
+
+    def __init__(self, channels: int, spectral: Spectral | None, form: ResidualForm, slope: float = 0.0) -> None:
+        super().__init__()
+        side, hidden = control_shape(form, channels)
+        self.slope = slope
+        self.conv1 = Conv2d(channels, hidden, side, spectral, bias=False)
+        self.conv2 = Conv2d(hidden, channels, side, spectral, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [b, C, H, W] for x [b, C, H, W]."""
+        h = self.conv2(rectify_(self.conv1(rectify(x, self.slope)), self.slope))
+        return torch.addcmul(x, self.gamma.to(x.dtype), h)
+
+
+def attention_block(
+    channels: int, config: ModelConfig, spectral: Spectral | None, slope: float
+) -> SelfAttention | ResidualControl:
+    """Return the layer that `config` puts on a feature map in `attention`: self-attention, or its control."""
+    form = config.attention_form
+    if form == "residual_1x1" or form == "residual_3x3":
+        return ResidualControl(channels, spectral, form, slope)
+    return SelfAttention(channels, spectral, form)
 
 
 @torch.no_grad()

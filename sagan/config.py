@@ -17,6 +17,8 @@ _MOST_CHANNELS = 2**13
 _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
 
 AttentionForm = Literal["released", "icml", "first"]
+ResidualForm = Literal["residual_1x1", "residual_3x3"]
+AdversarialLoss = Literal["hinge", "bce"]
 
 _SEQUENCES = ("attention", "multipliers_g", "multipliers_d")
 # Field, least and greatest value
@@ -42,6 +44,9 @@ _WIDTHS_D = {
     128: ((1, True), (2, True), (4, True), (8, True), (16, True), (16, False)),
     256: ((1, True), (2, True), (4, True), (8, True), (8, True), (16, True), (16, False)),
 }
+# The same of DCGAN, at every resolution. The generator's input has a sixteenth of the resolution.
+_DCGAN_G = (8, 4, 2, 1)
+_DCGAN_D = ((1, True), (2, True), (4, True), (8, True))
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class ModelConfig:
     """Pixels per side: 32, 64, 128 or 256. The default comes from the collection's manifest."""
     num_classes: int | None = None
     """Number of classes; 0 trains without labels. The default comes from the collection's manifest."""
+    architecture: Literal["resnet", "dcgan"] = "resnet"
+    """Layers of both networks. resnet: the residual blocks of SAGAN. dcgan: four 5×5 convolutions at stride 2,
+    transposed in the generator, with batch norm in both networks (Radford et al. 2016)."""
     z_dim: int = 128
     """Length of the latent vector z ~ N(0, 1)."""
     channels_g: int = 64
@@ -74,11 +82,12 @@ class ModelConfig:
     """Multiples of `channels_d`: the output of each block. The default depends on the resolution."""
     attention: tuple[int, ...] | None = None
     """Sizes of the feature maps that get self-attention in both networks; [] for none. The default depends on the
-    resolution."""
-    attention_form: AttentionForm = "released"
+    resolution. For dcgan it is []."""
+    attention_form: AttentionForm | ResidualForm = "released"
     """Form of attention. released: pooled keys and values, values of C/2 channels, an output convolution. icml: no
     pooling, values of C/8 channels, an output convolution. first: no pooling, values of C channels, no output
-    convolution."""
+    convolution. residual_1x1 and residual_3x3: no attention but its controls in table 1 of the paper, residual blocks
+    of two 1×1 or 3×3 convolutions with as many parameters as the released form."""
     slope_g: float = 0.0
     """Negative slope of the generator's rectifiers; 0 is ReLU."""
     slope_d: float = 0.0
@@ -86,6 +95,9 @@ class ModelConfig:
     thin_d: bool = False
     """Discriminator blocks after the first take the width of their input inside (SNGAN-projection). By default they
     take the width of their output."""
+    condition_d: Literal["projection", "classifier"] = "projection"
+    """How labels enter the discriminator. projection: the logit has a term with the embedding of the label.
+    classifier: a second layer classifies the image, and both networks get its loss (AC-GAN)."""
     spectral_norm_g: bool = True
     """Spectral norm on the generator's layers. Its class tables never have it."""
     spectral_norm_d: bool = True
@@ -103,7 +115,10 @@ class ModelConfig:
     batch_norm_eps: float = 1e-5
     """Constant that batch norm adds to variances."""
     init_gain: float = 1.0
-    """Gain of the Glorot initialisation of the 3×3 convolutions in all blocks (SNGAN-projection: √2)."""
+    """Gain of the Glorot initialisation of the 3×3 convolutions in residual blocks (SNGAN-projection: √2)."""
+    init_std: float | None = None
+    """Standard deviation of normal initial weights in all layers (DCGAN: 0.02). By default the weights are
+    Glorot-uniform."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution not in RESOLUTIONS:
@@ -115,6 +130,8 @@ class ModelConfig:
         for name in ("spectral_norm_eps", "batch_norm_eps", "init_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        if self.init_std is not None and not self.init_std > 0:
+            raise ValueError(f"model.init_std is {self.init_std}; it must be above 0")
         for name in ("slope_g", "slope_d"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -122,7 +139,7 @@ class ModelConfig:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
         if self.resolution is not None:
-            sizes = {4 * 2**i for i in range(1, len(_WIDTHS_G[self.resolution]))}
+            sizes = {self.first_size * 2**i for i in range(1, len(self._standard_g))}
             sizes &= {self.resolution // 2**i for i in range(1, 10)} - {4, 2, 1}
             self._check_widths(self.resolution)
             if unknown := set(self.attention or ()) - sizes:
@@ -135,7 +152,7 @@ class ModelConfig:
     def _check_attention(self) -> None:
         """Check that every feature map with self-attention has a multiple of 8 channels. Raises ValueError."""
         attention, size = self.attention_sizes, self.known_resolution
-        maps = [(4 * 2**i, channels, "g") for i, channels in enumerate(self.widths_g) if i]
+        maps = [(self.first_size * 2**i, channels, "g") for i, channels in enumerate(self.widths_g) if i]
         for channels, halves in self.widths_d:
             size = size // 2 if halves else size
             maps += [(size, channels, "d")] if halves else []
@@ -148,7 +165,7 @@ class ModelConfig:
                 )
 
     def _check_widths(self, resolution: int) -> None:
-        for name, table in (("multipliers_g", _WIDTHS_G[resolution]), ("multipliers_d", _WIDTHS_D[resolution])):
+        for name, table in (("multipliers_g", self._standard_g), ("multipliers_d", self._standard_d)):
             multipliers = getattr(self, name)
             if multipliers is not None and (len(multipliers) != len(table) or min(multipliers) < 1):
                 raise ValueError(
@@ -179,8 +196,19 @@ class ModelConfig:
             self,
             resolution=resolution,
             num_classes=num_classes if self.num_classes is None else self.num_classes,
-            attention=_ATTENTION[resolution] if self.attention is None else self.attention,
+            attention=self._standard_attention(resolution) if self.attention is None else self.attention,
         )
+
+    def _standard_attention(self, resolution: int) -> tuple[int, ...]:
+        return _ATTENTION[resolution] if self.architecture == "resnet" else ()
+
+    @property
+    def _standard_g(self) -> tuple[int, ...]:
+        return _WIDTHS_G[self.known_resolution] if self.architecture == "resnet" else _DCGAN_G
+
+    @property
+    def _standard_d(self) -> tuple[tuple[int, bool], ...]:
+        return _WIDTHS_D[self.known_resolution] if self.architecture == "resnet" else _DCGAN_D
 
     @property
     def known_resolution(self) -> int:
@@ -204,19 +232,28 @@ class ModelConfig:
     @property
     def attention_sizes(self) -> tuple[int, ...]:
         """Sizes of the feature maps that get self-attention: `attention`, or the default of the resolution."""
-        return _ATTENTION[self.known_resolution] if self.attention is None else self.attention
+        return self._standard_attention(self.known_resolution) if self.attention is None else self.attention
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the networks have self-attention, and not its residual controls."""
+        return bool(self.attention_sizes) and not self.attention_form.startswith("residual")
+
+    @property
+    def first_size(self) -> int:
+        """Size of the generator's first feature map."""
+        return 4 if self.architecture == "resnet" else self.known_resolution // 16
 
     @property
     def widths_g(self) -> list[int]:
-        """Channels of the generator: at 4x4, then after each upsampling block."""
-        return [self.channels_g * m for m in self.multipliers_g or _WIDTHS_G[self.known_resolution]]
+        """Channels of the generator: of its first feature map, then after each upsampling block."""
+        return [self.channels_g * m for m in self.multipliers_g or self._standard_g]
 
     @property
     def widths_d(self) -> list[tuple[int, bool]]:
         """Output channels of each discriminator block, and whether the block halves the feature map."""
-        standard = _WIDTHS_D[self.known_resolution]
-        multipliers = self.multipliers_d or [m for m, _ in standard]
-        return [(self.channels_d * m, down) for m, (_, down) in zip(multipliers, standard, strict=True)]
+        multipliers = self.multipliers_d or [m for m, _ in self._standard_d]
+        return [(self.channels_d * m, down) for m, (_, down) in zip(multipliers, self._standard_d, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values by field name."""
@@ -230,7 +267,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Configuration of the two Adam optimisers and of the generator's moving average.
+    """Configuration of the losses, of the two Adam optimisers and of the generator's moving average.
 
     The defaults of the optimisers are the official code's: TTUR with learning rates 4e-4 and 1e-4, and one
     discriminator update per generator update.
@@ -254,6 +291,11 @@ class OptimConfig:
     """Discriminator updates per generator update."""
     lr_decay_kimg: tuple[float, float] | None = None
     """Two positions in thousands of images. Both learning rates fall linearly to zero between them. None: no decay."""
+    loss: AdversarialLoss = "hinge"
+    """Adversarial loss. hinge: that of the paper. bce: binary cross-entropy, without saturation for the generator
+    (Goodfellow et al. 2014)."""
+    auxiliary_weight: float = 1.0
+    """Weight λ of the classification loss in both networks, where `model.condition_d` is classifier."""
     ema_decay: float = 0.999
     """Decay of the moving average per generator update. Evaluation and export use the moving average by default."""
     ema_start_kimg: float = 0.0
@@ -273,8 +315,9 @@ class OptimConfig:
             object.__setattr__(self, "lr_decay_kimg", (start, end))
             if not 0 <= start < end:
                 raise ValueError(f"optim.lr_decay_kimg is {[start, end]}; it must be [start, end] with 0 ≤ start < end")
-        if self.ema_start_kimg < 0:
-            raise ValueError(f"optim.ema_start_kimg is {self.ema_start_kimg}; it must be 0 or more")
+        for name in ("auxiliary_weight", "ema_start_kimg"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be 0 or more")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values by field name."""

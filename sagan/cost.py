@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from sagan.attention import value_channels
-from sagan.config import AttentionForm, ModelConfig
+from sagan.blocks import control_shape
+from sagan.config import AttentionForm, ModelConfig, ResidualForm
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
 
@@ -32,8 +33,10 @@ def forward_macs(config: ModelConfig) -> tuple[int, int]:
     The count includes convolutions, linear layers and attention products. Convolutions and resampling are separate
     steps, as in the formulas.
     """
-    generator = config.z_dim * 16 * config.widths_g[0]
-    size = 4
+    if config.architecture == "dcgan":
+        return _dcgan_macs(config)
+    size = config.first_size
+    generator = config.z_dim * size**2 * config.widths_g[0]
     for in_, out in pairwise(config.widths_g):
         size *= 2
         generator += size**2 * (9 * in_ * out + 9 * out * out + in_ * out)
@@ -50,12 +53,39 @@ def forward_macs(config: ModelConfig) -> tuple[int, int]:
         in_, size = out, after
         if down and size in config.attention_sizes:
             discriminator += _attention(config.attention_form, out, size)
-    return generator, discriminator + in_ * (2 if config.known_num_classes else 1)
+    return generator, discriminator + _heads(config, in_)
 
 
-def _attention(form: AttentionForm, channels: int, size: int) -> int:
-    """Return the multiply-accumulates of self-attention on a feature map of size × size positions."""
+def _dcgan_macs(config: ModelConfig) -> tuple[int, int]:
+    size = config.first_size
+    generator = config.z_dim * size**2 * config.widths_g[0]
+    for in_, out in pairwise([*config.widths_g, 3]):
+        generator += size**2 * 25 * in_ * out  # a transposed convolution at stride 2 multiplies each input once per tap
+        size *= 2
+        generator += _attention(config.attention_form, out, size) if size in config.attention_sizes else 0
+
+    discriminator, in_ = 0, 3
+    for out, _ in config.widths_d:
+        size //= 2
+        discriminator += size**2 * 25 * in_ * out
+        discriminator += _attention(config.attention_form, out, size) if size in config.attention_sizes else 0
+        in_ = out
+    return generator, discriminator + _heads(config, in_ * size**2)
+
+
+def _heads(config: ModelConfig, features: int) -> int:
+    """Return the multiply-accumulates of the discriminator's last layers on that many features."""
+    projection = 1 if config.known_num_classes else 0
+    of_labels = config.known_num_classes if config.condition_d == "classifier" else projection
+    return features * (1 + of_labels)
+
+
+def _attention(form: AttentionForm | ResidualForm, channels: int, size: int) -> int:
+    """Return the multiply-accumulates of self-attention, or of its control, on a feature map of size × size."""
     positions = size**2
+    if form == "residual_1x1" or form == "residual_3x3":
+        side, hidden = control_shape(form, channels)
+        return positions * side**2 * 2 * channels * hidden
     keys = positions // 4 if form == "released" else positions
     values = value_channels(form, channels)
     output = 0 if form == "first" else values

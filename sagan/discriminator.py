@@ -1,12 +1,13 @@
-"""Projection discriminator (Miyato & Koyama 2018; as in brain-research/self-attention-gan)."""
+"""Discriminator with projection (Miyato & Koyama 2018; as in brain-research/self-attention-gan) or a classifier."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sagan.attention import SelfAttention
-from sagan.blocks import DiscriminatorBlock
+from sagan.batch_norm import Groups
+from sagan.blocks import DiscriminatorBlock, StridedBlock, attention_block
 from sagan.config import ModelConfig
 from sagan.rectifier import rectify
 from sagan.spectral_norm import Embedding, Linear
@@ -15,35 +16,54 @@ from sagan.spectral_norm import Embedding, Linear
 class Discriminator(nn.Module):
     """Network that maps an image and its label to one logit.
 
-    The label enters by projection. An unconditional model has no labels. The network has no batch norm.
+    The label enters by projection, or a classifier says how likely it is (AC-GAN, Odena et al. 2017). An unconditional
+    model has no labels. Residual networks sum the last feature map over its pixels and have no batch norm. DCGAN has
+    batch norm, and flattens the map.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         spectral = config.spectral if config.spectral_norm_d else None
-        self.slope = config.slope_d
+        self.slope, self.residual = config.slope_d, config.architecture == "resnet"
         blocks: list[nn.Module] = []
         in_, size = 3, config.known_resolution
         for out, down in config.widths_d:
-            blocks.append(DiscriminatorBlock(in_, out, config, spectral, down=down, first=not blocks))
+            first = not blocks
+            blocks.append(
+                DiscriminatorBlock(in_, out, config, spectral, down=down, first=first)
+                if self.residual
+                else StridedBlock(in_, out, config, spectral, first=first)
+            )
             in_, size = out, size // 2 if down else size
             if down and size in config.attention_sizes:
-                blocks.append(SelfAttention(out, spectral, config.attention_form))
+                blocks.append(attention_block(out, config, spectral, self.slope))
         self.blocks = nn.Sequential(*blocks)
-        self.linear = Linear(in_, 1, spectral)
-        self.embedding = Embedding(config.known_num_classes, in_, spectral) if config.known_num_classes else None
+        width = in_ if self.residual else in_ * size**2
+        self.linear = Linear(width, 1, spectral)
+        num_classes, projects = config.known_num_classes, config.condition_d == "projection"
+        self.embedding = Embedding(num_classes, width, spectral) if num_classes and projects else None
+        self.classifier = Linear(width, num_classes, spectral) if num_classes and not projects else None
 
-    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """Return the logits, [b] and float32 at least.
+    def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None = None) -> Tensor:
+        """Return the logits, [b] and float32 at least. With a classifier, return [b, 2]: the logits, and log p(y | x).
 
         Args:
             x: images, float [b, 3, H, W] in [−1, 1].
             y: labels, int64 [b]; None for an unconditional model.
+            groups: batch-norm groups of a training forward, as for the generator. A network without batch norm ignores
+                them.
         """
-        h = rectify(self.blocks(x), self.slope)
+        for block in self.blocks:
+            x = block(x, groups) if isinstance(block, StridedBlock) else block(x)
+        h = rectify(x, self.slope)
         with torch.autocast(x.device.type, enabled=False):
-            features = h.sum((2, 3), dtype=torch.promote_types(h.dtype, torch.float32))
+            dtype = torch.promote_types(h.dtype, torch.float32)
+            features = h.sum((2, 3), dtype=dtype) if self.residual else h.flatten(1).to(dtype)
             logits = self.linear(features).squeeze(1)
             if self.embedding is not None:
                 logits = logits + (features * self.embedding(y)).sum(1)
+            if self.classifier is not None:
+                assert y is not None
+                log_likelihoods = -F.cross_entropy(self.classifier(features), y, reduction="none")
+                return torch.stack([logits, log_likelihoods], dim=1)
         return logits

@@ -1,4 +1,4 @@
-"""Generator of brain-research/self-attention-gan, with widths for other resolutions."""
+"""Generator of brain-research/self-attention-gan, with widths for other resolutions, or of DCGAN."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sagan.attention import SelfAttention
 from sagan.batch_norm import LAST_DECAY, BatchNorm, Groups
-from sagan.blocks import GeneratorBlock
+from sagan.blocks import GeneratorBlock, TransposedBlock, attention_block
 from sagan.config import ModelConfig
-from sagan.spectral_norm import Conv2d, Linear
+from sagan.spectral_norm import Conv2d, Linear, StridedTransposedConv2d
 
 
 class Generator(nn.Module):
@@ -26,17 +25,22 @@ class Generator(nn.Module):
         super().__init__()
         spectral = config.spectral if config.spectral_norm_g and not folded else None
         widths, self.slope = config.widths_g, config.slope_g
-        self.linear = Linear(config.z_dim, 16 * widths[0], spectral)
+        self.size = size = config.first_size
+        self.linear = Linear(config.z_dim, size**2 * widths[0], spectral)
+        block = GeneratorBlock if config.architecture == "resnet" else TransposedBlock
         blocks: list[nn.Module] = []
-        size = 4
         for in_, out in pairwise(widths):
-            blocks.append(GeneratorBlock(in_, out, config, spectral))
+            blocks.append(block(in_, out, config, spectral))
             size *= 2
             if size in config.attention_sizes:
-                blocks.append(SelfAttention(out, spectral, config.attention_form))
+                blocks.append(attention_block(out, config, spectral, self.slope))
         self.blocks = nn.ModuleList(blocks)
         self.norm = BatchNorm(widths[-1], config.batch_norm_eps, LAST_DECAY)
-        self.conv = Conv2d(widths[-1], 3, 3, spectral)
+        self.conv = (
+            Conv2d(widths[-1], 3, 3, spectral)
+            if config.architecture == "resnet"
+            else StridedTransposedConv2d(widths[-1], 3, spectral)
+        )
 
     def forward(self, z: Tensor, y: Tensor | None, groups: Groups | None = None) -> Tensor:
         """Return images, float [b, 3, H, W] in [−1, 1].
@@ -48,7 +52,7 @@ class Generator(nn.Module):
                 it where a group spans ranks. With None, batch norm uses its running averages, and one rank may run the
                 forward alone.
         """
-        h = self.linear(z).view(len(z), -1, 4, 4).contiguous(memory_format=torch.channels_last)
+        h = self.linear(z).view(len(z), -1, self.size, self.size).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            h = block(h, y, groups) if isinstance(block, GeneratorBlock) else block(h)
+            h = block(h, y, groups) if isinstance(block, GeneratorBlock | TransposedBlock) else block(h)
         return torch.tanh(self.conv(self.norm(h, None, groups, self.slope)))

@@ -53,7 +53,7 @@ class _DivideBySigma(torch.autograd.Function):
         grad = grad.to(weight.dtype)
         along = torch.dot(grad.flatten(), weight.flatten()) / sigma
         for left, right in zip(factors[::2], factors[1::2], strict=True):
-            grad = torch.addr(grad, left * -along, right)
+            grad = torch.addr(grad, left * along, right, alpha=-1)
         return (grad.div_(sigma), None, None, *(None for _ in factors))
 
 
@@ -96,6 +96,12 @@ class SpectralNorm(nn.Module):
                 self.register_buffer("u_before", self.u.clone())
 
     @property
+    def known_spectral(self) -> Spectral:
+        """Parameters of the normalisation of a normalised layer."""
+        assert self.spectral is not None
+        return self.spectral
+
+    @property
     def _stored(self) -> Tensor:
         """Memory of the weight as a matrix."""
         return self.weight.flatten(0, -2) if self.transposed else self.weight.flatten(1)
@@ -129,17 +135,6 @@ class SpectralNorm(nn.Module):
         with torch.autocast(self.weight.device.type, enabled=False):  # forward passes call this; w stays in float32
             pulled = torch.mv(transposed, self.u)
             return (pulled - self.v * torch.dot(self.v, pulled)) / torch.mv(transposed, self.u_before).norm()
-
-    @torch.no_grad()
-    def power_iteration(self) -> None:
-        """Run one power iteration: v ← Wᵀu and u ← Wv, each scaled to length one. Set σ = ‖Wv‖ = uᵀWv."""
-        assert self.spectral is not None
-        if self.spectral.through_iteration:
-            self.u_before.copy_(self.u)
-        self.v.copy_(F.normalize(torch.mv(self.matrix.t(), self.u), dim=0, eps=self.spectral.eps))
-        pushed = torch.mv(self.matrix, self.v)
-        self.sigma.copy_(pushed.norm())
-        self.u.copy_(pushed / self.sigma.clamp(min=self.spectral.eps))
 
     @torch.no_grad()
     def update_sigma(self) -> None:
@@ -179,6 +174,28 @@ class TransposedConv2d(SpectralNorm):
         return self.normalised_weight.permute(0, 3, 1, 2)
 
 
+class StridedConv2d(SpectralNorm):
+    """5×5 convolution at stride 2 that halves an even size (DCGAN). The weight is [out, height, width, in]."""
+
+    def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
+        super().__init__(_standard_layout(initial_weight(out, in_, 5, 5).permute(0, 2, 3, 1)), out, spectral)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, stride=2, padding=2)
+
+
+class StridedTransposedConv2d(SpectralNorm):
+    """5×5 transposed convolution at stride 2 that doubles the size (DCGAN). The weight is [in, height, width, out]."""
+
+    def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
+        weight = _standard_layout(initial_weight(out, in_, 5, 5).permute(1, 2, 3, 0))
+        super().__init__(weight, out, spectral, transposed=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.normalised_weight.permute(0, 3, 1, 2)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=2, output_padding=1)
+
+
 class Linear(SpectralNorm):
     """Linear layer with a bias. The weight is [out, in]."""
 
@@ -212,11 +229,34 @@ def layers(network: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
     return ((n, m) for n, m in network.named_modules() if isinstance(m, SpectralNorm) and m.spectral is not None)
 
 
+@torch.no_grad()
+def power_iteration(normalised: list[SpectralNorm]) -> None:
+    """Run one power iteration of each layer: v ← Wᵀu and u ← Wv, each scaled to length one. Set σ = ‖Wv‖ = uᵀWv."""
+    for layer in normalised:
+        if layer.known_spectral.through_iteration:
+            layer.u_before.copy_(layer.u)
+    pulled = [torch.mv(layer.matrix.t(), layer.u) for layer in normalised]
+    _divide_by(list(torch._foreach_norm(pulled)), pulled, [layer.v for layer in normalised], normalised)
+    pushed = [torch.mv(layer.matrix, layer.v) for layer in normalised]
+    lengths = list(torch._foreach_norm(pushed))
+    torch._foreach_copy_([layer.sigma for layer in normalised], lengths)
+    _divide_by(lengths, pushed, [layer.u for layer in normalised], normalised)
+
+
+def _divide_by(
+    lengths: list[Tensor], vectors: list[Tensor], results: list[Tensor], normalised: list[SpectralNorm]
+) -> None:
+    """Write vector / max(length, eps) of each layer into its result."""
+    torch._foreach_clamp_min_(lengths, [layer.known_spectral.eps for layer in normalised])
+    for length, vector, result in zip(lengths, vectors, results, strict=True):
+        torch.div(vector, length, out=result)
+
+
 def warm_up(network: nn.Module, iterations: int = WARM_UP_ITERATIONS) -> None:
     """Run power iterations on the present weights, so that u, v and σ converge."""
-    for _, layer in layers(network):
+    if normalised := [layer for _, layer in layers(network)]:
         for _ in range(iterations):
-            layer.power_iteration()
+            power_iteration(normalised)
 
 
 def refresh(network: nn.Module) -> None:
@@ -232,10 +272,10 @@ def advance(network: nn.Module, world: World) -> None:
     Afterwards all ranks have the u, v and σ of rank 0, bit for bit. Call it outside autocast: in bfloat16, σ would be
     off by 0.2 %.
     """
-    normalised = [layer for _, layer in layers(network)]
-    for layer in normalised:
-        layer.power_iteration()
-    if world.size > 1 and normalised:
+    if not (normalised := [layer for _, layer in layers(network)]):
+        return
+    power_iteration(normalised)
+    if world.size > 1:
         vectors = [vector for layer in normalised for vector in (layer.u, layer.v, layer.sigma[None])]
         flat = world.broadcast_(torch.cat(vectors))
         torch._foreach_copy_(vectors, flat.split([len(vector) for vector in vectors]))

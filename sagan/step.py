@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,52 +13,15 @@ from sagan import batch_norm, moving_average, spectral_norm
 from sagan.batch_norm import Groups
 from sagan.device import on_device
 from sagan.learning_rate import learning_rate_factor
-from sagan.losses import discriminator_hinge, generator_hinge
+from sagan.losses import Loss, logits
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.ranks import World
 from sagan.step_graph import StepGraph
+from sagan.step_inputs import Draw, Inputs
 from sagan.train_state import TrainState
 
 METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake", "gradient_d", "gradient_g")
 """Losses, mean logits, and the Euclidean norms of the gradients of both networks."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What a pass draws for generated images.
-
-    Attributes:
-        rows: the indices of the pass's images in this rank's share of the batch.
-        latents: [b, z_dim] in the state's dtype.
-        labels: int64 [b], or None for an unconditional model.
-        groups: batch-norm groups of the b images.
-    """
-
-    rows: slice
-    latents: Tensor
-    labels: Tensor | None
-    groups: Groups
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything on the device that one step reads and that is not in the state.
-
-    Attributes:
-        real: real images and labels of each discriminator update.
-        draws_d: the draws of each discriminator update, one a pass.
-        draws_g: the draws of the generator update, one a pass.
-    """
-
-    real: list[tuple[Tensor, Tensor]]
-    draws_d: list[list[Draw]]
-    draws_g: list[Draw]
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors whose values differ from step to step."""
-        draws = [draw for update in (*self.draws_d, self.draws_g) for draw in update]
-        drawn = [tensor for draw in draws for tensor in (draw.latents, draw.labels) if tensor is not None]
-        return [tensor for pair in self.real for tensor in pair] + drawn
 
 
 class Step:
@@ -92,6 +54,8 @@ class Step:
         self.world = (World() if world is None else world).joined()
         self.device = next(state.generator.parameters()).device
         self.dtype = next(state.generator.parameters()).dtype
+        self.loss = Loss(state.optim.loss, state.optim.auxiliary_weight)
+        self.norm_d = bool(batch_norm.layers(state.discriminator))
         self.groups = batch // (state.model.batch_norm_group or batch)
         self.passes = passes(batch, self.world.size, self.groups, micro_batch)
         self.generator = self._distribute(state.generator)
@@ -154,6 +118,7 @@ class Step:
         """
         state = self.state
         metrics = torch.zeros(3, dtype=self.dtype, device=self.device)
+        statistics = []
         for draw in self._passes(self.discriminator, draws):
             real = images[draw.rows]
             with torch.no_grad(), self._autocast():
@@ -161,13 +126,19 @@ class Step:
             with self._autocast():
                 both_labels = torch.cat([labels[draw.rows], draw.labels]) if draw.labels is not None else None
                 both = torch.cat([real.to(fake.dtype), fake]).contiguous(memory_format=torch.channels_last)
-                logit_real, logit_fake = self.discriminator(both, both_labels).split([len(real), len(fake)])
-            loss = discriminator_hinge(logit_real, logit_fake) / self.batch
+                # Real and generated images are normalised apart.
+                groups_d = draw.groups.twice() if self.norm_d else None
+                outputs = self.discriminator(both, both_labels, groups_d).split([len(real), len(fake)])
+            loss = self.loss.discriminator(*outputs) / self.batch
             self._backward(loss)
             with torch.no_grad():
-                metrics += torch.stack([loss, logit_real.sum() / self.batch, logit_fake.sum() / self.batch])
+                metrics += torch.stack([loss, *(logits(output).sum() / self.batch for output in outputs)])
+            if self.norm_d:
+                statistics.append(batch_norm.used(state.discriminator))
         gradient = self._descend(state.optimizer_d)
         spectral_norm.advance(state.discriminator, self.world)
+        if self.norm_d:
+            batch_norm.track(state.discriminator, torch.stack(statistics).mean(0), self.world)
         return torch.cat([metrics, gradient[None]])
 
     def _update_generator(self, draws: list[Draw]) -> tuple[Tensor, Tensor]:
@@ -182,8 +153,8 @@ class Step:
         for draw in self._passes(self.generator, draws):
             with self._autocast():
                 images = self.generator(draw.latents, draw.labels, draw.groups)
-                logits = state.discriminator(images, draw.labels)
-            loss = generator_hinge(logits) / self.batch
+                output = state.discriminator(images, draw.labels, draw.groups)
+            loss = self.loss.generator(output) / self.batch
             self._backward(loss)
             total_loss += loss.detach()
             statistics.append(batch_norm.used(state.generator))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sagan.step import Inputs
+from sagan.step_inputs import Inputs
 
 WARM_UP = 3
 """Steps before the recorded one. They create the moments of Adam, and cuDNN and cuBLAS choose their kernels."""

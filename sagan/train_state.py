@@ -45,13 +45,17 @@ class TrainState:
     def __init__(self, model: ModelConfig, optim: OptimConfig, seed: int, device: torch.device | str = "cpu") -> None:
         """Create a new state.
 
-        The weights are Glorot-uniform. u and v are converged on them, unless `model.spectral_norm_start` is "cold".
+        The weights are Glorot-uniform, or normal where `model.init_std` is given. u and v are converged on them, unless
+        `model.spectral_norm_start` is "cold".
         """
         self.model, self.optim, self.seed, self.images = model, optim, seed, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.generator = Generator(model)
             self.discriminator = Discriminator(model)
+            if model.init_std is not None:
+                for network in self._networks.values():
+                    _draw_normal(network, model.init_std)
         for network in self._networks.values():
             network.to(device)
         self._start_spectral_norm()
@@ -172,6 +176,14 @@ class TrainState:
                         "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg_sq"]),
                     }
         return state
+
+
+@torch.no_grad()
+def _draw_normal(network: nn.Module, std: float) -> None:
+    """Replace the weights of all layers by values of N(0, std²). Batch norm and the biases keep theirs."""
+    for module in network.modules():
+        if isinstance(module, spectral_norm.SpectralNorm):
+            nn.init.normal_(module.weight, 0.0, std)
 
 
 def _shapes(model: ModelConfig) -> tuple[dict[str, torch.Size], list[dict[str, torch.Size]]]:

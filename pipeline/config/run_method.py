@@ -9,7 +9,13 @@ from typing import Any
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import UsageError
 
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {
+    "model.architecture": "resnet",
+    "model.condition_d": "projection",
+    "model.init_std": None,
+    "optim.loss": "hinge",
+    "optim.auxiliary_weight": 1.0,
+}
 """Keys that were added to the method after runs were stored, each with the value that the older runs had.
 
 A new key of `model`, `optim` or `data` belongs here, with the behaviour of the code before it. So does the version of a

@@ -104,7 +104,7 @@ def _facts(subject: Subject) -> dict[str, object]:
     facts: dict[str, object] = {
         "resolution": f"{config.known_resolution} × {config.known_resolution}",
         "classes": config.known_num_classes or "none",
-        "attention": ", ".join(f"{size}²" for size in config.attention_sizes) or "none",
+        "attention": ", ".join(f"{size}²" for size in config.attention_sizes) if config.has_attention else "none",
     }
     if subject.run is None:
         return facts
@@ -364,7 +364,7 @@ def _attention(subjects: Sequence[Subject]) -> Section:
 def _explorer(subject: Subject, budget: int) -> Html:
     """Return the attention explorer of a subject in at most `budget` characters."""
     model = subject.model
-    if not model.config.attention_sizes:
+    if not model.config.has_attention:
         return element("p", "The networks have no self-attention.")
     z, y = draw_latents(SEED, Purpose.SAMPLE_Z, range(EXPLORED), model.config.z_dim), model.labels_for(None, EXPLORED)
     layers, images = attention_maps.of_generator(model, z, y), model.generate(z, y)

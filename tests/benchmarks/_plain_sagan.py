@@ -186,7 +186,7 @@ def copy_from(ours: nn.Module, theirs: nn.Module) -> None:
         assert isinstance(reference, _SpectralNorm)
         reference.u.copy_(layer.u)
         reference.iterates = False
-        layer.power_iteration()
+        spectral_norm.power_iteration([layer])
 
 
 def gradients(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """What a training step asks of a GPU, counted without one: `python -m tests.benchmarks.counts [--json FILE]`.
 
 The official SAGAN at 128 px with attention at 64×64, in bf16, batch 256. The step runs at full size on a simulated GPU
-that computes nothing (`tests/simulated_gpu/`). The model of the cost is simple, and it is the same for every change of
-the code:
+that computes nothing (`tests/simulated_gpu/`), in the forms that CUDA has (`_kernel_stand_ins.py`). The model of the
+cost is simple, and it is the same for every change of the code:
 
 launches_eager: Kernels, copies and fills that the operators start. Views start none. An operator starts one, except
     those of `_STARTS` (from torch's CUDA sources) and those on lists of tensors, whose chunks are counted as
@@ -49,6 +49,7 @@ from torch.utils._pytree import tree_leaves
 
 from sagan import ModelConfig, OptimConfig, Step, TrainState
 from sagan.ranks import World
+from tests.benchmarks import _kernel_stand_ins
 
 MODEL = ModelConfig(resolution=128, num_classes=1000, attention=(64,), spectral_norm_start="cold")
 BATCH = 256
@@ -62,7 +63,7 @@ _STARTS = {
     "embedding_dense_backward": 2,  # fill, add
     "max_pool2d_with_indices_backward": 2,  # fill, add
     "dot": 2,  # both steps of a reduction
-}
+} | _kernel_stand_ins.LAUNCHES
 _LOOKUPS = ("index", "embedding", "index_select", "gather")
 _SCATTERS = ("index_put", "index_put_", "_index_put_impl_", "embedding_dense_backward")
 _WRITE_ALONE = ("copy_", "zero_", "fill_")
@@ -153,7 +154,8 @@ class Counts:
 def count_step(batch: int) -> Counts:
     """Return the counts of a step after the first, at full size."""
     counts = Counts()
-    with Record("meta", counts) as record, torch.autograd.set_detect_anomaly(True, check_nan=False):
+    anomalies = torch.autograd.set_detect_anomaly(True, check_nan=False)
+    with Record("meta", counts) as record, _kernel_stand_ins.cuda_forms(), anomalies:
         step, batches = _step(batch, World())
         step(batches)
         counts.clear()
@@ -176,7 +178,7 @@ def count_collectives() -> Counter[str]:
 
     verify = "torch.nn.parallel.distributed._verify_param_shape_across_processes"  # reads numbers
     try:
-        with Record("meta") as record, mock.patch(verify):
+        with Record("meta") as record, _kernel_stand_ins.cuda_forms(), mock.patch(verify):
             step, batches = _step(SHARE, World.current())
             for network in (step.generator, step.discriminator):
                 if isinstance(network, DistributedDataParallel):

@@ -32,6 +32,9 @@ SYSTEMS = {
     "official norm": (replace(BASE, spectral_norm_gradient="through"), OptimConfig()),
     "icml": (replace(BASE, attention=(8, 16), attention_form="icml"), OptimConfig()),
     "first": (replace(BASE, attention_form="first"), OptimConfig()),
+    "residual control": (replace(BASE, attention_form="residual_3x3"), OptimConfig()),
+    "DCGAN": (replace(BASE, architecture="dcgan", attention=(), spectral_norm_d=False), OptimConfig(loss="bce")),
+    "AC-GAN": (replace(BASE, condition_d="classifier"), OptimConfig(loss="bce")),
     "leaky": (replace(BASE, num_classes=0, slope_g=0.02, slope_d=0.2), OptimConfig()),
     "attention at 64": (
         replace(BASE, resolution=128, channels_d=8, attention=(64,), multipliers_g=(2,) * 6, multipliers_d=(1,) * 6),
@@ -45,13 +48,6 @@ def _on_the_device() -> Iterator[None]:
     """torch reaches the simulated device only while a record is kept."""
     with Record():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _same_forms_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's forms of some layers round differently. The CPU uses one of them too, and the device leaves one out."""
-    monkeypatch.setattr("sagan.resample._filters_weight", lambda x, side: side >= 16)
-    monkeypatch.setattr("sagan.attention._attends_blockwise", lambda values: False)
 
 
 def real(config: ModelConfig, position: int) -> tuple[torch.Tensor, torch.Tensor]:

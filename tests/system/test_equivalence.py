@@ -13,13 +13,28 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sagan import ModelConfig, OptimConfig, Step, TrainState, World
+from sagan import ModelConfig, OptimConfig, Step, TrainState, World, spectral_norm
 from sagan.batch_norm import Groups
 from sagan.random import Purpose, draw_labels, draw_latents
 
 BATCH, UPDATES = 32, 5
 RATES = OptimConfig(ema_decay=0.9)
 CONDITIONAL = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16)
+
+DCGAN = ModelConfig(
+    resolution=32,
+    num_classes=0,
+    architecture="dcgan",
+    channels_g=4,
+    channels_d=4,
+    z_dim=16,
+    slope_d=0.2,
+    spectral_norm_g=False,
+    spectral_norm_d=False,
+    init_std=0.02,
+)
+# ε: biases before a batch norm have no gradient, and small initial weights make its rounding noise larger
+BCE = OptimConfig(lr_d=2e-4, lr_g=2e-4, ema_decay=0.9, beta1=0.5, eps=1e-7, loss="bce")
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,19 @@ SYSTEMS = {
     "official norm": Case(replace(CONDITIONAL, spectral_norm_gradient="through", spectral_norm_start="cold")),
     "attention of the paper": Case(replace(CONDITIONAL, attention=(8, 16), attention_form="icml")),
     "attention of the first version": Case(replace(CONDITIONAL, attention_form="first")),
+    "residual control 1x1": Case(replace(CONDITIONAL, attention_form="residual_1x1")),
+    "residual control 3x3": Case(replace(CONDITIONAL, attention_form="residual_3x3")),
+    "AC-GAN": Case(replace(CONDITIONAL, condition_d="classifier"), OptimConfig(ema_decay=0.9, auxiliary_weight=0.5)),
+    "cross-entropy": Case(optim=BCE),
+    "DCGAN": Case(DCGAN, BCE),
+    "DCGAN, unequal": Case(DCGAN, BCE, batch=30),
+    "DCGAN, groups of 8": Case(replace(DCGAN, batch_norm_group=8), BCE),
+    "DCGAN with classes, norm and attention": Case(
+        replace(
+            CONDITIONAL, architecture="dcgan", attention=(16,), channels_g=8, channels_d=8, condition_d="classifier"
+        ),
+        BCE,
+    ),
     "leaky": Case(replace(CONDITIONAL, num_classes=0, slope_g=0.02, slope_d=0.2)),
 }
 FAST = ("conditional", "unconditional", "groups of 8")
@@ -97,7 +125,7 @@ def train(world, case):
             state.discriminator.linear.u = -state.discriminator.linear.u.roll(1) + 0.1
             layer = state.discriminator.blocks[0].conv1
             layer.u = layer.u.roll(1)
-            layer.power_iteration()
+            spectral_norm.power_iteration([layer])
     found |= {f"state/{name}": tensor.clone() for name, tensor in state.tensors()}
     found["losses"] = torch.stack(losses)
     z, y = (

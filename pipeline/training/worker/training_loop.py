@@ -53,6 +53,7 @@ from pipeline.training.worker.time_shares import TimeShares
 from pipeline.training.worker.watchdog import Watchdog
 from sagan import spectral_norm
 from sagan.attention import SelfAttention
+from sagan.blocks import ResidualControl
 from sagan.ranks import World
 from sagan.step import METRICS as STEP_METRICS
 from sagan.step import Step
@@ -299,7 +300,7 @@ class Worker:
         means = self.world.sum_(self.totals / self.steps)
         values = dict(zip(STEP_METRICS, means, strict=True))
         for network, part in (("g", self.state.generator), ("d", self.state.discriminator)):
-            gammas = [m.gamma.detach() for m in part.modules() if isinstance(m, SelfAttention)]
+            gammas = [m.gamma.detach() for m in part.modules() if isinstance(m, SelfAttention | ResidualControl)]
             values.update({f"gamma_{network}{i or ''}": gamma for i, gamma in enumerate(gammas)})
             if sigmas := [layer.sigma for _, layer in spectral_norm.layers(part)]:
                 values[f"sigma_{network}"] = torch.stack(sigmas).max()

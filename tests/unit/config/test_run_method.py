@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.job_file import load_job, parse_overrides
-from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
+from pipeline.config.run_method import ADDED, complete_model, completed, digest_of, method_differences, method_of
 from pipeline.errors import UsageError
 from tests.shipped_jobs import JOBS, shipped
 
@@ -22,6 +22,25 @@ def test_a_variant_is_another_method_in_three_keys_or_fewer(name):
     methods = [method_of(load_job(job, parse_overrides(given)), COLLECTION) for given in ([], overrides)]
     differing = {key for key in methods[0] if methods[0][key] != methods[1][key]}
     assert differing == {override.partition("=")[0] for override in overrides}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.architecture", "dcgan"),
+        ("model.init_std", 0.02),
+        ("model.condition_d", "classifier"),
+        ("optim.loss", "bce"),
+        ("optim.auxiliary_weight", 0.5),
+    ],
+)
+def test_a_new_key_makes_another_method_and_its_default_leaves_the_digests_of_older_runs(key, value):
+    method = method_of(imagenet(), COLLECTION)
+    older = {key: value for key, value in method.items() if key not in ADDED}
+    assert len(older) < len(method)
+    assert completed(older) == method
+    assert digest_of(older) == digest_of(method)
+    assert digest_of(method_of(imagenet(**{key: value}), COLLECTION)) != digest_of(older)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -238,9 +238,10 @@ def test_the_largest_page_of_two_stays_below_its_bound(written: Written, run: Ru
     assert max(of_runs, of_models) < write_report.PAGE_BYTES
 
 
-def test_what_attention_takes_of_the_file_is_bounded(written: Written, tmp_path: Path) -> None:
+@pytest.mark.parametrize("without", [{"attention": ()}, {"attention_form": "residual_1x1"}])
+def test_what_attention_takes_of_the_file_is_bounded(written: Written, tmp_path: Path, without: dict[str, Any]) -> None:
     config = ModelConfig(resolution=128, num_classes=0, channels_g=8, channels_d=8, attention_form="icml")
-    for name, networks in (("a", config), ("b", replace(config, attention=()))):
+    for name, networks in (("a", config), ("b", replace(config, **without))):
         Model.from_state(TrainState(networks, OptimConfig(), 0), standing_images=32).save(tmp_path / name)
     text = written([str(tmp_path / "a"), str(tmp_path / "b")])
     assert len(text) < write_report.PAGE_BYTES

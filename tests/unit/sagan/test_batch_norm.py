@@ -33,6 +33,15 @@ def test_groups_are_normalised_apart():
         torch.testing.assert_close(result[first::2], alone, **EXACT)
 
 
+def test_two_batches_behind_one_another_are_normalised_apart():
+    norm = BatchNorm(3, EPS).double()
+    x = rand(10, 3, 4, 4)
+    for count in (1, 2):
+        groups = Groups(range(7, 12), count, World(), torch.device("cpu"))
+        expected = torch.cat([norm(x[:5], None, groups), norm(x[5:], None, groups)])
+        torch.testing.assert_close(norm(x, None, groups.twice()), expected, **EXACT)
+
+
 def test_large_offsets_do_not_lose_the_variance():
     """Float32 sums of squares would: the mean is 10 000 times the deviation."""
     norm = BatchNorm(2, EPS)

@@ -1,5 +1,6 @@
 """A step keeps its numbers: those of earlier versions, of other passes, of bfloat16 to its digits."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -59,9 +60,9 @@ def test_the_learning_rates_of_a_decay_are_those_of_the_position():
 
 
 class TestMicroBatches:
-    @pytest.mark.parametrize("classes", [3, 0])
-    def test_several_passes_are_the_same_step(self, classes):
-        config = replace(CONFIG, batch_norm_group=2, num_classes=classes)
+    @pytest.mark.parametrize("differs", [{}, {"num_classes": 0}, {"architecture": "dcgan"}])
+    def test_several_passes_are_the_same_step(self, differs):
+        config = replace(CONFIG, batch_norm_group=2, **differs)
         whole, parts = (TrainState(config, OptimConfig(), seed=1).to(torch.float64) for _ in range(2))
         for state, micro_batch in ((whole, None), (parts, 2)):
             step = Step(state, BATCH, micro_batch=micro_batch)
@@ -126,6 +127,20 @@ def _inside(event, prefix):
             return event.name
         event = event.cpu_parent
     return None
+
+
+def test_both_networks_of_an_ac_gan_learn_the_classes():
+    """Classes are levels of brightness. A classifier that guesses costs λ ln 3 per image."""
+    weight = 10.0
+    optim = OptimConfig(lr_d=2e-3, lr_g=2e-3, auxiliary_weight=weight)
+    state = TrainState(replace(CONFIG, condition_d="classifier"), optim, seed=1)
+    step, metrics = Step(state, BATCH), []
+    for _ in range(40):
+        pixels, y = real(state.images)
+        metrics.append(step([(0.3 * pixels + 0.7 * (y - 1)[:, None, None, None], y)]))
+    loss_d, loss_g = torch.stack(metrics[-10:])[:, :2].mean(0).tolist()
+    assert loss_d < 0.6 * 2 * weight * math.log(3)
+    assert loss_g < weight * math.log(3)
 
 
 def test_unconditional_training():

@@ -32,6 +32,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, n_dis):
     [
         pytest.param({"attention_form": "icml"}, {}, id="attention of the paper"),
         pytest.param({"attention_form": "first"}, {}, id="attention of the first version"),
+        pytest.param({"attention_form": "residual_1x1"}, {}, id="residual control"),
+        pytest.param({"architecture": "dcgan", "attention": (), "init_std": 0.02}, {"loss": "bce"}, id="DCGAN"),
+        pytest.param({"condition_d": "classifier"}, {"loss": "bce"}, id="AC-GAN"),
         pytest.param({"spectral_norm_g": False}, {"lr_d": 1e-4}, id="norm on D only, equal rates"),
         pytest.param({"spectral_norm_gradient": "through", "spectral_norm_start": "cold"}, {}, id="official norm"),
         pytest.param({"thin_d": True, "attention": ()}, {"lr_decay_kimg": (0, 1), "n_dis": 2}, id="SNGAN-projection"),
