@@ -76,6 +76,6 @@ class StepGraph:
         real = [(images.clone(), labels.clone()) for images, labels in inputs.real]  # the others are not the caller's
         inputs = replace(inputs, real=real)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads page-lock memory meanwhile
             metrics = self._compute(inputs, ema_decay)
         return _Recording(graph, ema_decay, inputs, metrics)
