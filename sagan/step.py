@@ -149,16 +149,15 @@ class Step:
         state = self.state
         total_loss = torch.zeros((), dtype=self.dtype, device=self.device)
         statistics = []
-        state.discriminator.requires_grad_(False)
-        for draw in self._passes(self.generator, draws):
-            with self._autocast():
-                images = self.generator(draw.latents, draw.labels, draw.groups)
-                output = state.discriminator(images, draw.labels, draw.groups)
-            loss = self.loss.generator(output) / self.batch
-            self._backward(loss)
-            total_loss += loss.detach()
-            statistics.append(batch_norm.used(state.generator))
-        state.discriminator.requires_grad_(True)
+        with _frozen(state.discriminator):
+            for draw in self._passes(self.generator, draws):
+                with self._autocast():
+                    images = self.generator(draw.latents, draw.labels, draw.groups)
+                    output = state.discriminator(images, draw.labels, draw.groups)
+                loss = self.loss.generator(output) / self.batch
+                self._backward(loss)
+                total_loss += loss.detach()
+                statistics.append(batch_norm.used(state.generator))
         gradient = self._descend(state.optimizer_g)
         spectral_norm.advance(state.generator, self.world)
         batch_norm.track(state.generator, torch.stack(statistics).mean(0), self.world)
@@ -223,6 +222,16 @@ class Step:
         return DistributedDataParallel(
             network, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100
         )
+
+
+@contextlib.contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Compute no gradients with respect to the parameters of a network."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
 
 
 def passes(batch: int, ranks: int, groups: int, micro_batch: int | None) -> int:

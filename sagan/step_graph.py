@@ -40,7 +40,7 @@ class StepGraph:
     """
 
     def __init__(self, compute: Callable[[Inputs, float], Tensor], optimizers: Sequence[torch.optim.Adam]) -> None:
-        self._compute = compute
+        self._compute, self._optimizers = compute, optimizers
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
@@ -66,6 +66,8 @@ class StepGraph:
             except RuntimeError as error:
                 warnings.warn(f"the step cannot be recorded as a CUDA graph: {error}", stacklevel=3)
                 self._fails = True
+                for optimizer in self._optimizers:
+                    optimizer.zero_grad()  # gradients of a recording hold no numbers
                 return self._compute(inputs, ema_decay)
         torch._foreach_copy_(self._recording.inputs.tensors(), inputs.tensors())
         self._recording.graph.replay()
@@ -76,6 +78,6 @@ class StepGraph:
         real = [(images.clone(), labels.clone()) for images, labels in inputs.real]  # the others are not the caller's
         inputs = replace(inputs, real=real)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads page-lock memory meanwhile
             metrics = self._compute(inputs, ema_decay)
         return _Recording(graph, ema_decay, inputs, metrics)
