@@ -77,10 +77,10 @@ def _sums_of_four(x: Tensor, divisor: int) -> Tensor:
     if (cuda := kernels(x)) is not None:
         return cuda.sums_of_four(x, divisor)
     # In the order of the pooling kernel and in float32 at least, so that the bits are the same
-    first, *others = (x[..., i::2, j::2] for i in range(2) for j in range(2))
-    total = first.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-    for other in others:
-        total += other
+    first, second, third, fourth = (x[..., i::2, j::2] for i in range(2) for j in range(2))
+    total = first.to(torch.promote_types(x.dtype, torch.float32)) + second
+    total += third
+    total += fourth
     return total.div_(divisor).to(x.dtype)
 
 
