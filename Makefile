@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 BENCHMARKS = $(filter-out _% gpu,$(basename $(notdir $(wildcard tests/benchmarks/*.py))))
 
-.PHONY: help setup quickstart test test-slow test-gpu lint audit schema bench clean
+.PHONY: help setup quickstart test test-slow test-gpu gpu lint audit schema bench clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,11 @@ test-slow: setup  ## rehearsals of the jobs, the sweep, the README, kills and si
 
 test-gpu: setup  ## on a CUDA device
 	$(PYTEST) tests/gpu
+
+# It needs no set-up: on a machine with torch, Triton, safetensors and pytest alone, `make gpu PY=python3` does.
+gpu:  ## on a CUDA device: the tests, then speed and memory of a step, into gpu.json and gpu.md; under ten minutes
+	$(PY) -m pytest tests/gpu
+	$(PY) -m tests.benchmarks.gpu --json gpu.json --table gpu.md
 
 lint: setup  ## style, security (bandit's rules), types and the direction of imports
 	.venv/bin/ruff check
