@@ -1,4 +1,4 @@
-"""Folders of runs and of sweeps as foreign inputs of `sagan report`."""
+"""Folders of runs and of sweeps as foreign inputs of `sagan report` and `sagan status`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from pipeline.runs.json_records import (
     RecordedData,
     RecordedEvaluation,
     RunRecord,
+    RunState,
     ScoreRecord,
     SweepRecord,
     SweepSummary,
     SweepTrials,
     TrainSummary,
     Trial,
+    Wait,
 )
+from pipeline.runs.owner import claim
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from sagan.config import OptimConfig
@@ -72,9 +75,23 @@ def _change_sweep(folder: Path, random: Random, names: Names) -> None:
         rewrite(path, changed_json, random, names)
 
 
+def _change_status(folder: Path, random: Random, names: Names) -> None:
+    """Change what a driver said of the run, or any other record that `sagan status` reads."""
+    if random.random() < 0.5:
+        rewrite(folder / "run" / "status.json", changed_json, random, names)
+    elif random.random() < 0.5:
+        rewrite(one_of(folder / "run", "owners/*", random), changed_json, random, names)
+    else:
+        _change_run(folder, random, names)
+
+
 def _is_page(out: Path, printed: str) -> bool:
     page = (out / "report.html").read_text()
     return page.rstrip().endswith("</html>") and "<script>alert" not in page and 'href="javascript' not in page
+
+
+def _is_status(out: Path, printed: str) -> bool:
+    return "state" in printed
 
 
 def build(root: Path) -> None:
@@ -108,6 +125,19 @@ def build(root: Path) -> None:
         )
         (folder / "run" / "grids").mkdir(exist_ok=True)
         (folder / "run" / "grids" / f"{checkpoint.name}.png").write_bytes(picture(images, 64))
+    run.write_state(
+        RunState(
+            owner=1,
+            state="training",
+            images=2000,
+            kimg=4.0,
+            waits=[Wait(who="the run", what="2 GPUs", until="it starts when they are free", since_s=1.0)],
+            last_error="a disk is full",
+            last_error_s=1.0,
+            time_s=2.0,
+        )
+    )
+    claim(run.owners_url, print).release()
     summary: dict[str, Any] = {"mlflow_run_id": "0", "score": scores[-1], "final": scores[0], "grid": "grid.png"}
     run.write_summary(
         TrainSummary(
@@ -157,5 +187,7 @@ def _checkpoint(run: StoredRun, images: int, collection: Collection) -> StoredCh
 _ROW, _OPTIONS = "runs and sweeps", "--samples 4 --reference IN/collection"
 KINDS = {
     "run": Kind(_ROW, 8, "runs", _change_run, command(f"report IN/run {_OPTIONS}"), _is_page),
+    "status of a run": Kind(_ROW, 4, "runs", _change_status, command("status IN/run"), _is_status),
+    "status of a sweep": Kind(_ROW, 1, "runs", _change_sweep, command("status IN/sweep"), _is_status),
     "sweep": Kind(_ROW, 3, "runs", _change_sweep, command(f"report IN/sweep {_OPTIONS}"), _is_page),
 }
