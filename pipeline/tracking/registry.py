@@ -26,6 +26,7 @@ from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import file_sets, files, validate_json
 from pipeline.tracking import pulled_folder
 from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors
+from sagan.train_state import FACTS, TENSORS
 from sagan.trained_model import Model
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,8 @@ def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
         raise CorruptError(
             f"{tags['checkpoint']} is not the checkpoint from which {name} version {number} was exported"
         )
+    if missing := sorted({TENSORS, FACTS} - manifest.files.keys()):
+        raise CorruptError(f"the checkpoint {tags['checkpoint']} has no {missing[0]}")
     return destination
 
 

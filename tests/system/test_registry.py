@@ -231,6 +231,12 @@ def test_the_training_state_behind_a_version_is_pulled_and_is_the_one_that_was_r
     registry.client(server.uri).delete_model_version_tag(name, str(other), "checkpoint_sha256")
     with pytest.raises(CorruptError, match="is not the checkpoint from which"):
         registry.pull_checkpoint(server.uri, f"models:/{name}/{other}", tmp_path / "without")
+    (tmp_path / "state" / "state.safetensors").unlink()
+    without = file_sets.upload_set(tmp_path / "state", f"{url}-without")
+    facts |= {"checkpoint": f"{url}-without", "checkpoint_sha256": without.digest}
+    stateless = registry.register(server.uri, name, folder, run_id, facts)
+    with pytest.raises(CorruptError, match=r"has no state\.safetensors"):
+        registry.pull_checkpoint(server.uri, f"models:/{name}/{stateless}", tmp_path / "stateless")
     file_sets.remove_set(url)
     with pytest.raises(CorruptError, match=f"version {version} does not exist: {url}"):
         registry.pull_checkpoint(server.uri, f"models:/{name}/{version}", tmp_path / "gone")
