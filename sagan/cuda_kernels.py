@@ -27,6 +27,7 @@ _ACCUMULATES_IN = {torch.float64: tl.float64}  # float32 for all other types
 
 
 def image_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance over the pixels of each image, both [b, C], for x [b, C, H, W]."""
     x = _channels_last(x)
     mean, variance = (_per_image(x) for _ in range(2))
     _image_statistics[_columns(x)](x, mean, variance, **_sizes(x))
@@ -57,6 +58,7 @@ def _image_statistics(
 
 
 def rectified_affine(x: Tensor, factor: Tensor, offset: Tensor, slope: float | None) -> Tensor:
+    """Return rectify(factor · x + offset), [b, C, H, W], for coefficients [b, C]. A slope of None rectifies nothing."""
     x = _channels_last(x)
     y = torch.empty_like(x)
     rectifier = {"SLOPE": slope or 0.0, "RECTIFIES": slope is not None}
@@ -92,6 +94,10 @@ def _rectified_affine(
 
 
 def gradient_sums(x: Tensor, y: Tensor, dy: Tensor, mean: Tensor, slope: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient before the rectifier of y, [b, C, H, W], and its sums over pixels, both [b, C].
+
+    The second sum has the factor x − mean. x, y and dy are [b, C, H, W], and `mean` is [b, C].
+    """
     x, y, dy = _channels_last(x), _channels_last(y), _channels_last(dy)
     gradient = torch.empty_like(dy) if slope is not None else dy
     alone, along = (_per_image(x) for _ in range(2))
@@ -138,6 +144,7 @@ def _gradient_sums(
 
 
 def affine_of_two(x: Tensor, dy: Tensor, x_factor: Tensor, dy_factor: Tensor, offset: Tensor) -> Tensor:
+    """Return x_factor · x + dy_factor · dy + offset, [b, C, H, W], for coefficients [b, C]."""
     x, dy = _channels_last(x), _channels_last(dy)
     dx = torch.empty_like(x)
     _affine_of_two[_tiles(x)](x, dy, _packed(x_factor), _packed(dy_factor), _packed(offset), dx, **_sizes(x))
@@ -175,6 +182,7 @@ def _affine_of_two(
 
 
 def upsample(x: Tensor) -> Tensor:
+    """Return the nearest upsampling ×2, [b, C, 2H, 2W], for x [b, C, H, W]."""
     x = _channels_last(x)
     b, channels, height, width = x.shape
     y = _empty_map(x, (b, channels, 2 * height, 2 * width))
@@ -198,6 +206,7 @@ def _upsample(x, y, width, pixels, channels, FLOAT: tl.constexpr, ROWS: tl.const
 
 
 def sums_of_four(x: Tensor, divisor: int) -> Tensor:
+    """Return the sums over 2×2 windows at stride 2, divided by `divisor`: [b, C, H/2, W/2] for x [b, C, H, W]."""
     x = _channels_last(x)
     b, channels, height, width = x.shape
     y = _empty_map(x, (b, channels, height // 2, width // 2))

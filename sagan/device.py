@@ -17,7 +17,7 @@ def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return tensor.to(device, dtype, non_blocking=True)
 
 
-_LEAST_ELEMENTS = 2**24
+_LEAST_ELEMENTS = 2**24  # of a map; measured on one H200 (torch 2.11)
 
 
 def kernels(x: Tensor) -> Any:

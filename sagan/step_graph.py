@@ -26,7 +26,7 @@ class _Recording:
 
 
 class StepGraph:
-    """Records a step once and replays it. The results have the bits of the step itself.
+    """Records a step once and replays it with the same results.
 
     A step of SAGAN runs thousands of kernels. With small batches, Python takes longer to launch them than the device to
     run them. A recorded kernel always reads and writes the same memory. So inputs are copied into the recorded ones,
@@ -75,8 +75,8 @@ class StepGraph:
 
     def _record(self, inputs: Inputs, ema_decay: float) -> _Recording:
         """Record the step without running it."""
-        real = [(images.clone(), labels.clone()) for images, labels in inputs.real]  # the others are not the caller's
-        inputs = replace(inputs, real=real)
+        # Each replay overwrites the recorded inputs. Real images belong to the caller, so the recording has copies.
+        inputs = replace(inputs, real=[(images.clone(), labels.clone()) for images, labels in inputs.real])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads page-lock memory meanwhile
             metrics = self._compute(inputs, ema_decay)

@@ -2,19 +2,8 @@ from __future__ import annotations
 
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.json_records import ScoreRecord
-from pipeline.runs.score_protocol import Score, ScoreProtocol
-
-PROTOCOL = ScoreProtocol(
-    extractor="x",
-    extractor_digest="ab" * 32,
-    resize="none",
-    reference_digest="cd" * 32,
-    split="train",
-    samples=100,
-    seed=0,
-    weights="ema",
-    batch_norm="standing 64",
-)
+from pipeline.runs.score_protocol import Score
+from tests.unit.score_protocol import PROTOCOL
 
 
 def scored(images: int, values: dict[str, float], samples: int = 100, metric: str = "fd_x") -> ScoreRecord:

@@ -24,21 +24,11 @@ from pipeline.runs.json_records import (
     Trial,
     TrialRecord,
 )
-from pipeline.runs.score_protocol import Score, ScoreProtocol
+from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredSweep, open_folder
 from pipeline.storage import files
+from tests.unit.score_protocol import PROTOCOL
 
-PROTOCOL = ScoreProtocol(
-    extractor="x",
-    extractor_digest="ab" * 32,
-    resize="none",
-    reference_digest="cd" * 32,
-    split="train",
-    samples=100,
-    seed=0,
-    weights="ema",
-    batch_norm="standing 64",
-)
 SCORE = Score.of(PROTOCOL, "fd_x", False, {"fd_x": 12.5, "isc_x": 3.0}, {"fd_x": 0.25, "isc_x": 0.125})
 FACTS = CheckpointFacts(
     images=2000,

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import pytest
 from markdown_it import MarkdownIt
 
-from pipeline.runs.score_protocol import Score, ScoreProtocol
+from pipeline.runs.score_protocol import Score
 from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
 from sagan.train_state import TrainState
 from sagan.trained_model import Model
+from tests.unit.score_protocol import PROTOCOL
 
 NAMES = [f"name {i}" for i in range(12)]
 
@@ -20,17 +21,7 @@ def card_of(weights: str, standing_images: int | None, num_classes: int = 12, ho
     names = [*hostile, *NAMES][:num_classes]
     state = TrainState(config, OptimConfig(), seed=0)
     model = Model.from_state(state, weights=weights, standing_images=standing_images, class_names=names)
-    protocol = ScoreProtocol(
-        extractor="x",
-        extractor_digest="ab" * 32,
-        resize="none",
-        reference_digest="cd" * 32,
-        split="train",
-        samples=100,
-        seed=0,
-        weights=model.weights,
-        batch_norm=model.batch_norm,
-    )
+    protocol = PROTOCOL.model_copy(update={"weights": model.weights, "batch_norm": model.batch_norm})
     score = Score.of(protocol, "fd_x", False, {"fd_x": 12.345678})
     return " ".join(model_card("some-name", model, score, {"kimg": "2", "git_commit": "unknown"}).split())
 

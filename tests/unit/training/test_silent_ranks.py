@@ -128,14 +128,20 @@ def test_missing_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert status.lines[-1] == "the run waited 40 s"
 
 
-def test_no_rank_is_blamed_where_all_are_silent() -> None:
-    """Their machine or the mailbox is gone; the run waits for all of them."""
-    clock = Clock()
+def status_of_two_ranks(clock: Clock) -> Status:
+    """Return the status after the first sign of life of two ranks on machine a, a second apart."""
     status = Status(clock=clock)
     status.apply(StartAsked(frozenset({"a"})))
     for rank in range(2):
         status.apply(Alive(rank, f"process {rank} on a", 32, 0.1))
         clock.now += 1
+    return status
+
+
+def test_no_rank_is_blamed_where_all_are_silent() -> None:
+    """Their machine or the mailbox is gone; the run waits for all of them."""
+    clock = Clock()
+    status = status_of_two_ranks(clock)
     clock.now += 60
     status.notice_silence("2 workers")
     assert list(status.waits) == ["the run"]
@@ -144,10 +150,7 @@ def test_no_rank_is_blamed_where_all_are_silent() -> None:
 
 def test_ranks_of_an_earlier_group_are_forgotten() -> None:
     clock = Clock()
-    status = Status(clock=clock)
-    status.apply(StartAsked(frozenset({"a"})))
-    for rank in range(2):
-        status.apply(Alive(rank, f"process {rank} on a", 32, 0.1))
+    status = status_of_two_ranks(clock)
     clock.now += 60
     status.apply(Alive(0, "process 7 on b", 0, 0.1))
     status.notice_silence("1 worker")
