@@ -1,9 +1,10 @@
-"""What depends on the device: copies to it, and the kernels that it has."""
+"""What depends on the device: copies to it and from it, and the kernels that it has."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, dtype, non_blocking=True)
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors of the host with the numbers of `tensors`. The host waits once for each device.
+
+    Copies from CUDA are in page-locked memory.
+    """
+    copies = {name: tensor.contiguous().to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
 
 
 _LEAST_ELEMENTS = 2**24  # of a map; measured on one H200 (torch 2.11)

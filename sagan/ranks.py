@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -76,14 +76,3 @@ class World:
         else:
             gathered[0] = tensor
         return gathered
-
-
-def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return contiguous tensors of the host with the numbers of `tensors`. The host waits once for each device.
-
-    Copies from CUDA are in page-locked memory.
-    """
-    copies = {name: tensor.contiguous().to("cpu", non_blocking=True) for name, tensor in tensors.items()}
-    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
-        torch.cuda.current_stream(device).synchronize()
-    return copies

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sagan import moving_average, spectral_norm
 from sagan.config import ModelConfig, OptimConfig
+from sagan.device import on_host
 from sagan.discriminator import Discriminator
 from sagan.generator import Generator
-from sagan.ranks import on_host
 
 FORMAT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"

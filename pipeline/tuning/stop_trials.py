@@ -20,7 +20,7 @@ _LONGEST_S = 300.0  # longest wait for the checkpoints
 
 @dataclass(frozen=True)
 class TrialRuns:
-    """A trial trains, or does so no more."""
+    """Message of a trial: whether it trains."""
 
     trial: str
     trains: bool

@@ -86,6 +86,6 @@ def test_a_worker_trains_as_on_the_cpu(tmp_path: Path, collection: str) -> None:
             assert {name: a[name] for name in kept} == {name: b[name] for name in kept}
         # One wait for the metrics of each step and one for the values of each log, and two for the checkpoint: whether
         # the state is finite, and its copy.
-        waits = {"finite_check.py": STEPS // 2 + 1, "training_loop.py": STEPS // 2, "ranks.py": 1}
+        waits = {"finite_check.py": STEPS // 2 + 1, "training_loop.py": STEPS // 2, "device.py": 1}
         assert places(record.syncs) == waits
         assert set(places(record.pageable)) <= {"train_state.py"}, "copies from pageable memory restore the state alone"
