@@ -11,6 +11,7 @@ backward pass one sum. No collective is called where every group lies inside one
 from __future__ import annotations
 
 from copy import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,39 @@ class Groups:
             )
         index = torch.tensor([p % count for p in positions])
         self.membership = on_device((torch.arange(count)[:, None] == index).float(), device)
+        self._matrices: dict[torch.dtype, GroupMatrices] = {}
 
     def twice(self) -> Groups:
         """Return the groups of two batches behind one another. Each batch has groups of its own, which are as these."""
         groups = copy(self)
         groups.membership = torch.block_diag(self.membership, self.membership)
+        groups._matrices = {}
         return groups
+
+    def matrices(self, dtype: torch.dtype) -> GroupMatrices:
+        """Return the matrices of the groups in a dtype. All layers of a forward pass share them."""
+        if dtype not in self._matrices:
+            membership = self.membership.to(dtype)
+            images = membership.sum(1)
+            averaging = membership / images.clamp(min=1)[:, None]
+            self._matrices[dtype] = GroupMatrices(membership, averaging, images, images / images.sum())
+        return self._matrices[dtype]
+
+
+class GroupMatrices(NamedTuple):
+    """What assigns b local images to n groups, and what averages over them.
+
+    Attributes:
+        membership: [n, b]. Each column has a single 1, in the row of the image's group.
+        averaging: [n, b], the rows of `membership` divided by their sums. It takes the mean of each group.
+        images: [n], the number of local images of each group.
+        shares: [n], `images` divided by their sum.
+    """
+
+    membership: Tensor
+    averaging: Tensor
+    images: Tensor
+    shares: Tensor
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -72,40 +100,45 @@ class _GroupNorm(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         shift: Tensor,
-        membership: Tensor,
+        matrices: GroupMatrices,
         world: World,
         eps: float,
         slope: float | None,
     ):
         mean, variance = image_statistics(x)
-        membership = membership.to(mean.dtype)
-        count, group_mean, group_var = _combine_images(mean, variance, membership)
+        membership, averaging, images, shares = matrices
+        group_mean, group_var = _combine_images(mean, variance, membership, averaging)
         if world.size > 1:
-            packed = torch.cat([count[:, None], group_mean, group_var], dim=1)
-            count, group_mean, group_var = _combine_ranks(world.gather(packed), mean.shape[1])
+            packed = torch.cat([images[:, None], group_mean, group_var], dim=1)
+            images, group_mean, group_var = _combine_ranks(world.gather(packed), mean.shape[1])
+            averaging, shares = membership / images.clamp(min=1)[:, None], images / images.sum()
         # No column of `membership` selects a group without a local image, so the values of that group are not used.
         mean, rstd = membership.t() @ group_mean, membership.t() @ (group_var + eps).rsqrt()
         factor = rstd * scale
-        y = _rectified_affine(x, factor, shift - mean * factor, slope)
-        ctx.save_for_backward(x, y, scale, mean, rstd, membership, membership.t() @ count)
+        y = _rectified_affine(x, factor, torch.addcmul(shift, mean, factor, value=-1), slope)
+        ctx.save_for_backward(x, y, scale, mean, rstd, membership, averaging)
         ctx.world, ctx.slope = world, slope
-        weights = count / count.sum()
-        batch_mean, batch_var = weights @ group_mean, weights @ group_var
+        batch_mean, batch_var = shares @ group_mean, shares @ group_var
         ctx.mark_non_differentiable(batch_mean, batch_var)
+        ctx.set_materialize_grads(False)
         return y, batch_mean, batch_var
 
     @staticmethod
-    def backward(ctx, dy: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
-        x, y, scale, mean, rstd, membership, count = ctx.saved_tensors
+    def backward(ctx, dy: Tensor | None, *_: None):  # type: ignore[no-untyped-def]
+        if dy is None:
+            return (None,) * 7
+        x, y, scale, mean, rstd, membership, averaging = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
         dy, dshift, along = _gradient_sums(x, y, dy, mean, ctx.slope)
         dscale = along * rstd
-        sums = torch.stack([membership @ (scale * dshift), membership @ (scale * dscale)])
+        sums = membership @ torch.stack([dshift, dscale]).mul_(scale)  # [2, n, C]
         ctx.world.sum_(sums)
-        d_mean, d_var = (membership.t() @ s / (count[:, None] * pixels) for s in sums)
+        d_mean, d_var = averaging.t() @ sums.div_(pixels)
         # dx = rstd · (scale · dy − d_mean − x̂ · d_var), written as one affine function of dy and x
-        x_factor = -rstd.square() * d_var
-        dx = _affine_of_two(x, dy, x_factor, rstd * scale, -rstd * d_mean - x_factor * mean)
+        minus_rstd = -rstd
+        x_factor = minus_rstd * rstd * d_var
+        offset = torch.addcmul(minus_rstd * d_mean, x_factor, mean, value=-1)
+        dx = _affine_of_two(x, dy, x_factor, rstd * scale, offset)
         return dx, dscale, dshift, None, None, None, None
 
 
@@ -155,22 +188,20 @@ def _affine_of_two(x: Tensor, dy: Tensor, x_factor: Tensor, dy_factor: Tensor, o
     return _affine(x, x_factor, offset).addcmul_(dy, dy_factor.to(dy.dtype)[..., None, None])
 
 
-def _combine_images(mean: Tensor, variance: Tensor, membership: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the number of images [n], the mean [n, C] and the variance [n, C] of each of n groups.
+def _combine_images(mean: Tensor, variance: Tensor, membership: Tensor, averaging: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of each of n groups, both [n, C].
 
-    `mean` and `variance` are [b, C], of images that all have the same size. `membership` is [n, b].
+    `mean` and `variance` are [b, C], of images that all have the same size. The matrices are [n, b].
     """
-    count = membership.sum(1)
-    weights = membership / count.clamp(min=1)[:, None]
-    group_mean = weights @ mean
-    deviation = mean - membership.t() @ group_mean
-    return count, group_mean, weights @ (variance + deviation.square())
+    group_mean = averaging @ mean
+    deviation = torch.addmm(mean, membership.t(), group_mean, alpha=-1)
+    return group_mean, averaging @ torch.addcmul(variance, deviation, deviation)
 
 
 def _combine_ranks(packed: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Combine the groups of all ranks into one result of the form that `_combine_images` returns.
+    """Return the number of images [n], the mean [n, C] and the variance [n, C] of each group over all ranks.
 
-    `packed` is [ranks, n, 1 + 2C]: count, mean and variance. Every rank adds in the same order, so all ranks get the
+    `packed` is [ranks, n, 1 + 2C]: the same three of each rank. Every rank adds in the same order, so all ranks get the
     same bits.
     """
     counts, means, variances = packed.split([1, channels, channels], dim=2)
@@ -228,8 +259,9 @@ class BatchNorm(nn.Module):
             normalised = _affine(x, factor, shift - self.running_mean * factor)
             return normalised if slope is None else rectify_(normalised, slope)
         with torch.autocast(x.device.type, enabled=False):  # statistics stay float32
+            matrices = groups.matrices(torch.promote_types(x.dtype, torch.float32))
             normalised, self.batch_mean, self.batch_var = _GroupNorm.apply(
-                x, scale, shift, groups.membership, groups.world, self.eps, slope
+                x, scale, shift, matrices, groups.world, self.eps, slope
             )
         return normalised
 
@@ -274,5 +306,7 @@ def track(network: nn.Module, statistics: Tensor, world: World) -> None:
     rank_mean = world.sum_(statistics) / world.size
     running = [buffer for norm in layers(network) for buffer in (norm.running_mean, norm.running_var)]
     decays = [norm.decay for norm in layers(network) for _ in range(2)]
-    for buffer, decay, target in zip(running, decays, rank_mean.split([len(b) for b in running]), strict=True):
-        buffer.lerp_(target.to(buffer), 1 - decay)
+    targets = rank_mean.split([len(buffer) for buffer in running])
+    for decay in set(decays):
+        chosen = [number for number, its_decay in enumerate(decays) if its_decay == decay]
+        torch._foreach_lerp_([running[n] for n in chosen], [targets[n] for n in chosen], 1 - decay)

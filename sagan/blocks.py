@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sagan.attention import SelfAttention
 from sagan.batch_norm import BatchNorm, Groups, conditional
 from sagan.config import ModelConfig, ResidualForm
-from sagan.rectifier import rectify, rectify_
+from sagan.rectifier import rectify
 from sagan.resample import conv_down, double, halve, up_conv
 from sagan.spectral_norm import (
     Conv2d,
@@ -67,8 +67,7 @@ class DiscriminatorBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [b, out, H/2, W/2] for x [b, in, H, W], or [b, out, H, W] where `down` is false."""
         # The input of the first block is pixels. In other blocks the ReLU is not in place, because the skip reads x.
-        h = self.conv1(x if self.first else rectify(x, self.slope))
-        h = rectify_(h, self.slope)
+        h = self.conv1(x if self.first else rectify(x, self.slope), self.slope)
         h = conv_down(h, self.conv2.kernel, self.conv2.bias) if self.down else self.conv2(h)
         # A 1×1 convolution commutes with average pooling. After the pooling it costs a quarter.
         skip = halve(x) if self.down else x
@@ -141,7 +140,7 @@ class ResidualControl(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [b, C, H, W] for x [b, C, H, W]."""
-        h = self.conv2(rectify_(self.conv1(rectify(x, self.slope)), self.slope))
+        h = self.conv2(self.conv1(rectify(x, self.slope), self.slope))
         return torch.addcmul(x, self.gamma.to(x.dtype), h)
 
 

@@ -1,8 +1,8 @@
-"""Triton kernels for batch norm and resampling on CUDA.
+"""Triton kernels for batch norm, biases and resampling on CUDA.
 
 torch runs every element-wise operation and every reduction as a kernel of its own, and each reads and writes its maps
 in the device's memory. A kernel here does the work of three to ten of them. They compute what the functions of the same
-names in `batch_norm` and `resample` compute. All arithmetic is in float32 at least.
+names in `batch_norm`, `bias` and `resample` compute. All arithmetic is in float32 at least.
 
 Maps are [b, C, H, W] in channels-last memory, that is [b, pixels, C]. A program processes tiles of pixels × channels of
 one image. Offsets inside an image fit into 32 bits, offsets of images need 64.
@@ -178,6 +178,81 @@ def _affine_of_two(
     tl.store(dx + at, value.to(dx.dtype.element_ty), inside)
 
 
+# --- biases ----------------------------------------------------------------------------------------------------------
+
+
+def add_bias_(h: Tensor, bias: Tensor, slope: float | None) -> None:
+    """Compute rectify(h + bias) in place for h [b, C, H, W] in channels-last memory and bias [C]."""
+    _add_bias[_tiles(h)](h, bias, SLOPE=slope or 0.0, RECTIFIES=slope is not None, **_sizes(h))
+
+
+@triton.jit
+def _add_bias(
+    h,
+    bias,
+    pixels,
+    channels,
+    SLOPE: tl.constexpr,
+    RECTIFIES: tl.constexpr,
+    FLOAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+    value = tl.load(h + at, inside, 0.0).to(FLOAT)
+    value += tl.load(bias + column, column < channels, 0.0).to(FLOAT)[None, :]
+    if RECTIFIES:
+        value = tl.where(value > 0, value, value * SLOPE)
+    tl.store(h + at, value.to(h.dtype.element_ty), inside)
+
+
+def bias_gradient(y: Tensor, dy: Tensor, slope: float | None) -> tuple[Tensor, Tensor]:
+    """Return the gradient before the rectifier of y, [b, C, H, W], and its sums over pixels, [b, C].
+
+    y and dy are [b, C, H, W]. y is not read where `slope` is None.
+    """
+    y, dy = _channels_last(y), _channels_last(dy)
+    gradient = torch.empty_like(dy) if slope is not None else dy
+    sums = _per_image(dy)
+    rectifier = {"SLOPE": slope or 0.0, "RECTIFIES": slope is not None}
+    _bias_gradient[_columns(dy)](y, dy, gradient, sums, **rectifier, **_sizes(dy))
+    return gradient, sums
+
+
+@triton.jit
+def _bias_gradient(
+    y,
+    dy,
+    gradient,
+    sums,
+    pixels,
+    channels,
+    SLOPE: tl.constexpr,
+    RECTIFIES: tl.constexpr,
+    FLOAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], FLOAT)
+    for start in range(0, pixels, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < pixels)[:, None] & (column < channels)[None, :]
+        at = image * pixels * channels + row[:, None] * channels + column[None, :]
+        g = tl.load(dy + at, inside, 0.0).to(FLOAT)
+        if RECTIFIES:
+            g = tl.where(tl.load(y + at, inside, 0.0).to(FLOAT) > 0, g, g * SLOPE)
+            g = g.to(gradient.dtype.element_ty).to(FLOAT)  # the sums are those of what is stored
+            tl.store(gradient + at, g.to(gradient.dtype.element_ty), inside)
+        total += g
+    tl.store(sums + image * channels + column, tl.sum(total, 0), column < channels)
+
+
 # --- resampling ------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +304,49 @@ def _sums_of_four(
         for right in range(2):
             at = (corner + down * 2 * width + right)[:, None] * channels + column[None, :]
             total += tl.load(x + at, inside, 0.0).to(FLOAT)
+    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+    tl.store(y + at, (total / divisor).to(y.dtype.element_ty), inside)
+
+
+def box(x: Tensor, padding: int, divisor: int) -> Tensor:
+    """Return the sums over 2×2 windows at stride 1, divided by `divisor`: [b, C, H ± 1, W ± 1] for x [b, C, H, W].
+
+    With `padding` 1 the result is larger than x, with 0 smaller.
+    """
+    x = _channels_last(x)
+    b, channels, height, width = x.shape
+    y = _empty_map(x, (b, channels, height - 1 + 2 * padding, width - 1 + 2 * padding))
+    _box[_tiles(y)](x, y, height, width, divisor, PADDING=padding, **_sizes(y))
+    return y
+
+
+@triton.jit
+def _box(
+    x,
+    y,
+    height,
+    width,
+    divisor,
+    pixels,
+    channels,
+    PADDING: tl.constexpr,
+    FLOAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    side = width - 1 + 2 * PADDING
+    x += image * height * width * channels
+    total = tl.zeros([ROWS, COLUMNS], FLOAT)
+    for down in range(2):
+        for right in range(2):
+            line, place = row // side + down - PADDING, row % side + right - PADDING
+            exists = (line >= 0) & (line < height) & (place >= 0) & (place < width)
+            at = (line * width + place)[:, None] * channels + column[None, :]
+            total += tl.load(x + at, inside & exists[:, None], 0.0).to(FLOAT)
     at = image * pixels * channels + row[:, None] * channels + column[None, :]
     tl.store(y + at, (total / divisor).to(y.dtype.element_ty), inside)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sagan.bias import add_bias_, convolve
 from sagan.device import kernels
 
 
@@ -23,11 +24,11 @@ class _Box(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, padding: int, divisor: int):  # type: ignore[no-untyped-def]
         ctx.padding, ctx.divisor = padding, divisor
-        return F.avg_pool2d(x, 2, 1, padding, divisor_override=divisor)
+        return _box(x, padding, divisor)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return F.avg_pool2d(grad, 2, 1, 1 - ctx.padding, divisor_override=ctx.divisor), None, None
+        return _box(grad, 1 - ctx.padding, ctx.divisor), None, None
 
 
 class _Double(torch.autograd.Function):
@@ -52,6 +53,13 @@ class _Halve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return _upsample(grad / 4)
+
+
+def _box(x: Tensor, padding: int, divisor: int) -> Tensor:
+    """Return the sums over 2×2 windows at stride 1 of x [b, C, H, W], divided by `divisor`."""
+    if (cuda := kernels(x)) is not None:
+        return cuda.box(x, padding, divisor)
+    return F.avg_pool2d(x, 2, 1, padding, divisor_override=divisor)
 
 
 # On channels-last maps, CUDA's kernel for nearest upsampling takes twice as long as a copy, and its kernel for pooling
@@ -104,11 +112,11 @@ def up_conv(x: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
         bias: float [out], or None.
     """
     if _filters_weight(x, side=2 * x.shape[3]):
-        return F.conv_transpose2d(x, _Box.apply(transposed, 1, 1), bias, stride=2, padding=1)
+        return convolve(F.conv_transpose2d, x, _Box.apply(transposed, 1, 1), bias, stride=2, padding=1)
     # The bias is added last. With a bias, oneDNN's transposed convolution takes up to nine times as long (bfloat16,
     # torch 2.13).
     h = _Box.apply(F.conv_transpose2d(x, transposed, stride=2), 0, 1)
-    return h if bias is None else h.add_(bias.to(h.dtype)[:, None, None])
+    return h if bias is None else add_bias_(h, bias)
 
 
 def conv_down(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,8 +128,8 @@ def conv_down(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: float [out], or None.
     """
     if _filters_weight(x, side=x.shape[3]):
-        return F.conv2d(x, _Box.apply(weight, 1, 4), bias, stride=2, padding=1)
-    return F.conv2d(_Box.apply(x, 1, 4), weight, bias, stride=2)
+        return convolve(F.conv2d, x, _Box.apply(weight, 1, 4), bias, stride=2, padding=1)
+    return convolve(F.conv2d, _Box.apply(x, 1, 4), weight, bias, stride=2)
 
 
 def _filters_weight(x: Tensor, side: int) -> bool:

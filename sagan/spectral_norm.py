@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sagan.bias import convolve
 from sagan.initial_weights import initial_weight
 from sagan.ranks import World
 
@@ -45,7 +46,7 @@ class _DivideBySigma(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, sigma: Tensor, dtype: torch.dtype, *factors: Tensor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(weight, sigma, *factors)
-        return (weight / sigma).to(dtype)
+        return torch.div(weight, sigma, out=torch.empty_like(weight, dtype=dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
@@ -154,8 +155,9 @@ class Conv2d(SpectralNorm):
         """W / σ as [out, in, height, width], channels last in memory."""
         return self.normalised_weight.permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.kernel, self.bias, padding=self.weight.shape[1] // 2)
+    def forward(self, x: Tensor, slope: float | None = None) -> Tensor:
+        """Convolve x, and rectify the result where `slope` is not None."""
+        return convolve(F.conv2d, x, self.kernel, self.bias, slope, padding=self.weight.shape[1] // 2)
 
 
 class TransposedConv2d(SpectralNorm):
@@ -181,7 +183,7 @@ class StridedConv2d(SpectralNorm):
         super().__init__(_standard_layout(initial_weight(out, in_, 5, 5).permute(0, 2, 3, 1)), out, spectral)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, stride=2, padding=2)
+        return convolve(F.conv2d, x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, stride=2, padding=2)
 
 
 class StridedTransposedConv2d(SpectralNorm):
@@ -193,7 +195,7 @@ class StridedTransposedConv2d(SpectralNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.normalised_weight.permute(0, 3, 1, 2)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=2, output_padding=1)
+        return convolve(F.conv_transpose2d, x, kernel, self.bias, stride=2, padding=2, output_padding=1)
 
 
 class Linear(SpectralNorm):

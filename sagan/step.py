@@ -61,8 +61,7 @@ class Step:
         self.generator = self._distribute(state.generator)
         self.discriminator = self._distribute(state.discriminator)
         optimizers = (state.optimizer_d, state.optimizer_g)
-        graphed = StepGraph.serves(self.device) and self.world.size == self.passes == 1
-        self.graph = StepGraph(self._compute, optimizers) if graphed else None
+        self.graph = StepGraph(self._compute, optimizers) if StepGraph.serves(self.device, self.world) else None
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Run one step and return this rank's part of each metric, float [len(METRICS)].
@@ -219,9 +218,27 @@ class Step:
         """
         if self.world.size == 1:
             return network
-        return DistributedDataParallel(
-            network, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100
-        )
+        with _side_stream(self.device):
+            return DistributedDataParallel(
+                network, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100
+            )
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Run CUDA's work in a new stream.
+
+    DDP's nodes for gradients keep the stream in which DDP is made. CUDA's default stream cannot be recorded.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        yield
+        return
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 @contextlib.contextmanager

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sagan.ranks import World
 from sagan.step_inputs import Inputs
 
-WARM_UP = 3
-"""Steps before the recorded one. They create the moments of Adam, and cuDNN and cuBLAS choose their kernels."""
+WARM_UP = 11
+"""Steps before the recorded one. They create the moments of Adam, and cuDNN and cuBLAS choose their kernels. DDP makes
+its buckets anew after the first step, and takes times with CUDA's events in the first ten."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,12 @@ class StepGraph:
     run them. A recorded kernel always reads and writes the same memory. So inputs are copied into the recorded ones,
     and the step must update its state in place.
 
+    NCCL's collectives are recorded too. All ranks record after the same number of steps, and recording runs nothing. A
+    rank that cannot record calls the same collectives in the same order as the replays of the others.
+
     Args:
-        compute: the step. It takes inputs and the decay of the moving average, waits for nothing and calls no
-            collective.
+        compute: the step. It takes inputs and the decay of the moving average, and waits for nothing. Its collectives
+            are NCCL's.
         optimizers: the optimisers that the step uses. Their learning rates become float32 tensors, which a recording
             reads.
     """
@@ -50,9 +58,15 @@ class StepGraph:
         self._fails = False
 
     @staticmethod
-    def serves(device: torch.device) -> bool:
-        """Return whether steps on the device can be recorded."""
-        return device.type == "cuda" and torch.version.cuda is not None
+    def serves(device: torch.device, world: World) -> bool:
+        """Return whether steps on the device, with the collectives of `world`, can be recorded."""
+        collectives = world.size == 1 or dist.get_backend() == "nccl"
+        return device.type == "cuda" and torch.version.cuda is not None and collectives
+
+    @property
+    def records(self) -> bool:
+        """Whether the steps are recorded by now."""
+        return self._recording is not None
 
     def __call__(self, inputs: Inputs, ema_decay: float) -> Tensor:
         """Run the step, and return its metrics."""
@@ -78,6 +92,20 @@ class StepGraph:
         # Each replay overwrites the recorded inputs. Real images belong to the caller, so the recording has copies.
         inputs = replace(inputs, real=[(images.clone(), labels.clone()) for images, labels in inputs.real])
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads page-lock memory meanwhile
+        # Other threads page-lock memory meanwhile.
+        with _no_garbage_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             metrics = self._compute(inputs, ema_decay)
         return _Recording(graph, ema_decay, inputs, metrics)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage before, and none inside: freeing an older recording invalidates one that is being made."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

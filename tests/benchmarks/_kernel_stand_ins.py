@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sagan import attention, batch_norm, device, resample
+from sagan import attention, batch_norm, bias, device, resample
 
 _library = torch.library.Library("stand_in", "DEF")
 
@@ -31,9 +31,9 @@ def _per_image(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-def _map(x: Tensor, factor: float) -> Tensor:
+def _map(x: Tensor, factor: float, more: int = 0) -> Tensor:
     b, channels, height, width = x.shape
-    shape = (b, channels, int(height * factor), int(width * factor))
+    shape = (b, channels, int(height * factor) + more, int(width * factor) + more)
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
@@ -52,6 +52,15 @@ KERNELS = SimpleNamespace(
     affine_of_two=_define(
         "affine_of_two(Tensor x, Tensor dy, Tensor x_factor, Tensor dy_factor, Tensor offset) -> Tensor",
         lambda x, *_: torch.empty_like(x),
+    ),
+    add_bias_=_define("add_bias_(Tensor(a!) h, Tensor bias, float? slope) -> ()", lambda h, bias, slope: None),
+    bias_gradient=_define(
+        "bias_gradient(Tensor y, Tensor dy, float? slope) -> (Tensor, Tensor)",
+        lambda y, dy, slope: (dy if slope is None else torch.empty_like(dy), _per_image(dy)),
+    ),
+    box=_define(
+        "box(Tensor x, int padding, int divisor) -> Tensor",
+        lambda x, padding, _: _map(x, 1, 2 * padding - 1),
     ),
     upsample=_define("upsample(Tensor x) -> Tensor", lambda x: _map(x, 2)),
     sums_of_four=_define("sums_of_four(Tensor x, int divisor) -> Tensor", lambda x, _: _map(x, 0.5)),
@@ -84,12 +93,17 @@ def cuda_forms() -> Iterator[None]:
     def kernels(x: Tensor) -> Any:
         return KERNELS if x.numel() >= device._LEAST_ELEMENTS else None
 
+    def kernels_exist(x: Tensor) -> bool:
+        return True
+
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
         return _FlashAttention.apply(q, k, v)
 
     with ExitStack() as stack:
-        for module in (batch_norm, resample):
+        for module in (batch_norm, bias, resample):
             stack.enter_context(mock.patch.object(module, "kernels", kernels))
+        # A mock would keep the maps that it was called with.
+        stack.enter_context(mock.patch.object(bias, "_adds_apart", new=kernels_exist))
         served = lambda values: values.dtype == torch.bfloat16 and values.shape[1] <= 256  # noqa: E731
         stack.enter_context(mock.patch.object(attention, "_attends_blockwise", served))
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", attend))

@@ -55,7 +55,7 @@ MODEL = ModelConfig(resolution=128, num_classes=1000, attention=(64,), spectral_
 BATCH = 256
 RANKS, SHARE = 8, 32
 
-_ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_NO_LAUNCH = ("squeeze_", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _STARTS = {
     # copies of the gradient and of the index, and a sort by keys, which starts about five kernels
     "index_put": 8,
@@ -204,11 +204,12 @@ def _step(share: int, world: World) -> tuple[Step, list[tuple[Tensor, Tensor]]]:
 def cost(func: Any, given: Any, out: Any) -> tuple[int, int]:
     """Return the number of launches of an operator, and the bytes that it moves."""
     name, results, inputs = _name(func), _tensors(out), _tensors(given)
-    written = [t for t, changed in zip(given[0], func._schema.arguments, strict=False) if _is_written(changed)]
-    changed = _tensors(written)
+    arguments = func._schema.arguments
+    by_name = {a.name: value for a, value in zip(arguments, given[0], strict=False)} | given[1]
+    changed = _tensors([by_name[a.name] for a in arguments if _is_written(a) and a.name in by_name])
     known = {t.untyped_storage()._cdata for t in inputs}
     made = [t for t in results if t.untyped_storage()._cdata not in known]
-    if name in _ALLOCATE or not (made or changed) or not any(t.numel() for t in (*made, *changed)):
+    if name in _NO_LAUNCH or not (made or changed) or not any(t.numel() for t in (*made, *changed)):
         return 0, 0
     if name.startswith(("_foreach", "_fused")):
         lists = [x for x in given[0] if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor) and x[0].dim()]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sagan import batch_norm, cuda_kernels, resample
+from sagan.rectifier import rectifier_gradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -64,6 +65,31 @@ def test_gradient_sums(shape, dtype, slope):
 def test_affine_of_two(shape, dtype):
     (x, dy), three = maps(shape, dtype, 2), coefficients(shape, dtype, 3)
     same(dtype, cuda_kernels.affine_of_two(x, dy, *three), batch_norm._affine_of_two(x, dy, *three))
+
+
+@pytest.mark.parametrize("slope", [None, 0.0, 0.2])
+def test_add_bias(shape, dtype, slope):
+    """The kernel adds a float32 bias. torch's operations round it to the map's type first."""
+    (h,), (bias, _) = maps(shape, dtype, 1), coefficients(shape, dtype, 2)
+    expected = h.clone() + bias[0][:, None, None]
+    expected = (expected if slope is None else torch.nn.functional.leaky_relu(expected, slope)).to(dtype)
+    cuda_kernels.add_bias_(h, bias[0], slope)
+    same(dtype, h, expected)
+
+
+@pytest.mark.parametrize("slope", [None, 0.0, 0.2])
+def test_bias_gradient(shape, dtype, slope):
+    y, dy = maps(shape, dtype, 2)
+    gradient = dy if slope is None else rectifier_gradient(dy, y, slope)
+    sums = gradient.sum((2, 3), dtype=torch.promote_types(dtype, torch.float32))
+    same(dtype, cuda_kernels.bias_gradient(y, dy, slope), (gradient, sums))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_box(shape, dtype, padding):
+    (x,) = maps(shape, dtype, 1)
+    expected = torch.nn.functional.avg_pool2d(x, 2, 1, padding, divisor_override=4)
+    same(dtype, cuda_kernels.box(x, padding, 4), expected)
 
 
 def test_upsample(shape, dtype):
