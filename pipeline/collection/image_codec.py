@@ -69,14 +69,18 @@ def size_of_stored(data: bytes) -> tuple[int, int]:
 def decode_into(data: bytes, pixels: np.ndarray) -> None:
     """Decode a stored image into `pixels`, a contiguous uint8 array [H, W, 3].
 
-    Somebody else may have stored the image. Memory for its pixels is allocated only after its header has the right
-    size. Raises ValueError where `data` is damaged, has another encoding than those of EXTENSIONS, or another size.
+    Somebody else may have stored the image. No memory is allocated for the pixels of an image of another size. Raises
+    ValueError where `data` is damaged, has another encoding than those of EXTENSIONS, or another size.
     `pixels` is undefined then.
     """
     height, width, _ = pixels.shape
     if _is_jpeg(data):
-        _check_size(size_of_stored(data), (width, height))
-        simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
+        try:
+            decoded = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)  # refuses an image larger than `pixels`
+        except ValueError:
+            _check_size(size_of_stored(data), (width, height))
+            raise
+        _check_size((decoded.shape[1], decoded.shape[0]), (width, height))
         return
     with _open_stored(data) as image:
         _check_size(image.size, (width, height))

@@ -1,7 +1,7 @@
 """What the checks of foreign files cost: `python -m tests.benchmarks.checks [--rounds N] [--json FILE]`.
 
-Two processes take turns, and change their order with every round. One runs the code as it is. In the other,
-`remove_checks` replaces these functions by ones that check nothing: validation of the manifest and of the rows of the
+One process runs the code as it is and without checks in turn, and changes the order with every round. `without_checks`
+replaces these functions by ones that check nothing: validation of the manifest and of the rows of the
 index, comparison of an image's header with the resolution before it is decoded, the permissions of the cache's folder,
 the formats and the number of pixels of source images, and the escaping of names. Both compare SHA-256.
 
@@ -23,13 +23,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import safetensors.numpy
@@ -47,7 +48,7 @@ from pipeline.streaming import read_images
 from pipeline.streaming.shard_cache import ShardCache
 from pipeline.streaming.stream import Stream
 from sagan.ranks import World
-from tests.benchmarks._interleaved import Figures, Server, serve
+from tests.benchmarks._interleaved import Figures
 from tests.benchmarks.stream import crops, write_collection
 from tests.real_data import real_file
 
@@ -60,35 +61,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the figures as one object")
-    parser.add_argument("--serve", nargs=2, metavar=("CHECKS", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.serve:
-        checks, folder = given.serve
-        if checks == "without":
-            remove_checks()
-        torch.set_num_threads(1)
-        serve(lambda: measure(Path(folder), Path(folder) / checks))
-        return
+    torch.set_num_threads(1)
     real_file("imagenette128-train-1500.tar")
     with tempfile.TemporaryDirectory(prefix="sagan-checks-") as folder:
         build(Path(folder))
-        figures = compare(folder, given.rounds)
+        figures = compare(Path(folder), given.rounds)
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1))
 
 
-def compare(folder: str, rounds: int) -> Figures:
-    servers = {
-        checks: Server("tests.benchmarks.checks", ["--serve", checks, folder], {}) for checks in ("with", "without")
-    }
-    rows: dict[str, list[Figures]] = {checks: [] for checks in servers}
+def compare(folder: Path, rounds: int) -> Figures:
+    contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {"with": nullcontext, "without": without_checks}
+    rows: dict[str, list[Figures]] = {checks: [] for checks in contexts}
     for number in range(rounds + 1):
-        for checks in sorted(servers, reverse=bool(number % 2)):
-            answer = servers[checks].go()
+        for checks in sorted(contexts, reverse=bool(number % 2)):
+            with contexts[checks]():
+                figures_of_round = measure(folder, folder / "own")
             if number:  # the first round imports and fills caches
-                rows[checks].append(answer)
-    for server in servers.values():
-        server.close()
+                rows[checks].append(figures_of_round)
     figures: Figures = {}
     print("             CPU s with   CPU s without   more, % (quartiles)")
     for work in WORKS:
@@ -101,11 +92,11 @@ def compare(folder: str, rounds: int) -> Figures:
     return figures
 
 
-# --- in the processes that take turns --------------------------------------------------------------------------------
+# --- what is measured ------------------------------------------------------------------------------------------------
 
 
 def measure(folder: Path, own: Path) -> Figures:
-    """CPU seconds of each kind of work. `own` is a folder of this process."""
+    """CPU seconds of each kind of work. `own` is a folder for what it writes."""
     works: dict[str, Callable[[], object]] = {
         "packing": lambda: pack_photos(folder / "photos", own / "packed"),
         "streaming": lambda: stream(folder / "streamed", own / "cache"),
@@ -134,8 +125,9 @@ def stream(folder: Path, cache: Path) -> None:
             pass
 
 
-def remove_checks() -> None:
-    """Replace the functions that check foreign values by ones that only read them, in this process."""
+@contextmanager
+def without_checks() -> Iterator[None]:
+    """Replace the functions that check foreign values by ones that only read them."""
 
     def decode_into(data: bytes, pixels: np.ndarray) -> None:
         simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
@@ -162,7 +154,7 @@ def remove_checks() -> None:
         return columns
 
     bare_json = SimpleNamespace(read=validate_json.read, parse=parse, validate=validate)
-    for owner, name, bare in (
+    replaced = (
         (read_images, "decode_into", decode_into),
         (image_codec, "decode_image", decode_image),
         (ShardCache, "_require_private_folder", make_folder),
@@ -170,9 +162,11 @@ def remove_checks() -> None:
         (manifest, "_read_index", read_index),
         (pack, "printable", str),
         (finish_collection, "printable", str),
-    ):
-        assert hasattr(owner, name), name  # so that a check that was renamed is not measured as free
-        setattr(owner, name, bare)
+    )
+    with ExitStack() as stack:
+        for owner, name, bare in replaced:  # a check that was renamed raises AttributeError
+            stack.enter_context(mock.patch.object(owner, name, bare))
+        yield
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

@@ -176,6 +176,16 @@ def test_decoding_another_size_is_refused(kind: str, size: int) -> None:
         decode_into(file_of(photo(size, size), kind), np.empty((48, 48, 3), dtype=np.uint8))
 
 
+@pytest.mark.parametrize("size", [(24, 96), (96, 24), (49, 48), (500, 500)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_of_another_size_writes_nothing_outside_its_pixels(kind, size):
+    memory = np.zeros((50, 48, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match=f"the image is {size[1]} x {size[0]} pixels, not 48 x 48"):
+        decode_into(file_of(photo(*size), kind), memory[1:49])
+    assert not memory[0].any()
+    assert not memory[49].any()
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_decoding_a_truncated_file_is_refused(kind: str) -> None:
     data = file_of(photo(48, 48), kind)
