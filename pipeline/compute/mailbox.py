@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,7 @@ from uuid import uuid4
 from pipeline.errors import EnvironmentFault
 
 _POLL_S = 0.1  # seconds between two looks for an answer
+_EXCHANGE_S = 0.2  # seconds between two messages of `exchange`; a driver collects its messages as often
 
 
 class _Actor:
@@ -57,6 +59,7 @@ class Sender:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._asked: Any = None
+        self._exchanged = -math.inf
         self._stop = False
 
     def send(self, message: Any) -> None:
@@ -84,12 +87,17 @@ class Sender:
         raise EnvironmentFault(f"the driver did not answer within {timeout_s:.0f} s")
 
     def exchange(self, message: Any) -> bool:
-        """Send a message, unless an earlier one is still on its way, and return whether the driver asks to stop.
+        """Send a message from time to time, and return whether the driver asks to stop.
 
-        The call never waits. The result is the answer to an earlier call, which usually arrives after a millisecond.
+        The call never waits, and it may come after every step. A message costs a millisecond, so one is dropped that
+        comes less than 0.2 s after the last, or while an earlier one is on its way. The result is the answer to an
+        earlier message.
         """
         import ray
 
+        if (now := time.monotonic()) < self._exchanged + _EXCHANGE_S:
+            return self._stop
+        self._exchanged = now
         if self._asked is not None:
             done, _ = ray.wait([self._asked], timeout=0)
             if not done:

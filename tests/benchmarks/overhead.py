@@ -142,7 +142,7 @@ def measure(folder: Path, rounds: int, steps: int) -> dict[str, float]:
 
     connect(RANKS)
     ranks = [ray.remote(num_cpus=1)(Rank).remote(rank, str(folder / "store")) for rank in range(RANKS)]
-    pack(str(folder / "digits"), PackSection(source="digits", resolution=32, shard_images=500))
+    pack(str(folder / "digits"), PackSection(source="digits", resolution=32, shard_images=500, encoding="jpeg"))
     pairs = []
     for number in range(rounds + 1):
         bare = max(ray.get([rank.bare.remote(steps) for rank in ranks]))
