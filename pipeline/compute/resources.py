@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+from pipeline.compute.cluster import leaving_nodes
 from pipeline.errors import EnvironmentFault
 
 
@@ -40,6 +41,38 @@ def cluster_resources() -> dict[str, float]:
 
     have = ray.cluster_resources()
     return {resource: have.get(resource, 0.0) for resource in ("CPU", "GPU")}
+
+
+def free_resources() -> list[dict[str, float]]:
+    """Return the CPUs and GPUs that are free on each node, by name ("CPU", "GPU"). Nodes that drain have none."""
+    import ray
+
+    leaving = {node.node for node in leaving_nodes()}
+    free = ray._private.state.available_resources_per_node()  # `ray.available_resources` returns the sum over nodes
+    return [
+        {resource: have.get(resource, 0.0) for resource in ("CPU", "GPU")}
+        for node, have in free.items()
+        if node not in leaving
+    ]
+
+
+def count_fitting(
+    free: Sequence[Mapping[str, float]], each: Mapping[str, float], reserved: Sequence[Mapping[str, float]] = ()
+) -> int:
+    """Return how many processes that need `each` fit on nodes with `free` resources.
+
+    Room is left for the processes that need `reserved`, where they fit at all.
+    """
+    nodes = [dict(node) for node in free]
+    for needed in reserved:
+        node = next((node for node in nodes if _times(node, needed) >= 1), {})
+        node.update({resource: node[resource] - needed[resource] for resource in node})
+    return sum(_times(node, each) for node in nodes)
+
+
+def _times(have: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """Return how often a process that needs `each` fits into `have`. A process must need something."""
+    return min(int(have[resource] / amount + 1e-6) for resource, amount in each.items() if amount)
 
 
 def release_placement_groups() -> None:

@@ -131,6 +131,11 @@ def _notes(job: TrainJob, collection: CollectionFacts | None) -> tuple[str, ...]
             f"train.batch {job.train.batch} is not a multiple of train.workers {job.train.workers}: some workers take "
             "one image more than others"
         )
+    if job.train.changes_size:
+        notes.append(
+            f"the run trains with {job.train.least_workers} to {job.train.workers} workers, as many as fit; the "
+            f"figures are for {job.train.workers}"
+        )
     if collection is None:
         notes.append(f"{job.data.train} cannot be read: the number of epochs is unknown")
         if job.model.num_classes is None and job.data.expected_classes is None:

@@ -117,6 +117,12 @@ class TrainSection(Section):
     """Number of real images per batch, over all workers. It does not depend on the number of workers."""
     workers: int = Field(1, ge=1, le=16_384)
     """Number of Ray Train workers, one per device. At most `train.batch`."""
+    min_workers: int | None = Field(None, ge=1)
+    """Least number of workers. A run trains with fewer than `train.workers` while no more fit into the cluster. The
+    number does not change the method or the sequence of images. Default: always `train.workers`."""
+    grow_after_s: float = Field(60.0, ge=0)
+    """Seconds for which more workers must fit before a run with fewer than `train.workers` writes a checkpoint and
+    starts again with more."""
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the networks. `bf16` uses autocast; statistics, σ, softmax and losses stay in float32."""
     micro_batch: int | None = Field(None, ge=1)
@@ -128,6 +134,16 @@ class TrainSection(Section):
     max_failures: int = Field(3, ge=-1)
     """How often in a row failed workers are started again without a newer checkpoint before the run fails; -1: without
     limit. From the second start on, the workers wait 5 s, 10 s, … up to 5 minutes before they start."""
+
+    @property
+    def least_workers(self) -> int:
+        """Least number of workers with which the run trains."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @property
+    def changes_size(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.least_workers < self.workers
 
 
 class CheckpointSection(Section):
@@ -291,13 +307,18 @@ class TrainJob(Section):
                 f"train.workers is {self.train.workers}, but train.batch has only {self.train.batch} images: "
                 "every worker needs at least one; use fewer workers or a larger batch"
             )
+        if self.train.least_workers > self.train.workers:
+            raise ValueError(
+                f"train.min_workers is {self.train.min_workers}, which is more than train.workers, {self.train.workers}"
+            )
         group = self.model.batch_norm_group
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")
         if self.model.resolution is None and self.data.pack is not None and not self.data.pack.index_only:
             replace(self.model, resolution=self.data.pack.resolution)  # raises where there is no such network
         groups = self.train.batch // (group or self.train.batch)
-        passes(self.train.batch, self.train.workers, groups, self.train.micro_batch)  # raises where it is impossible
+        for workers in range(self.train.least_workers, self.train.workers + 1):
+            passes(self.train.batch, workers, groups, self.train.micro_batch)  # raises where it is impossible
         return self
 
     @property

@@ -26,7 +26,7 @@ from pipeline.training import worker_group
 from pipeline.training.find_or_start import find_or_start, owned
 from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
-from pipeline.training.run_status import NodesLeave, NotFiniteAt, StartAsked, Status
+from pipeline.training.run_status import GroupLost, NodesLeave, NotFiniteAt, RoomForMore, StartAsked, Status
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation, TrainingRun
 from pipeline.training.status_file import StatusFile
@@ -123,7 +123,8 @@ def _train(
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
     A worker group whose node will be taken away writes a checkpoint and ends. Another group then starts as soon as it
-    has nodes. Returns the last status of the run.
+    has nodes. Where the number of workers may change, the same happens when more fit, and after a failure. Returns the
+    last status of the run.
     """
     job, owner = run.job, run.owner
     assert owner is not None, "a run that has ended is not trained"
@@ -137,9 +138,14 @@ def _train(
     in_line = None if beside else scoring.in_line(uses_gpu(job.resources.device))
     workers = _Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))
     here, ends = this_node(), False
-    with _signals() as signals, Console(job) as console, contextlib.closing(NodeWatch()) as nodes:
+    with (
+        _signals() as signals,
+        Console(job) as console,
+        contextlib.closing(NodeWatch()) as nodes,
+        contextlib.closing(worker_group.RoomWatch(job, beside)) as room,
+    ):
         workers.start()
-        training = scoring_goes_on = True
+        groups, training, scoring_goes_on = 0, True, True
         while training or scoring_goes_on:
             training = not workers.done.wait(POLL_SECONDS)
             owner.require()
@@ -147,6 +153,8 @@ def _train(
                 signals.append(signal.SIGTERM)
             known = len(status.scores)
             status.apply(NodesLeave(nodes.leaving))
+            if training and room.grown(status.workers):
+                status.apply(RoomForMore())
             ends = bool(signals) or here in status.leaving
             _receive(mailbox, status, job, ends)
             if training:
@@ -159,11 +167,16 @@ def _train(
                     on_score(images, value)
             housekeeping.follow(status)
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
-            failed = status.failure is not None or workers.error is not None
+            # A group that did not even ask to start fails again. A group that did is subject to the restart budget.
+            lost = job.train.changes_size and workers.error is not None and status.groups > groups
+            failed = status.failure is not None or (workers.error is not None and not lost)
+            if lost and not training:
+                status.apply(GroupLost())
             left = not training or not status.nodes  # no group trains
             if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break
-            if status.stopped and not training:
+            if (status.stopped or lost) and not training:
+                groups = status.groups
                 workers.start()
                 training = True
         if scores is not None:
@@ -200,17 +213,17 @@ def _train(
 def _receive(mailbox: Mailbox, status: Status, job: TrainJob, ends: bool) -> None:
     """Apply all messages of the mailbox to the status, and answer the questions among them.
 
-    The workers are asked to stop where the run ends, or where a node of theirs will be taken away.
+    The workers are asked to stop where the run ends, where a node of theirs will be taken away, or where more fit.
     """
     for message in mailbox.collect():
         asked = message.message if isinstance(message, Question) else message
         repeated = isinstance(asked, NotFiniteAt) and asked.images in status.not_finite
         status.apply(asked)
         if isinstance(message, Question):
-            mailbox.ask_to_stop(ends or status.must_move)
+            mailbox.ask_to_stop(ends or status.must_restart)
             start = next_start(status.attempts, job.train.max_failures)
             mailbox.answer(message, start if isinstance(asked, StartAsked) else repeated)
-    mailbox.ask_to_stop(ends or status.must_move)
+    mailbox.ask_to_stop(ends or status.must_restart)
 
 
 def _newest_checkpoint(run: TrainingRun) -> str:
@@ -262,6 +275,7 @@ class _Background:
     error: BaseException | None = None
 
     def start(self) -> None:
+        self.error = None
         self.done.clear()
         threading.Thread(target=self._run, daemon=True, name="ray-train").start()
 

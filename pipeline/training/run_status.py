@@ -111,6 +111,8 @@ class StartAsked:
     """A worker group on these nodes asks for permission to start. The driver answers with a `Start`."""
 
     nodes: frozenset[str]
+    workers: int
+    """Number of workers in the group."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,16 @@ class NodesLeave:
     """Nodes of the cluster will be taken away."""
 
     leaving: Sequence[LeavingNode]
+
+
+@dataclass(frozen=True)
+class RoomForMore:
+    """More workers fit into the cluster than the group has. They write a checkpoint, and more start again."""
+
+
+@dataclass(frozen=True)
+class GroupLost:
+    """Ray Train has given up a worker group, and the driver starts another one."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,8 @@ class Failed:
 Message = (
     StartAsked
     | NodesLeave
+    | RoomForMore
+    | GroupLost
     | GroupStarted
     | Logged
     | Stepped
@@ -213,6 +227,9 @@ class Status:
         train_seconds: Seconds of training up to `images`.
         not_finite: Positions at which values were not finite.
         nodes: Nodes of the present group; empty where no group trains.
+        workers: Number of workers in the present group, or in the last one.
+        groups: Number of groups that asked this driver for permission to start.
+        grows: Whether the present group ends because more workers fit.
         leaving: Nodes of which there was notice that they will be taken away.
         ranks: What was last heard from every rank of the present group.
         waits: What the parts of the run wait for, by the name of the part.
@@ -237,6 +254,9 @@ class Status:
     train_seconds: float = 0.0
     not_finite: set[int] = field(default_factory=set)
     nodes: frozenset[str] = frozenset()
+    workers: int = 0
+    groups: int = 0
+    grows: bool = False
     leaving: set[str] = field(default_factory=set)
     ranks: dict[int, RankSeen] = field(default_factory=dict)
     waits: dict[str, Wait] = field(default_factory=dict)
@@ -253,13 +273,26 @@ class Status:
         """Whether a node of the worker group will be taken away, or was."""
         return not self.nodes.isdisjoint(self.leaving)
 
+    @property
+    def must_restart(self) -> bool:
+        """Whether the worker group must write a checkpoint and end, so that another one starts."""
+        return self.must_move or self.grows
+
     def apply(self, message: Message) -> None:
         """Change the status as a message says."""
         match message:
-            case StartAsked(nodes):
-                self._start_asked(nodes)
+            case StartAsked():
+                self._start_asked(message)
             case NodesLeave(leaving):
                 self._nodes_leave(leaving)
+            case RoomForMore():
+                if self.nodes and not self.grows:
+                    self.grows = True
+                    self.lines.append(
+                        f"more than {self.workers} workers fit: they write a checkpoint and start again with more"
+                    )
+            case GroupLost():
+                self.nodes, self.workers_gone_s = frozenset(), self.workers_gone_s or self.clock()
             case GroupStarted():
                 self._group_started(message)
             case Logged(images, metrics, train_seconds):
@@ -298,11 +331,14 @@ class Status:
             case Failed(error):
                 self.failure = error
 
-    def _start_asked(self, nodes: frozenset[str]) -> None:
+    def _start_asked(self, asked: StartAsked) -> None:
         if self.must_move:
             self.attempts = self.attempts[:-1]  # the group before lost a node, of which there was notice
         self.attempts.append([])
-        self.stopped, self.nodes = False, nodes
+        self.stopped, self.grows, self.nodes = False, False, asked.nodes
+        if self.workers not in (0, asked.workers):
+            self.lines.append(f"training goes on with {asked.workers} instead of {self.workers} workers")
+        self.workers, self.groups = asked.workers, self.groups + 1
         self._went_on("the run")
         self.ranks, self.waits, self.slow_since_s, self.workers_gone_s = {}, {}, {}, None
 

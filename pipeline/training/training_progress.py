@@ -38,7 +38,7 @@ class Console:
     def __enter__(self) -> Console:
         self.progress.start()
         if not self.output.is_terminal:
-            print(f"starting {self.job.train.workers} workers …", flush=True)
+            print(f"starting {_workers(self.job)} workers …", flush=True)
         return self
 
     def __exit__(
@@ -82,3 +82,9 @@ def _short(metrics: dict[str, float]) -> str:
         f"data {metrics['data_wait_share']:.0%}  checkpoints {metrics['checkpoint_share']:.0%}  "
         f"scores {metrics['evaluation_share']:.0%}"
     )
+
+
+def _workers(job: TrainJob) -> str:
+    """Return the number of workers, or the range of it."""
+    train = job.train
+    return f"{train.least_workers} to {train.workers}" if train.changes_size else str(train.workers)

@@ -1,28 +1,35 @@
-"""Runs the workers of a run with Ray Train."""
+"""Runs the workers of a run with Ray Train, as many as fit."""
 
 from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
 
 from pipeline.compute.cluster import connect, ray_storage, this_node
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.mailbox import Sender
-from pipeline.compute.resources import has_resources, require_resources
+from pipeline.compute.resources import count_fitting, free_resources, has_resources, require_resources
 from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
 from pipeline.training.score_while_training import Scoring
 from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.worker.training_loop import train_worker
 
+_LOOK_S = 1.0  # seconds between two looks at the free resources of the cluster
+_SETTLE_S = 10.0  # the resources of an ended group become free after some seconds
+
 
 def require_room(job: TrainJob) -> bool:
-    """Connect to Ray and check that the workers fit the cluster.
+    """Connect to Ray and check that the least number of workers fits the cluster.
 
     Returns whether the tasks that score checkpoints fit beside the workers. Raises EnvironmentFault where the workers
     do not fit.
     """
-    workers, cpus, scores = job.train.workers, job.resources.cpus_per_worker, job.evaluate
+    workers, cpus, scores = job.train.least_workers, job.resources.cpus_per_worker, job.evaluate
     connect(workers * cpus + scores.workers * scores.cpus)
     gpus = float(uses_gpu(job.resources.device))
-    require_resources(workers, "workers", cpus, gpus, lambda fit: f"set train.workers={fit} or add nodes")
+    require_resources(workers, "workers", cpus, gpus, lambda fit: f"set {_least_key(job)}={fit} or add nodes")
     more_cpus, more_gpus = scores.workers * scores.cpus, scores.workers * scores.gpus
     return has_resources(
         workers * cpus + more_cpus if more_cpus else 0,
@@ -30,16 +37,83 @@ def require_room(job: TrainJob) -> bool:
     )
 
 
+def _least_key(job: TrainJob) -> str:
+    return "train.workers" if job.train.min_workers is None else "train.min_workers"
+
+
 def shown(job: TrainJob) -> str:
     """Return the workers of a run with their resources, for messages."""
     gpus = " and a GPU" if uses_gpu(job.resources.device) else ""
-    return f"{job.train.workers} workers with {job.resources.cpus_per_worker:g} CPUs{gpus} each"
+    return f"{job.train.least_workers} workers with {job.resources.cpus_per_worker:g} CPUs{gpus} each"
+
+
+class RoomWatch:
+    """A thread that asks Ray whether more workers fit than train, since the driver must not wait for an answer.
+
+    An autoscaler is asked for nodes for `train.workers`. Nothing happens where the number of workers is fixed.
+
+    Args:
+        beside: Whether room is left for the tasks that score checkpoints.
+    """
+
+    def __init__(self, job: TrainJob, beside: bool) -> None:
+        self._job, self._beside = job, beside
+        self._since: float | None = None
+        self._ended = threading.Event()
+        if job.train.changes_size:
+            _ask_autoscaler(job, job.train.workers)
+            threading.Thread(target=self._watch, name="room", daemon=True).start()
+
+    def close(self) -> None:
+        if self._job.train.changes_size:
+            self._ended.set()
+            _ask_autoscaler(self._job, 0)
+
+    def grown(self, workers: int) -> bool:
+        """Return whether more than `workers` workers have fitted for `train.grow_after_s` seconds."""
+        since, train = self._since, self._job.train
+        return workers < train.workers and since is not None and time.monotonic() - since >= train.grow_after_s
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK_S):
+            with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
+                fits = _fitting(self._job, self._beside) > 0
+                self._since = (self._since or time.monotonic()) if fits else None
+
+
+def _fitting(job: TrainJob, beside: bool) -> int:
+    """Return how many workers fit on what is free in the cluster."""
+    gpus, scores = float(uses_gpu(job.resources.device)), job.evaluate
+    reserved = [{"CPU": scores.cpus, "GPU": scores.gpus if gpus else 0.0}] * scores.workers
+    needs_room = beside and any(reserved[0].values())
+    each = {"CPU": job.resources.cpus_per_worker, "GPU": gpus}
+    return count_fitting(free_resources(), each, reserved if needs_room else ())
+
+
+def _ask_autoscaler(job: TrainJob, workers: int) -> None:
+    """Ask the autoscaler of the cluster, if there is one, for nodes for that many workers."""
+    from ray.autoscaler.sdk import request_resources
+
+    gpu = {"GPU": 1.0} if uses_gpu(job.resources.device) else {}
+    with suppress(Exception):  # the head does not answer
+        request_resources(bundles=[{"CPU": job.resources.cpus_per_worker, **gpu}] * workers)
+
+
+def _number(job: TrainJob, beside: bool) -> int:
+    """Return the number of workers to start: `train.workers`, or as many as fit, but not below `train.min_workers`."""
+    train, until = job.train, time.monotonic() + _SETTLE_S
+    if not train.changes_size:
+        return train.workers
+    while (fit := _fitting(job, beside)) < train.workers and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+    return max(train.least_workers, min(fit, train.workers))
 
 
 def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None) -> None:
     """Train with Ray Train until the workers return. The call blocks and raises the exceptions of Ray.
 
-    Ray Train starts failed workers again without limit. The driver decides about each start (`restart_budget`). Ray
+    Ray Train starts failed workers again without limit, in the same number. Where the number may change, it raises an
+    exception instead, and the caller calls again. The driver decides about each start (`restart_budget`). Ray
     Train knows nothing of the checkpoints: it would end the run where storage fails while it writes its own records.
 
     Args:
@@ -74,7 +148,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
         lambda: train_worker(assignment, this_node()),  # Ray Train would show a `train_loop_config` in its state
         torch_config=ProcessGroup(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=job.train.workers,
+            num_workers=_number(job, beside=score_in_line is None),
             use_gpu=gpu,
             resources_per_worker={"CPU": job.resources.cpus_per_worker, **({"GPU": 1.0} if gpu else {})},
         ),
@@ -82,7 +156,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
             name=job.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=-1),
+            failure_config=FailureConfig(max_failures=0 if job.train.changes_size else -1),
             worker_runtime_env={"env_vars": env},
         ),
     ).fit()

@@ -259,7 +259,7 @@ class Runs:
                 ):  # Ray Train ends the group where one of its workers fails
                     for process in ranks:
                         process.kill()
-            status.apply(run_status.StartAsked(frozenset()))
+            status.apply(run_status.StartAsked(frozenset(), 0))
             for message in sender.received():
                 status.apply(message)
             codes = [process.exitcode or 0 for process in ranks]

@@ -52,6 +52,13 @@ class RayNode(Server):
         """Send SIGTERM to `ray start`, as Kubernetes does."""
         give_notice(self)
 
+    def kill(self) -> None:
+        """End all processes of the node at once, without notice."""
+        _, *processes = self.pids
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        self.wait_for_end()
+
     def wait_for_end(self) -> None:
         """Wait until the node has left."""
         assert self._guardian is not None

@@ -136,7 +136,7 @@ class Worker:
         start: Start | None = None
         nodes = self._from_all(self.node)
         if self.is_rank0:
-            start = self.driver.ask(run_status.StartAsked(frozenset(nodes)))
+            start = self.driver.ask(run_status.StartAsked(frozenset(nodes), len(nodes)))
             if start.pause_s and start.refusal is None:
                 pause = f"it ends {start.pause_s:.0f} s after its beginning"
                 self.driver.send(run_status.Waits("the start", "the end of a pause after failures in a row", pause))

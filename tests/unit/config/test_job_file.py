@@ -47,6 +47,11 @@ def test_every_shipped_job_is_valid_and_executable(path):
         (TRAIN + "optim: {lr_x: 1}\n", "job.yaml:7: optim.lr_x is not a key; did you mean optim.lr_"),
         (TRAIN.replace("16", "many"), "job.yaml:6: train.batch is 'many': input should be a valid integer"),
         (TRAIN + "  workers: 17\n", "train.workers is 17, but train.batch has only 16 images"),
+        (TRAIN + "  workers: 2\n  min_workers: 3\n", "train.min_workers is 3, which is more than train.workers, 2"),
+        (
+            TRAIN + "  workers: 4\n  min_workers: 1\n  micro_batch: 4\nmodel: {batch_norm_group: 4}\n",
+            "a batch of 16 on 3 workers cannot be split into passes",
+        ),
         (TRAIN + "optim: {lr_d: -1}\n", "job.yaml:7: optim.lr_d is -1"),
         (TRAIN + "model: {resolution: 64, channels_d: 2}\n", "job.yaml:7: model.channels_d 2 gives 2 channels at"),
         (

@@ -52,10 +52,10 @@ def test_the_error_that_ends_a_run_keeps_its_exit_code_and_its_remedy() -> None:
 def test_a_checkpoint_resets_the_count() -> None:
     status = Status()
     for _ in range(4):
-        status.apply(StartAsked(NODES))
+        status.apply(StartAsked(NODES, 2))
     assert next_start(status.attempts, 2).refusal is not None
     status.apply(Uploaded("000000000032-00000000", to_score=False))
-    status.apply(StartAsked(NODES))
+    status.apply(StartAsked(NODES, 2))
     assert next_start(status.attempts, 0).refusal is not None, "the group that wrote the checkpoint failed once"
     assert next_start(status.attempts, 1) == next_start([[], []], 1)
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import SaganError
 from pipeline.training.restart_budget import next_start
-from pipeline.training.run_status import GroupStarted, NodesLeave, StartAsked, Status, Stepped, Stopped, WorkerFailed
+from pipeline.training.run_status import (
+    GroupLost,
+    GroupStarted,
+    NodesLeave,
+    RoomForMore,
+    StartAsked,
+    Status,
+    Stepped,
+    Stopped,
+    WorkerFailed,
+)
 
 LOST = WorkerFailed(SaganError("connection reset"), 64, "RuntimeError")
 
 
 def group_on(*nodes: str) -> StartAsked:
-    return StartAsked(frozenset(nodes))
+    return StartAsked(frozenset(nodes), len(nodes))
 
 
 def leaves(node: str, seconds: float | None = 25.0) -> NodesLeave:
@@ -63,3 +73,25 @@ def test_a_group_whose_node_left_before_the_checkpoint_was_complete_has_not_fail
     status.apply(LOST)
     status.apply(group_on("a", "c"))
     assert next_start(status.attempts, 0).refusal is not None, "without notice it has"
+
+
+def test_a_group_grows_once_and_has_not_failed() -> None:
+    status = status_of_a_group_on("a")
+    for _ in range(3):  # the room is seen at each look
+        status.apply(RoomForMore())
+    assert status.must_restart
+    assert status.lines == ["more than 1 workers fit: they write a checkpoint and start again with more"]
+    status.apply(Stopped())
+    status.apply(RoomForMore())
+    status.apply(group_on("a", "b"))
+    assert not status.must_restart
+    assert status.lines[-1] == "training goes on with 2 instead of 1 workers"
+    assert next_start(status.attempts, 0).refusal is None
+
+
+def test_a_group_that_was_lost_counts_as_a_failure() -> None:
+    status = status_of_a_group_on("a", "b")
+    status.apply(GroupLost())
+    status.apply(group_on("a"))
+    assert next_start(status.attempts, 0).refusal is not None
+    assert next_start(status.attempts, 1).refusal is None

@@ -123,7 +123,7 @@ def test_missing_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     status.notice_silence("2 workers with 1 CPUs each")
     assert status.waits["the run"].what == "2 workers with 1 CPUs each"
     assert status.waits["the run"].since_s == 1000
-    status.apply(StartAsked(frozenset({"a"})))
+    status.apply(StartAsked(frozenset({"a"}), 1))
     assert not status.waits
     assert status.lines[-1] == "the run waited 40 s"
 
@@ -131,7 +131,7 @@ def test_missing_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
 def status_of_two_ranks(clock: Clock) -> Status:
     """Return the status after the first sign of life of two ranks on machine a, a second apart."""
     status = Status(clock=clock)
-    status.apply(StartAsked(frozenset({"a"})))
+    status.apply(StartAsked(frozenset({"a"}), 1))
     for rank in range(2):
         status.apply(Alive(rank, f"process {rank} on a", 32, 0.1))
         clock.now += 1

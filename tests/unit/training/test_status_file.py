@@ -80,7 +80,7 @@ def training() -> Status:
     """The status of a run whose workers have trained a little."""
     now = Status()
     for message in (
-        StartAsked(frozenset({"a"})),
+        StartAsked(frozenset({"a"}), 1),
         GroupStarted(0, None, 0.0),
         Logged(16, {"images_per_s": 8.0}, 2.0),
         Stepped(32),
@@ -115,7 +115,7 @@ def test_a_run_is_shown_from_its_start_to_its_end(job: TrainJob) -> None:
 
         checkpoint = commit_checkpoint(job, 32)
         now.apply(WorkerFailed(SaganError("the disk is gone"), 32, "OSError"))
-        for message in (StartAsked(frozenset({"a"})), GroupStarted(32, checkpoint.name, 1.0)):
+        for message in (StartAsked(frozenset({"a"}), 1), GroupStarted(32, checkpoint.name, 1.0)):
             now.apply(message)
         told.follow(now)
         seen = until(job, "restarts", 1)

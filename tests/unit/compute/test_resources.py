@@ -1,0 +1,33 @@
+"""How many processes fit is counted node by node, since no process spans two nodes."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.compute.resources import count_fitting
+
+
+def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus}
+
+
+@pytest.mark.parametrize(
+    ("free", "each", "reserved", "fit"),
+    [
+        ([], node(1), [], 0),
+        ([node(1), node(1)], node(1), [], 2),
+        ([node(1.5), node(1.5)], node(1), [], 2),  # the halves are of two nodes
+        ([node(0.3)], node(0.1), [], 3),  # 0.3 / 0.1 is 2.9999…
+        ([node(64, 8), node(64, 1)], node(8, 1), [], 9),
+        ([node(4, 8)], node(8, 1), [], 0),
+        ([node(2), node(1)], node(1), [node(1)], 2),
+        ([node(64, 8)], node(8, 1), [node(1, 1)] * 2, 6),
+        ([node(1)], node(1), [node(2)], 1),  # what fits nowhere keeps no room
+        ([node(1), node(3)], node(1), [node(2, 0)], 2),
+        ([node(8, 2)], {"CPU": 1.0, "GPU": 0.0}, [], 8),
+    ],
+)
+def test_processes_fit(
+    free: list[dict[str, float]], each: dict[str, float], reserved: list[dict[str, float]], fit: int
+) -> None:
+    assert count_fitting(free, each, reserved) == fit
