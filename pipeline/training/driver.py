@@ -153,7 +153,7 @@ def _train(
                 signals.append(signal.SIGTERM)
             known = len(status.scores)
             status.apply(NodesLeave(nodes.leaving))
-            if training and room.grown(status.workers):
+            if training and room.grown(status.groups, status.workers):
                 status.apply(RoomForMore())
             ends = bool(signals) or here in status.leaving
             _receive(mailbox, status, job, ends)

@@ -58,6 +58,7 @@ class RoomWatch:
 
     def __init__(self, job: TrainJob, beside: bool) -> None:
         self._job, self._beside = job, beside
+        self._group = 0
         self._since: float | None = None
         self._ended = threading.Event()
         if job.train.changes_size:
@@ -69,8 +70,13 @@ class RoomWatch:
             self._ended.set()
             _ask_autoscaler(self._job, 0)
 
-    def grown(self, workers: int) -> bool:
-        """Return whether more than `workers` workers have fitted for `train.grow_after_s` seconds."""
+    def grown(self, group: int, workers: int) -> bool:
+        """Return whether more than the `workers` workers of the present group fit, for `train.grow_after_s` seconds.
+
+        `group` is the number of the group. The time begins with the group, which takes room itself.
+        """
+        if group != self._group:
+            self._group, self._since = group, None
         since, train = self._since, self._job.train
         return workers < train.workers and since is not None and time.monotonic() - since >= train.grow_after_s
 
