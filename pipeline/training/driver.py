@@ -145,7 +145,7 @@ def _train(
         contextlib.closing(worker_group.RoomWatch(job, beside)) as room,
     ):
         workers.start()
-        groups, training, scoring_goes_on = 0, True, True
+        training = scoring_goes_on = True
         while training or scoring_goes_on:
             training = not workers.done.wait(POLL_SECONDS)
             owner.require()
@@ -167,8 +167,7 @@ def _train(
                     on_score(images, value)
             housekeeping.follow(status)
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
-            # A group that did not even ask to start fails again. A group that did is subject to the restart budget.
-            lost = job.train.changes_size and workers.error is not None and status.groups > groups
+            lost = job.train.changes_size and worker_group.can_start_again(workers.error)
             failed = status.failure is not None or (workers.error is not None and not lost)
             if lost and not training:
                 status.apply(GroupLost())
@@ -176,7 +175,6 @@ def _train(
             if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break
             if (status.stopped or lost) and not training:
-                groups = status.groups
                 workers.start()
                 training = True
         if scores is not None:

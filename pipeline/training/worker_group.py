@@ -115,6 +115,16 @@ def _number(job: TrainJob, beside: bool) -> int:
     return max(train.least_workers, min(fit, train.workers))
 
 
+def can_start_again(error: BaseException | None) -> bool:
+    """Return whether an exception of `run_workers` says that a group failed, or found no room in time."""
+    from ray.train import ControllerError, PreemptionError, WorkerGroupError
+    from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
+
+    if isinstance(error, ControllerError):
+        return isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS)  # as Ray Train would try again
+    return isinstance(error, WorkerGroupError | PreemptionError)
+
+
 def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None) -> None:
     """Train with Ray Train until the workers return. The call blocks and raises the exceptions of Ray.
 
@@ -148,6 +158,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
         score_in_line=score_in_line,
         step_timeout_s=timeout_s,
     )
+    retries = 0 if job.train.changes_size else -1
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
     env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **public}
     TorchTrainer(
@@ -162,7 +173,9 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
             name=job.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=0 if job.train.changes_size else -1),
+            failure_config=FailureConfig(
+                max_failures=retries, max_preemption_failures=retries, controller_failure_limit=retries
+            ),
             worker_runtime_env={"env_vars": env},
         ),
     ).fit()
