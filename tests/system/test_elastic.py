@@ -54,4 +54,4 @@ def test_a_run_shrinks_and_grows_with_its_cluster(tmp_path: Path) -> None:
     # float32: sums over one and over two ranks have another order, and Adam divides small gradients by their size
     ours, theirs = state(tmp_path, run, "elastic"), state(tmp_path, fixed, "fixed")
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0.05, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0.05, msg=name)
