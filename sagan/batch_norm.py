@@ -125,7 +125,7 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor | None, *_: None):  # type: ignore[no-untyped-def]
-        if dy is None:
+        if dy is None:  # nothing uses y
             return (None,) * 7
         x, y, scale, mean, rstd, membership, averaging = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagan.device import kernels
+from sagan.device import is_cuda, kernels
 from sagan.rectifier import rectify_
 
 
@@ -68,4 +68,4 @@ def _adds_apart(x: Tensor) -> bool:
 
     On CUDA, torch adds the bias of a convolution with a kernel that takes three times as long as a copy (H200, 2.11).
     """
-    return x.device.type == "cuda" and torch.version.cuda is not None
+    return is_cuda(x.device)

@@ -29,16 +29,20 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Return whether a device is one of CUDA. torch names ROCm's devices `cuda` too, and they are not."""
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
 _LEAST_ELEMENTS = 2**20  # of a map; measured on one H200 (torch 2.11)
 
 
 def kernels(x: Tensor) -> Any:
     """Return the module `cuda_kernels` where it serves maps like x, and None elsewhere.
 
-    Smaller maps gain nothing.
+    Maps below 2²⁰ elements gain nothing.
     """
-    serves = x.device.type == "cuda" and torch.version.cuda is not None and x.numel() >= _LEAST_ELEMENTS
-    return _cuda_kernels() if serves else None
+    return _cuda_kernels() if is_cuda(x.device) and x.numel() >= _LEAST_ELEMENTS else None
 
 
 @functools.cache

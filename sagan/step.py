@@ -16,7 +16,7 @@ from sagan.learning_rate import learning_rate_factor
 from sagan.losses import Loss, logits
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.ranks import World
-from sagan.step_graph import StepGraph
+from sagan.step_graph import StepGraph, side_stream
 from sagan.step_inputs import Draw, Inputs
 from sagan.train_state import TrainState
 
@@ -218,27 +218,10 @@ class Step:
         """
         if self.world.size == 1:
             return network
-        with _side_stream(self.device):
+        with side_stream(self.device):
             return DistributedDataParallel(
                 network, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100
             )
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Run CUDA's work in a new stream.
-
-    DDP's nodes for gradients keep the stream in which DDP is made. CUDA's default stream cannot be recorded.
-    """
-    if device.type != "cuda" or torch.version.cuda is None:
-        yield
-        return
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 @contextlib.contextmanager

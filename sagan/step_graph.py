@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sagan.device import is_cuda
 from sagan.ranks import World
 from sagan.step_inputs import Inputs
 
@@ -60,8 +61,7 @@ class StepGraph:
     @staticmethod
     def serves(device: torch.device, world: World) -> bool:
         """Return whether steps on the device, with the collectives of `world`, can be recorded."""
-        collectives = world.size == 1 or dist.get_backend() == "nccl"
-        return device.type == "cuda" and torch.version.cuda is not None and collectives
+        return is_cuda(device) and (world.size == 1 or dist.get_backend() == "nccl")
 
     @property
     def records(self) -> bool:
@@ -109,3 +109,20 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Run the work of a CUDA device in a new stream; do nothing on another device. Make DDP in it.
+
+    DDP's nodes for gradients keep the stream in which DDP is made, and CUDA's default stream cannot be recorded.
+    """
+    if not is_cuda(device):
+        yield
+        return
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)

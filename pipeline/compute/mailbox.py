@@ -89,9 +89,9 @@ class Sender:
     def exchange(self, message: Any) -> bool:
         """Send a message from time to time, and return whether the driver asks to stop.
 
-        The call never waits, and it may come after every step. A message costs a millisecond, so one is dropped that
-        comes less than 0.2 s after the last, or while an earlier one is on its way. The result is the answer to an
-        earlier message.
+        The call never waits, and it may come after every step. Each message costs a millisecond. So a message is
+        dropped if it comes less than 0.2 s after the last one, or while an earlier one is on its way. The result is the
+        answer to an earlier message.
         """
         import ray
 

@@ -65,8 +65,9 @@ def count_fitting(
     """
     nodes = [dict(node) for node in free]
     for needed in reserved:
-        node = next((node for node in nodes if _times(node, needed) >= 1), {})
-        node.update({resource: node[resource] - needed[resource] for resource in node})
+        node = next((node for node in nodes if _times(node, needed) >= 1), None)
+        if node is not None:
+            node.update({resource: node[resource] - amount for resource, amount in needed.items()})
     return sum(_times(node, each) for node in nodes)
 
 

@@ -124,7 +124,7 @@ class NodesLeave:
 
 @dataclass(frozen=True)
 class RoomForMore:
-    """More workers fit into the cluster than the group has. They write a checkpoint, and more start again."""
+    """More workers fit into the cluster than the group has. It writes a checkpoint, and a larger group starts."""
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,7 @@ class Status:
             case RoomForMore():
                 if self.nodes and not self.grows:
                     self.grows = True
-                    self.lines.append(
-                        f"more than {self.workers} workers fit: they write a checkpoint and start again with more"
-                    )
+                    self.lines.append("more workers fit: a checkpoint is written, and more workers start")
             case GroupLost():
                 self.nodes, self.workers_gone_s = frozenset(), self.workers_gone_s or self.clock()
             case GroupStarted():

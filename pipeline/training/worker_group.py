@@ -29,16 +29,13 @@ def require_room(job: TrainJob) -> bool:
     workers, cpus, scores = job.train.least_workers, job.resources.cpus_per_worker, job.evaluate
     connect(workers * cpus + scores.workers * scores.cpus)
     gpus = float(uses_gpu(job.resources.device))
-    require_resources(workers, "workers", cpus, gpus, lambda fit: f"set {_least_key(job)}={fit} or add nodes")
+    key = "train.workers" if job.train.min_workers is None else "train.min_workers"
+    require_resources(workers, "workers", cpus, gpus, lambda fit: f"set {key}={fit} or add nodes")
     more_cpus, more_gpus = scores.workers * scores.cpus, scores.workers * scores.gpus
     return has_resources(
         workers * cpus + more_cpus if more_cpus else 0,
         workers * gpus + more_gpus if more_gpus else 0,
     )
-
-
-def _least_key(job: TrainJob) -> str:
-    return "train.workers" if job.train.min_workers is None else "train.min_workers"
 
 
 def shown(job: TrainJob) -> str:
@@ -71,9 +68,10 @@ class RoomWatch:
             _ask_autoscaler(self._job, 0)
 
     def grown(self, group: int, workers: int) -> bool:
-        """Return whether more than the `workers` workers of the present group fit, for `train.grow_after_s` seconds.
+        """Return whether more workers than those of the present group have fitted for `train.grow_after_s` seconds.
 
-        `group` is the number of the group. The time begins with the group, which takes room itself.
+        `group` is the number of the group, and `workers` its size. The time begins with the group, which itself takes
+        room.
         """
         if group != self._group:
             self._group, self._since = group, None

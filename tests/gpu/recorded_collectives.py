@@ -4,8 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from sagan.step import _side_stream
-from sagan.step_graph import WARM_UP, StepGraph
+from sagan.step_graph import WARM_UP, StepGraph, side_stream
 from sagan.step_inputs import Inputs
 
 DEVICE = torch.device("cuda")
@@ -17,7 +16,7 @@ class Training:
     def __init__(self):
         torch.manual_seed(0)
         self.plain = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)).to(DEVICE)
-        with _side_stream(DEVICE):
+        with side_stream(DEVICE):
             self.network = DistributedDataParallel(self.plain, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.Adam(self.plain.parameters(), lr=2.0**-8)
         self.seen = torch.zeros(1, device=DEVICE)

@@ -32,6 +32,18 @@ TINY = {
 }
 
 
+_begun: list[Driver] = []
+
+
+def end_drivers() -> None:
+    """End the drivers that a failed test has left, so that they do not disturb the next one."""
+    for driver in _begun:
+        if driver.process.poll() is None:
+            driver.process.kill()
+            driver.end()
+    _begun.clear()
+
+
 class Driver:
     """One `sagan run`, by default of the tiny quickstart."""
 
@@ -56,6 +68,7 @@ class Driver:
             text=True,
         )
         self.output = ""
+        _begun.append(self)
 
     def until(self, text: str) -> str:
         """Read until a line holds `text`; that line."""

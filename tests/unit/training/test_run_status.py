@@ -80,7 +80,7 @@ def test_a_group_grows_once_and_has_not_failed() -> None:
     for _ in range(3):  # the room is seen at each look
         status.apply(RoomForMore())
     assert status.must_restart
-    assert status.lines == ["more than 1 workers fit: they write a checkpoint and start again with more"]
+    assert status.lines == ["more workers fit: a checkpoint is written, and more workers start"]
     status.apply(Stopped())
     status.apply(RoomForMore())
     status.apply(group_on("a", "b"))
