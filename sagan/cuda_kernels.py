@@ -40,18 +40,15 @@ def _image_statistics(
 ):
     image = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    x += image * pixels * channels
     total = tl.zeros([ROWS, COLUMNS], FLOAT)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < pixels)[:, None] & (column < channels)[None, :]
-        total += tl.load(x + row[:, None] * channels + column[None, :], inside, 0.0).to(FLOAT)
+        at, inside = _addresses(image, start + tl.arange(0, ROWS), column, pixels, channels)
+        total += tl.load(x + at, inside, 0.0).to(FLOAT)
     m = tl.sum(total, 0) / pixels
     total = tl.zeros([ROWS, COLUMNS], FLOAT)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < pixels)[:, None] & (column < channels)[None, :]
-        deviation = tl.load(x + row[:, None] * channels + column[None, :], inside, 0.0).to(FLOAT) - m[None, :]
+        at, inside = _addresses(image, start + tl.arange(0, ROWS), column, pixels, channels)
+        deviation = tl.load(x + at, inside, 0.0).to(FLOAT) - m[None, :]
         total += tl.where(inside, deviation * deviation, 0.0)
     tl.store(mean + image * channels + column, m, column < channels)
     tl.store(variance + image * channels + column, tl.sum(total, 0) / pixels, column < channels)
@@ -80,14 +77,10 @@ def _rectified_affine(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < pixels)[:, None] & (column < channels)[None, :]
-    at = image * pixels * channels + row[:, None] * channels + column[None, :]
-    f = tl.load(factor + image * channels + column, column < channels, 0.0).to(FLOAT)
-    o = tl.load(offset + image * channels + column, column < channels, 0.0).to(FLOAT)
-    value = tl.load(x + at, inside, 0.0).to(FLOAT) * f[None, :] + o[None, :]
+    image, _, column, at, inside = _tile_of_program(pixels, channels, ROWS, COLUMNS)
+    f = _of_channels(factor + image * channels, column, channels, FLOAT)
+    o = _of_channels(offset + image * channels, column, channels, FLOAT)
+    value = tl.load(x + at, inside, 0.0).to(FLOAT) * f + o
     if RECTIFIES:
         value = tl.where(value > 0, value, value * SLOPE)
     tl.store(y + at, value.to(y.dtype.element_ty), inside)
@@ -125,20 +118,18 @@ def _gradient_sums(
 ):
     image = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    m = tl.load(mean + image * channels + column, column < channels, 0.0).to(FLOAT)
+    m = _of_channels(mean + image * channels, column, channels, FLOAT)
     of_gradient = tl.zeros([ROWS, COLUMNS], FLOAT)
     of_product = tl.zeros([ROWS, COLUMNS], FLOAT)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < pixels)[:, None] & (column < channels)[None, :]
-        at = image * pixels * channels + row[:, None] * channels + column[None, :]
+        at, inside = _addresses(image, start + tl.arange(0, ROWS), column, pixels, channels)
         g = tl.load(dy + at, inside, 0.0).to(FLOAT)
         if RECTIFIES:
             g = tl.where(tl.load(y + at, inside, 0.0).to(FLOAT) > 0, g, g * SLOPE)
             g = g.to(gradient.dtype.element_ty).to(FLOAT)  # the sums are those of what is stored
             tl.store(gradient + at, g.to(gradient.dtype.element_ty), inside)
         of_gradient += g
-        of_product += (tl.load(x + at, inside, 0.0).to(FLOAT) - m[None, :]) * g
+        of_product += (tl.load(x + at, inside, 0.0).to(FLOAT) - m) * g
     tl.store(alone + image * channels + column, tl.sum(of_gradient, 0), column < channels)
     tl.store(along + image * channels + column, tl.sum(of_product, 0), column < channels)
 
@@ -165,16 +156,12 @@ def _affine_of_two(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < pixels)[:, None] & (column < channels)[None, :]
-    at = image * pixels * channels + row[:, None] * channels + column[None, :]
-    of_x = tl.load(x_factor + image * channels + column, column < channels, 0.0).to(FLOAT)
-    of_dy = tl.load(dy_factor + image * channels + column, column < channels, 0.0).to(FLOAT)
-    o = tl.load(offset + image * channels + column, column < channels, 0.0).to(FLOAT)
-    value = tl.load(x + at, inside, 0.0).to(FLOAT) * of_x[None, :] + o[None, :]
-    value += tl.load(dy + at, inside, 0.0).to(FLOAT) * of_dy[None, :]
+    image, _, column, at, inside = _tile_of_program(pixels, channels, ROWS, COLUMNS)
+    of_x = _of_channels(x_factor + image * channels, column, channels, FLOAT)
+    of_dy = _of_channels(dy_factor + image * channels, column, channels, FLOAT)
+    o = _of_channels(offset + image * channels, column, channels, FLOAT)
+    value = tl.load(x + at, inside, 0.0).to(FLOAT) * of_x + o
+    value += tl.load(dy + at, inside, 0.0).to(FLOAT) * of_dy
     tl.store(dx + at, value.to(dx.dtype.element_ty), inside)
 
 
@@ -198,13 +185,9 @@ def _add_bias(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < pixels)[:, None] & (column < channels)[None, :]
-    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+    _, _, column, at, inside = _tile_of_program(pixels, channels, ROWS, COLUMNS)
     value = tl.load(h + at, inside, 0.0).to(FLOAT)
-    value += tl.load(bias + column, column < channels, 0.0).to(FLOAT)[None, :]
+    value += _of_channels(bias, column, channels, FLOAT)
     if RECTIFIES:
         value = tl.where(value > 0, value, value * SLOPE)
     tl.store(h + at, value.to(h.dtype.element_ty), inside)
@@ -241,9 +224,7 @@ def _bias_gradient(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], FLOAT)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < pixels)[:, None] & (column < channels)[None, :]
-        at = image * pixels * channels + row[:, None] * channels + column[None, :]
+        at, inside = _addresses(image, start + tl.arange(0, ROWS), column, pixels, channels)
         g = tl.load(dy + at, inside, 0.0).to(FLOAT)
         if RECTIFIES:
             g = tl.where(tl.load(y + at, inside, 0.0).to(FLOAT) > 0, g, g * SLOPE)
@@ -267,17 +248,14 @@ def upsample(x: Tensor) -> Tensor:
 
 @triton.jit
 def _upsample(x, y, width, pixels, channels, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < pixels)[:, None] & (column < channels)[None, :]
-    value = tl.load(x + image * pixels * channels + row[:, None] * channels + column[None, :], inside, 0.0)
+    image, row, column, at, inside = _tile_of_program(pixels, channels, ROWS, COLUMNS)
+    value = tl.load(x + at, inside, 0.0)
     corner = 4 * width * (row // width) + 2 * (row % width)  # the first of the four pixels
     y += image * 4 * pixels * channels
     for down in range(2):
         for right in range(2):
-            at = (corner + down * 2 * width + right)[:, None] * channels + column[None, :]
-            tl.store(y + at, value, inside)
+            to = (corner + down * 2 * width + right)[:, None] * channels + column[None, :]
+            tl.store(y + to, value, inside)
 
 
 def sums_of_four(x: Tensor, divisor: int) -> Tensor:
@@ -293,18 +271,14 @@ def sums_of_four(x: Tensor, divisor: int) -> Tensor:
 def _sums_of_four(
     x, y, width, divisor, pixels, channels, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    image, row, column, at, inside = _tile_of_program(pixels, channels, ROWS, COLUMNS)
     corner = 4 * width * (row // width) + 2 * (row % width)
     x += image * 4 * pixels * channels
     total = tl.zeros([ROWS, COLUMNS], FLOAT)
     for down in range(2):
         for right in range(2):
-            at = (corner + down * 2 * width + right)[:, None] * channels + column[None, :]
-            total += tl.load(x + at, inside, 0.0).to(FLOAT)
-    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+            source = (corner + down * 2 * width + right)[:, None] * channels + column[None, :]
+            total += tl.load(x + source, inside, 0.0).to(FLOAT)
     tl.store(y + at, (total / divisor).to(y.dtype.element_ty), inside)
 
 
@@ -334,10 +308,7 @@ def _box(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    image, row, column, at, inside = _tile_of_program(pixels, channels, ROWS, COLUMNS)
     side = width - 1 + 2 * PADDING
     x += image * height * width * channels
     total = tl.zeros([ROWS, COLUMNS], FLOAT)
@@ -345,10 +316,35 @@ def _box(
         for right in range(2):
             line, place = row // side + down - PADDING, row % side + right - PADDING
             exists = (line >= 0) & (line < height) & (place >= 0) & (place < width)
-            at = (line * width + place)[:, None] * channels + column[None, :]
-            total += tl.load(x + at, inside & exists[:, None], 0.0).to(FLOAT)
-    at = image * pixels * channels + row[:, None] * channels + column[None, :]
+            source = (line * width + place)[:, None] * channels + column[None, :]
+            total += tl.load(x + source, inside & exists[:, None], 0.0).to(FLOAT)
     tl.store(y + at, (total / divisor).to(y.dtype.element_ty), inside)
+
+
+# --- parts of kernels ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_of_program(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the image, the rows and the columns of a program's tile, its elements' offsets, and which exist."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    at, inside = _addresses(image, row, column, pixels, channels)
+    return image, row, column, at, inside
+
+
+@triton.jit
+def _addresses(image, row, column, pixels, channels):
+    """Return the offsets of a tile's elements, [ROWS, COLUMNS], and which of them exist."""
+    inside = (row < pixels)[:, None] & (column < channels)[None, :]
+    return image * pixels * channels + row[:, None] * channels + column[None, :], inside
+
+
+@triton.jit
+def _of_channels(values, column, channels, FLOAT: tl.constexpr):
+    """Return one value per channel, [1, COLUMNS]."""
+    return tl.load(values + column, column < channels, 0.0).to(FLOAT)[None, :]
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
