@@ -38,7 +38,7 @@ class Console:
     def __enter__(self) -> Console:
         self.progress.start()
         if not self.output.is_terminal:
-            print(f"starting {_workers(self.job)} workers …", flush=True)
+            print(f"starting {_workers(self.job)} …", flush=True)
         return self
 
     def __exit__(
@@ -85,6 +85,8 @@ def _short(metrics: dict[str, float]) -> str:
 
 
 def _workers(job: TrainJob) -> str:
-    """Return the number of workers, or the range of it."""
+    """Return the number of workers, or the range of it, with its noun."""
     train = job.train
-    return f"{train.least_workers} to {train.workers}" if train.changes_size else str(train.workers)
+    if train.changes_size:
+        return f"{train.least_workers} to {train.workers} workers"
+    return "1 worker" if train.workers == 1 else f"{train.workers} workers"
