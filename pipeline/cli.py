@@ -440,15 +440,15 @@ def status(
         _show(seen.rows(), False, "status")
 
 
-@app.command(epilog="Example: `sagan doctor --cluster`")
-def doctor(
+@app.command("doctor", epilog="Example: `sagan doctor --cluster`")
+def doctor_command(
     cluster: Annotated[bool, typer.Option(help="Also check every node of the Ray cluster.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check whether this machine has what jobs need. A remedy is shown for each problem."""
-    from pipeline import doctor as checks
+    from pipeline.doctor import doctor
 
-    raise typer.Exit(checks.run(cluster, as_json))
+    raise typer.Exit(doctor.run(cluster, as_json))
 
 
 def _show(result: dict[str, Any], as_json: bool, title: str) -> None:

@@ -1,4 +1,4 @@
-"""The connection to Ray: join a cluster, start Ray on this machine, run a function on every node, see nodes leave."""
+"""The connection to Ray: join a cluster, start Ray on this machine, run a function on nodes, see nodes leave."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.compute.root_cause import root_cause
 from pipeline.errors import EnvironmentFault
 from pipeline.storage.filesystems import filesystem
 
@@ -77,25 +79,49 @@ def join_named_cluster() -> bool:
     return True
 
 
-def run_on_each_node(function: Callable[[], T], timeout_s: float) -> dict[str, T]:
-    """Run `function` on every live node of the cluster. Return the results by address of the node.
+def live_nodes() -> dict[str, str]:
+    """Return the ids of the live nodes of the cluster by name.
+
+    The name is the address, followed by the first digits of the id where nodes share an address.
+    """
+    import ray
+
+    nodes = [(node["NodeManagerAddress"], node["NodeID"]) for node in ray.nodes() if node["Alive"]]
+    addresses = Counter(address for address, _ in nodes)
+    return {address if addresses[address] == 1 else f"{address} ({id_[:6]})": id_ for address, id_ in nodes}
+
+
+def run_on_nodes(calls: Mapping[str, Callable[[], T]], timeout_s: float, gpus: float = 0) -> dict[str, T | Exception]:
+    """Run a function on each of some nodes, all at once. Return the results by name of the node.
+
+    The result is an exception where the function raised one, where the node does not answer within `timeout_s` seconds,
+    and where it has no `gpus` free GPUs.
 
     Args:
-        function: Function without arguments.
-        timeout_s: Longest time to wait for each result, in seconds. Ray raises GetTimeoutError after it.
+        calls: functions without arguments, by name of the node as in `live_nodes`.
+        timeout_s: longest time to wait, in seconds.
+        gpus: GPUs that each call reserves.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(num_cpus=0)(function)
-    pending = {
-        node["NodeManagerAddress"]: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-    return {address: ray.get(result, timeout=timeout_s) for address, result in pending.items()}
+    nodes = live_nodes()
+    pending = {}
+    for name, function in calls.items():
+        place = NodeAffinitySchedulingStrategy(nodes[name], soft=False)
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(function)
+        pending[name] = task.options(scheduling_strategy=place).remote()
+    ray.wait(list(pending.values()), num_returns=len(pending), timeout=timeout_s)
+    results: dict[str, T | Exception] = {}
+    for name, reference in pending.items():
+        try:
+            results[name] = ray.get(reference, timeout=0)
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(reference, force=True)
+            results[name] = TimeoutError(f"no answer in {timeout_s:.0f} s")
+        except Exception as error:
+            results[name] = Exception(str(root_cause(error)))
+    return results
 
 
 @dataclass(frozen=True)
@@ -147,6 +173,13 @@ def this_node() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
+
+
+def this_address() -> str:
+    """Return the address of the node on which this process runs."""
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())
 
 
 def ray_storage(root: str) -> tuple[Any, str]:

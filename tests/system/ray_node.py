@@ -27,12 +27,13 @@ class RayNode(Server):
         head: The head, which runs.
         cpus: Logical CPUs.
         drain_s: Seconds between the notice and the end of the node.
+        env: Variables of the node's processes.
     """
 
     name = "a Ray node"
 
-    def __init__(self, head: Ray, cpus: int, drain_s: float = 120.0) -> None:
-        super().__init__(env={"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s)})
+    def __init__(self, head: Ray, cpus: int, drain_s: float = 120.0, env: dict[str, str] | None = None) -> None:
+        super().__init__(env={"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s), **(env or {})})
         self.head, self.cpus = head, cpus
 
     def command(self) -> list[str]:

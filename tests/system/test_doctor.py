@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from infra.local.servers import S3
-from pipeline import doctor
+from pipeline.doctor import doctor
+from pipeline.doctor.check import Check
 from pipeline.errors import EnvironmentFault
 from pipeline.tracking.mlflow_run import MlflowRun, default_uri
 
 pytestmark = pytest.mark.system
 
 
-def finding(name: str) -> doctor.Check:
+def finding(name: str) -> Check:
     return next(check for check in doctor.checks() if check.name == name)
 
 

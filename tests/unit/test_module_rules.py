@@ -100,7 +100,7 @@ def test_the_graph_has_imports_under_type_checking_and_inside_functions() -> Non
     graph = import_graph()
     assert "pipeline.evaluation.self_test" in graph["pipeline.job_runner"]  # under TYPE_CHECKING
     assert "pipeline.packing.pack" in graph["pipeline.job_runner"]  # inside a function
-    assert "pipeline.doctor" in graph["pipeline.cli"]  # from pipeline import doctor
+    assert "pipeline.doctor.doctor" in graph["pipeline.cli"]  # from pipeline.doctor import doctor
     assert "sagan.batch_norm" in graph["sagan.step"]  # from sagan import batch_norm
 
 

@@ -1,0 +1,74 @@
+"""The doctor names the node, or the pair of nodes, that differs from the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.doctor.check import Check
+from pipeline.doctor.network import Link, rounds
+from pipeline.doctor.nodes import GPU, NodeFacts, node_facts, odd_clocks, odd_links, odd_nodes
+
+USUAL = NodeFacts([], {"code": "1a", "torch": "2.13.0", GPU: "H200"}, disk_mb_s=900.0, open_files=65536)
+
+
+def named(found: list[Check]) -> list[tuple[str, str]]:
+    return [(check.name, check.status) for check in found]
+
+
+def other(**same: str) -> dict[str, NodeFacts]:
+    """Three equal nodes and a fourth one that differs."""
+    odd = replace(USUAL, same=USUAL.same | {key.replace("_", " "): value for key, value in same.items()})
+    return {"a": USUAL, "b": USUAL, "c": odd, "d": USUAL}
+
+
+def test_equal_nodes_have_no_findings() -> None:
+    assert odd_nodes({"a": USUAL, "b": USUAL}) == []
+    assert odd_nodes({}) == []
+
+
+def test_a_node_with_other_code_or_versions_fails() -> None:
+    (found,) = odd_nodes(other(code="2b"))
+    assert (found.name, found.status) == ("c: code", "fail")
+    assert "2b on this node, and 1a on 3 of 4 nodes" in found.found
+    assert named(odd_nodes(other(torch="2.12.0"))) == [("c: torch", "fail")]
+    assert named(odd_nodes(other(kind_of_GPU="A100"))) == [("c: kind of GPU", "warn")]
+
+
+def test_a_slow_disk_and_a_low_limit_are_named() -> None:
+    facts = {"a": USUAL, "b": replace(USUAL, disk_mb_s=100.0), "c": replace(USUAL, open_files=1024)}
+    assert named(odd_nodes(facts)) == [("b: disk speed", "warn"), ("c: open files", "warn")]
+
+
+def test_a_wrong_clock_is_named_unless_the_measurement_is_as_uncertain() -> None:
+    assert named(odd_clocks({"a": 0.2, "b": -5.0}, uncertain_s=0.1)) == [("b: clock", "warn")]
+    assert odd_clocks({"b": -5.0}, uncertain_s=6.0) == []
+
+
+def test_a_pair_that_fails_and_a_slow_pair_are_named() -> None:
+    links = [Link(("a", "b"), 10.0), Link(("a", "c"), 2.0), Link(("b", "c"), error="no route"), Link(("a", "d"), 9.0)]
+    assert named(odd_links(links)) == [("b and c", "fail"), ("a and c", "warn")]
+    assert odd_links([]) == []
+
+
+@given(st.integers(0, 17))
+def test_every_pair_meets_once_and_a_node_is_in_one_pair_of_a_round(count: int) -> None:
+    nodes = [str(number) for number in range(count)]
+    found = rounds(nodes)
+    assert sorted(tuple(sorted(pair)) for pairs in found for pair in pairs) == sorted(
+        tuple(sorted(pair)) for pair in combinations(nodes, 2)
+    )
+    for pairs in found:
+        together = [node for pair in pairs for node in pair]
+        assert len(together) == len(set(together))
+
+
+def test_this_machine_has_facts() -> None:
+    facts = node_facts()
+    assert facts.same["torch"]
+    assert facts.same["code"] == node_facts().same["code"]
+    assert facts.disk_mb_s > 0
+    assert {check.name for check in facts.checks} >= {"disk", "S3", "MLflow"}
