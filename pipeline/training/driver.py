@@ -69,7 +69,7 @@ def train(
         run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)))
         if run.summary is not None:
             return run.summary
-        told = held.enter_context(StatusFile(run))
+        told = held.enter_context(StatusFile(run, evaluation.higher_is_better(run.job)))
         status = "FAILED"
         try:
             snapshot = _train(run, evaluation, on_score, asked_to_stop, told)

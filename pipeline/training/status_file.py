@@ -1,4 +1,7 @@
-"""Says what a run is doing to people who do not see its driver's console: in `status.json` and in a tag of MLflow."""
+"""Says what a run is doing to people who do not see its driver's console.
+
+It does so in `status.json`, in a tag of MLflow and in the gauges that Prometheus reads.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun, shown_url
+from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.json_records import RunState
 from pipeline.runs.owner import LostRun
 from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.run_gauges import RunGauges
 from pipeline.training.run_status import Status
 from pipeline.training.shared_types import TrainingRun
 
@@ -27,9 +32,13 @@ class StatusFile:
     """Writes the state of a run while a `with` block runs, and at its end how the block has ended.
 
     A thread writes, so that neither storage nor MLflow holds up the driver. A write that fails is done later.
+
+    Args:
+        run: the run.
+        higher_is_better: whether a higher value of the score that ranks the run's checkpoints is better.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun, higher_is_better: bool) -> None:
         assert run.owner is not None, "the state of a run that has ended does not change"
         self._run, self._owner = run, run.owner
         before = _stored_state(run)
@@ -45,6 +54,8 @@ class StatusFile:
             time_s=time.time(),
         )
         self._starts = run.record.starts
+        self._higher_is_better = higher_is_better
+        self._gauges, self._waited = RunGauges(run.job.name), set[str]()
         self._changed, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._write_until_the_end, name="status", daemon=True)
 
@@ -78,10 +89,36 @@ class StatusFile:
             images_lost=now.images_lost,
             **(_error(now.last_error) if now.last_error and now.last_error != self._state.last_error else {}),
         )
+        self._set_gauges(now)
 
     def score(self, images: int) -> None:
         """Show that training has ended and that the last scores are computed."""
         self._change(state="scoring", images=images, waits=[])
+
+    def _set_gauges(self, now: Status) -> None:
+        gauges, job = self._gauges, self._run.job
+        gauges.set("sagan_images", now.images)
+        gauges.set("sagan_target_images", 1000 * job.train.kimg)
+        gauges.set("sagan_checkpoint_interval_images", 1000 * job.checkpoint.kimg)
+        gauges.set("sagan_restarts", max(0, now.starts - 1))
+        gauges.set("sagan_images_lost", now.images_lost)
+        gauges.set("sagan_workers", now.workers if now.nodes else 0)
+        for name, value in now.metrics.items():
+            gauges.set("sagan_metric", value, metric=name)
+        if "images_per_s" in now.metrics:
+            gauges.set("sagan_images_per_second", now.metrics["images_per_s"])
+        if newest := now.uploaded[-1:] or ([now.resumed_from] if now.resumed_from else []):
+            gauges.set("sagan_checkpoint_images", StoredCheckpoint(newest[0]).images)
+        if scores := [(metric, value) for _, metric, value in now.scores if value is not None]:
+            gauges.set("sagan_score", scores[-1][1], metric=scores[-1][0])
+            gauges.set("sagan_scores_since_best", _since_best([value for _, value in scores], self._higher_is_better))
+        # One name for all checkpoints, because a series is never deleted.
+        since = {"checkpoint" if who.startswith("checkpoint ") else who: w.since_s for who, w in now.waits.items()}
+        self._waited |= set(since)
+        for who in self._waited:
+            gauges.set("sagan_waiting_since_seconds", since.get(who, 0), who=who)
+        for rank, seen in now.ranks.items():
+            gauges.set("sagan_rank_step_seconds", seen.own_s, rank=str(rank), process=seen.process)
 
     def _change(self, **values: Any) -> None:
         before = self._state
@@ -122,6 +159,12 @@ def _stored_state(run: TrainingRun) -> RunState | None:
     with suppress(CorruptError, EnvironmentFault):
         return run.stored.state()
     return None
+
+
+def _since_best(scores: list[float], higher_is_better: bool) -> int:
+    """Return the number of scores after the best one."""
+    best = max(scores) if higher_is_better else min(scores)
+    return scores[::-1].index(best)
 
 
 def _error(message: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def driving(job: TrainJob) -> Iterator[tuple[TrainingRun, StatusFile]]:
     """A driver of the run, without workers."""
     with ExitStack() as held:
         run = find_or_start(job, _evaluation(), None, lambda stored: held.enter_context(owned(stored)))
-        yield run, held.enter_context(StatusFile(run))
+        yield run, held.enter_context(StatusFile(run, higher_is_better=False))
 
 
 def training() -> Status:
