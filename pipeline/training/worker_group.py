@@ -18,6 +18,9 @@ from pipeline.training.worker.training_loop import train_worker
 
 _LOOK_S = 1.0  # seconds between two looks at the free resources of the cluster
 _SETTLE_S = 10.0  # the resources of an ended group become free after some seconds
+_UPLOAD_S = (
+    120.0  # longest time that rank 0, if it is on another node, uploads a checkpoint after a node was taken away
+)
 
 
 def require_room(job: TrainJob) -> bool:
@@ -126,6 +129,14 @@ def can_start_again(error: BaseException | None) -> bool:
     return isinstance(error, WorkerGroupError | PreemptionError)
 
 
+def found_no_room(error: BaseException | None) -> bool:
+    """Return whether an exception of `run_workers` says that the cluster had no room for the group in time."""
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+
+
 def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None) -> None:
     """Train with Ray Train until the workers return. The call blocks and raises the exceptions of Ray.
 
@@ -175,7 +186,10 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(
-                max_failures=retries, max_preemption_failures=retries, controller_failure_limit=retries
+                max_failures=retries,
+                max_preemption_failures=retries,
+                controller_failure_limit=retries,
+                preemption_grace_s=_UPLOAD_S,
             ),
             worker_runtime_env={"env_vars": env},
         ),
