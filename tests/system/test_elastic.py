@@ -25,7 +25,7 @@ ELASTIC = {"train.workers": 2, "train.min_workers": 1, "train.grow_after_s": 1}
 
 
 def train(
-    folder: Path, head: Ray, name: str, environment: Mapping[str, str] = MappingProxyType({}), **overrides: Any
+    folder: Path, head: Ray, name: str, environment: Mapping[str, str] = MappingProxyType({}), /, **overrides: Any
 ) -> Driver:
     env = {
         **head.env,

@@ -316,7 +316,7 @@ class Worker:
         return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     def _checkpoint(self, actions: Actions) -> None:
-        """Write a checkpoint on rank 0 and begin to upload it. Collective.
+        """Copy the state on rank 0, and begin to write and to upload it. Collective.
 
         The call waits for the upload of the previous checkpoint.
         """
@@ -337,10 +337,13 @@ class Worker:
                 method_digest=self.assignment.method_digest,
                 git_commit=self.git_commit,
             )
-            self.checkpoint = self.stored.checkpoint(write_checkpoint(local, self.state, self.metrics_file, facts))
+            state, metrics = self.state.copied(), self.metrics_file.read_bytes()
             beside = actions.score and self.assignment.score_in_line is None
-            uploaded = run_status.Uploaded(self.checkpoint.name, beside)
-            self.upload.start(local, self.checkpoint, lambda: self.driver.deliver(uploaded))
+            self.upload.start(
+                local,
+                lambda: self.stored.checkpoint(write_checkpoint(local, state, metrics, facts)),
+                lambda checkpoint: self.driver.deliver(run_status.Uploaded(checkpoint.name, beside)),
+            )
         self.shares.checkpoint += time.perf_counter() - began
 
     def _score_in_line(self, actions: Actions) -> None:
@@ -360,8 +363,9 @@ class Worker:
             self.upload.wait()
             devices = [self.device] if self.device.type == "cuda" else []
             # `score` shows an error on the driver's console, and the checkpoint is scored after training.
+            assert self.upload.last is not None, "the score is that of a checkpoint"
             with torch.random.fork_rng(devices), contextlib.suppress(Exception):
-                score(self.checkpoint)
+                score(self.upload.last)
             configure_device(self.device)  # an extractor changes settings of torch
         if self.control is not None:
             limit = timedelta(seconds=self.job.evaluate.timeout_s + self.assignment.step_timeout_s)
