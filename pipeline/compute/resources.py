@@ -149,7 +149,8 @@ def placement_groups() -> PlacementGroups:
             continue
         if not group.creator_actor_id or ray.ActorID(group.creator_actor_id).is_nil():  # made by the driver itself
             continue
-        if group.creator_actor_dead:
+        actor = ray._private.state.actors(group.creator_actor_id.hex())
+        if actor.get("State", "DEAD") == "DEAD":  # Ray forgets actors that died long ago
             orphaned.append(ray.PlacementGroupID(group.placement_group_id))
         elif group.state == Group.CREATED:
             placed += 1
