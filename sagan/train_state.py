@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,23 @@ FORMAT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
 UNUSABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 """Errors that Python and torch raise where a network is built from values of wrong types."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A training state as it is written to a file."""
+
+    images: int
+    """Position of the run."""
+    facts: dict[str, Any]
+    """Contents of state.json."""
+    tensors: dict[str, Tensor]
+    """Contents of state.safetensors, on the host."""
+
+    def save(self, folder: Path | str) -> None:
+        """Write state.safetensors and state.json into an existing folder."""
+        save_file(self.tensors, Path(folder) / TENSORS)
+        (Path(folder) / FACTS).write_text(json.dumps(self.facts, indent=1, sort_keys=True))
 
 
 class TrainState:
@@ -125,9 +143,18 @@ class TrainState:
 
     def save(self, folder: Path | str) -> None:
         """Write state.safetensors and state.json into an existing folder."""
-        folder = Path(folder)
-        save_file(on_host({name: tensor.detach() for name, tensor in self.tensors()}), folder / TENSORS)
-        (folder / FACTS).write_text(json.dumps(self.facts(), indent=1, sort_keys=True))
+        SavedState(self.images, self.facts(), on_host(self._detached())).save(folder)
+
+    def copied(self) -> SavedState:
+        """Return a copy on the host, which another thread can write while steps go on. The host waits once."""
+        copies = {
+            name: tensor.clone(memory_format=torch.contiguous_format) if tensor.device.type == "cpu" else tensor
+            for name, tensor in self._detached().items()
+        }
+        return SavedState(self.images, self.facts(), on_host(copies))
+
+    def _detached(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.tensors()}
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> TrainState:

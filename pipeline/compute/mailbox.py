@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import threading
 import time
+import weakref
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
@@ -58,9 +59,9 @@ class Sender:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._asked: Any = None
-        self._exchanged = -math.inf
+        self._newest: Any = None  # message of `exchange` that was not sent yet
         self._stop = False
+        self._exchanging: threading.Thread | None = None
 
     def send(self, message: Any) -> None:
         """Send a message without waiting. It is lost where the mailbox is not available."""
@@ -87,24 +88,18 @@ class Sender:
         raise EnvironmentFault(f"the driver did not answer within {timeout_s:.0f} s")
 
     def exchange(self, message: Any) -> bool:
-        """Send a message from time to time, and return whether the driver asks to stop.
+        """Leave a message for the driver, and return whether the driver asked to stop.
 
-        The call never waits, and it may come after every step. Each message costs a millisecond. So a message is
-        dropped if it comes less than 0.2 s after the last one, or while an earlier one is on its way. The result is the
-        answer to an earlier message.
+        The call never waits, and it may come after every step. A thread sends the newest message five times a second,
+        because each takes a millisecond, and the driver's answer to it is the result of later calls. A message that was
+        not sent before the next one comes is dropped.
         """
-        import ray
-
-        if (now := time.monotonic()) < self._exchanged + _EXCHANGE_S:
-            return self._stop
-        self._exchanged = now
-        if self._asked is not None:
-            done, _ = ray.wait([self._asked], timeout=0)
-            if not done:
-                return self._stop
-            with suppress(ray.exceptions.RayError):  # the mailbox is being started again
-                self._stop = ray.get(done[0])
-        self._asked = self._actor.put.remote(message)
+        self._newest = message
+        if self._exchanging is None:
+            self._exchanging = threading.Thread(
+                target=_exchange, args=(weakref.ref(self),), name="exchange", daemon=True
+            )
+            self._exchanging.start()
         return self._stop
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,6 +118,18 @@ class Sender:
                 if time.monotonic() > until:
                     raise EnvironmentFault(f"the driver's mailbox is not available: {type(error).__name__}") from error
             time.sleep(_POLL_S)
+
+
+def _exchange(of: weakref.ref[Sender]) -> None:
+    """Exchange messages until the sender exists no more."""
+    import ray
+
+    while (sender := of()) is not None and ray.is_initialized():
+        message, sender._newest = sender._newest, None
+        with suppress(ray.exceptions.RayError):  # the mailbox is being started again
+            sender._stop = ray.get(sender._actor.put.remote(message))
+        del sender
+        time.sleep(_EXCHANGE_S)
 
 
 class Mailbox:

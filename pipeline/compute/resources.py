@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from pipeline.compute.cluster import leaving_nodes
 from pipeline.errors import EnvironmentFault
 
 
 def require_resources(count: int, what: str, cpus: float, gpus: float, remedy: Callable[[int], str]) -> None:
-    """Check that the cluster has enough CPUs and GPUs for a number of processes.
+    """Check that the nodes of the cluster can hold a number of processes. What is in use counts as room.
 
     Args:
         count: Number of processes.
@@ -20,6 +22,22 @@ def require_resources(count: int, what: str, cpus: float, gpus: float, remedy: C
 
     Raises EnvironmentFault where the processes do not fit.
     """
+    require_total(count, what, cpus, gpus, remedy)
+    if not cpus and not gpus:
+        return
+    fit = count_fitting(node_resources(), {"CPU": cpus, "GPU": gpus})
+    if fit < count:
+        raise EnvironmentFault(
+            f"{count} {what} need {shown_amounts(cpus, gpus)} each; the nodes of the cluster hold {fit} of them",
+            remedy(fit),
+        )
+
+
+def require_total(count: int, what: str, cpus: float, gpus: float, remedy: Callable[[int], str]) -> None:
+    """Check that the cluster as a whole has enough CPUs and GPUs, for what may be spread over several nodes.
+
+    The arguments are those of `require_resources`. Raises EnvironmentFault where it has fewer.
+    """
     have = cluster_resources()
     for resource, each in (("CPU", cpus), ("GPU", gpus)):
         if count * each > have[resource]:
@@ -29,10 +47,9 @@ def require_resources(count: int, what: str, cpus: float, gpus: float, remedy: C
             )
 
 
-def has_resources(cpus: float, gpus: float) -> bool:
-    """Return whether the whole cluster has at least `cpus` CPUs and `gpus` GPUs. An amount of 0 always fits."""
-    have = cluster_resources()
-    return all(amount <= have[resource] for resource, amount in (("CPU", cpus), ("GPU", gpus)) if amount)
+def shown_amounts(cpus: float, gpus: float) -> str:
+    """Return numbers of CPUs and GPUs for messages."""
+    return f"{cpus:g} CPUs and {gpus:g} GPUs" if gpus else f"{cpus:g} CPUs"
 
 
 def cluster_resources() -> dict[str, float]:
@@ -43,32 +60,56 @@ def cluster_resources() -> dict[str, float]:
     return {resource: have.get(resource, 0.0) for resource in ("CPU", "GPU")}
 
 
+def node_resources() -> list[dict[str, float]]:
+    """Return the CPUs and GPUs of each node, including those in use, by name ("CPU", "GPU")."""
+    import ray
+
+    return [_cpus_and_gpus(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
 def free_resources() -> list[dict[str, float]]:
     """Return the CPUs and GPUs that are free on each node, by name ("CPU", "GPU"). Nodes that drain have none."""
     import ray
 
     leaving = {node.node for node in leaving_nodes()}
     free = ray._private.state.available_resources_per_node()  # `ray.available_resources` returns the sum over nodes
-    return [
-        {resource: have.get(resource, 0.0) for resource in ("CPU", "GPU")}
-        for node, have in free.items()
-        if node not in leaving
-    ]
+    return [_cpus_and_gpus(have) for node, have in free.items() if node not in leaving]
+
+
+def _cpus_and_gpus(have: Mapping[str, float]) -> dict[str, float]:
+    return {resource: have.get(resource, 0.0) for resource in ("CPU", "GPU")}
 
 
 def count_fitting(
-    free: Sequence[Mapping[str, float]], each: Mapping[str, float], reserved: Sequence[Mapping[str, float]] = ()
+    nodes: Sequence[Mapping[str, float]], each: Mapping[str, float], reserved: Sequence[Mapping[str, float]] = ()
 ) -> int:
-    """Return how many processes that need `each` fit on nodes with `free` resources.
+    """Return how many processes that need `each` fit on nodes with these resources.
 
     Room is left for the processes that need `reserved`, where they fit at all.
     """
-    nodes = [dict(node) for node in free]
+    left = [dict(node) for node in nodes]
     for needed in reserved:
-        node = next((node for node in nodes if _times(node, needed) >= 1), None)
-        if node is not None:
-            node.update({resource: node[resource] - amount for resource, amount in needed.items()})
-    return sum(_times(node, each) for node in nodes)
+        _take(left, needed)
+    return sum(_times(node, each) for node in left)
+
+
+def fits(
+    nodes: Sequence[Mapping[str, float]],
+    count: int,
+    each: Mapping[str, float],
+    beside: Sequence[Mapping[str, float]] = (),
+) -> bool:
+    """Return whether `count` processes that need `each` fit on the nodes together with the processes `beside`."""
+    left = [dict(node) for node in nodes]
+    return all(_take(left, needed) for needed in beside) and count_fitting(left, each) >= count
+
+
+def _take(nodes: Sequence[dict[str, float]], needed: Mapping[str, float]) -> bool:
+    """Take what a process needs from the first node that has it. Return whether there is one."""
+    node = next((node for node in nodes if _times(node, needed) >= 1), None)
+    if node is not None:
+        node.update({resource: node[resource] - amount for resource, amount in needed.items()})
+    return node is not None
 
 
 def _times(have: Mapping[str, float], each: Mapping[str, float]) -> int:
@@ -76,17 +117,55 @@ def _times(have: Mapping[str, float], each: Mapping[str, float]) -> int:
     return min(int(have[resource] / amount + 1e-6) for resource, amount in each.items() if amount)
 
 
-def release_placement_groups() -> None:
-    """Remove the placement groups that stopped trials of this driver have left.
+@dataclass(frozen=True)
+class PlacementGroups:
+    """The placement groups that actors of this driver's job have made, for example for the workers of a run.
 
-    Call this function when no run of this driver is active. Ray Train removes the placement groups of a controller that
-    is killed. Its cleaner can lose a race, however (ray-project/ray issue 62753), and the CPUs then stay reserved.
+    Attributes:
+        placed: Number of groups of living actors that hold their resources.
+        waiting: Number of groups of living actors that wait for resources.
+        orphaned: Ids of the groups whose actor has died.
+    """
+
+    placed: int
+    waiting: int
+    orphaned: Sequence[Any]
+
+
+def placement_groups() -> PlacementGroups:
+    """Return the placement groups of this driver's actors.
+
+    Ray removes the placement group of an actor that has died only when the driver ends too.
     """
     import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
 
-    job = ray.get_runtime_context().get_job_id()
-    for identifier, facts in placement_group_table().items():
-        # The id of a placement group ends with the id of its job.
-        if identifier.endswith(job) and facts["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identifier))))
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    placed, waiting, orphaned = 0, 0, []
+    # `ray.util.placement_group_table` leaves out who made a group.
+    for data in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = Group.FromString(data)
+        if group.creator_job_id != job or group.is_detached or group.state == Group.REMOVED:
+            continue
+        if not group.creator_actor_id or ray.ActorID(group.creator_actor_id).is_nil():  # made by the driver itself
+            continue
+        actor = ray._private.state.actors(group.creator_actor_id.hex())
+        if actor.get("State", "DEAD") == "DEAD":  # Ray forgets actors that died long ago
+            orphaned.append(ray.PlacementGroupID(group.placement_group_id))
+        elif group.state == Group.CREATED:
+            placed += 1
+        else:
+            waiting += 1
+    return PlacementGroups(placed, waiting, orphaned)
+
+
+def release_placement_groups(groups: PlacementGroups) -> None:
+    """Remove the placement groups whose actor has died.
+
+    Ray Train's own cleaner does this too, but it does not know a group that waits for resources, and it can lose a race
+    with the death of the actor (ray-project/ray issue 62753). The CPUs then stay reserved.
+    """
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for identifier in groups.orphaned:
+        remove_placement_group(PlacementGroup(identifier))

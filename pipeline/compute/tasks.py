@@ -76,30 +76,44 @@ class BackgroundTask:
     def __init__(self, function: Callable[..., Any], *arguments: Any, cpus: float, gpus: float) -> None:
         import ray
 
-        options = {"num_cpus": cpus, **visible_gpus(gpus), "max_retries": 0}
+        options = {"num_cpus": cpus, **visible_gpus(gpus), "max_retries": 0, "num_returns": "streaming"}
         # Without "DEFAULT", Ray would place the task in the placement group of a sweep's trial.
         task = ray.remote(scheduling_strategy="DEFAULT", **options)(_call)
-        self._reference = task.remote(function, arguments)
+        self._values = task.remote(function, arguments)  # at its beginning None, and then the result
+        self._began: Any = None
+
+    def has_begun(self) -> bool:
+        """Return whether the call has had its resources. The call does not wait."""
+        if self._began is None and self._next_is_there():
+            self._began = next(self._values)
+        return self._began is not None
 
     def is_done(self) -> bool:
         """Return whether the call has ended. The call does not wait."""
-        import ray
-
-        return bool(ray.wait([self._reference], timeout=0)[0])
+        return self.has_begun() and self._next_is_there()
 
     def result(self) -> Any:
         """Wait for the call and return its result. Raises the exceptions of the function, and Ray's where it died."""
-        return result(self._reference)
+        if self._began is None:
+            self._began = next(self._values)
+        result(self._began)
+        return result(next(self._values))
 
     def cancel(self) -> None:
         """End the task's process."""
         import ray
 
-        ray.cancel(self._reference, force=True)
+        ray.cancel(self._values, force=True)
+
+    def _next_is_there(self) -> bool:
+        import ray
+
+        return bool(ray.wait([self._values], timeout=0)[0])
 
 
-def _call(function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
-    return function(*arguments)
+def _call(function: Callable[..., R], arguments: tuple[Any, ...]) -> Generator[R | None, None, None]:
+    yield None
+    yield function(*arguments)
 
 
 def _run(function: Callable[..., R], item: T, references: tuple[Any, ...]) -> R:

@@ -411,7 +411,8 @@ class SearchSection(Section):
     """Number of trials. A larger number adds trials to a sweep that exists. The number is ignored where the space has a
     grid: each combination of the grids is then tried once."""
     max_concurrent: int = Field(2, ge=1)
-    """Greatest number of trials that run at the same time."""
+    """Greatest number of trials that run at the same time. The cluster must be able to hold them. While other jobs use
+    it, fewer run."""
     algorithm: Literal["optuna", "random"] = "optuna"
     """Search algorithm: `optuna` is Optuna's TPE, `random` draws points at random. A space with a grid always uses
     `random`."""

@@ -19,7 +19,7 @@ from pipeline.errors import CorruptError
 from pipeline.runs.json_records import CheckpointFacts
 from pipeline.storage import file_sets, files, validate_json
 from pipeline.storage.validate_json import Size
-from sagan.train_state import TENSORS, TrainState
+from sagan.train_state import TENSORS, SavedState, TrainState
 
 CHECKPOINT_FACTS = "checkpoint.json"
 METRICS = "metrics.jsonl"
@@ -111,17 +111,17 @@ def _all_checkpoints(url: str) -> list[StoredCheckpoint]:
     return [StoredCheckpoint(files.join(url, name)) for name in names]
 
 
-def write_checkpoint(local: Path, state: TrainState, metrics: Path, facts: CheckpointFacts) -> str:
+def write_checkpoint(local: Path, state: TrainState | SavedState, metrics: bytes, facts: CheckpointFacts) -> str:
     """Write the files of a checkpoint into the local folder `local` and return the name of the checkpoint.
 
     Args:
         local: Empty folder.
         state: Training state.
-        metrics: File with the points that were logged so far. It may be missing.
+        metrics: Contents of `metrics.jsonl`: the points that were logged so far.
         facts: Contents of `checkpoint.json`.
     """
     state.save(local)
-    (local / METRICS).write_bytes(metrics.read_bytes() if metrics.exists() else b"")
+    (local / METRICS).write_bytes(metrics)
     (local / CHECKPOINT_FACTS).write_text(facts.model_dump_json(indent=1))
     with (local / TENSORS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -170,7 +170,7 @@ def _train(
             lost = job.train.changes_size and worker_group.can_start_again(workers.error)
             failed = status.failure is not None or (workers.error is not None and not lost)
             if lost and not training:
-                status.apply(GroupLost())
+                status.apply(GroupLost(worker_group.found_no_room(workers.error)))
             left = not training or not status.nodes  # no group trains
             if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break

@@ -131,6 +131,9 @@ class RoomForMore:
 class GroupLost:
     """Ray Train has given up a worker group, and the driver starts another one."""
 
+    found_no_room: bool
+    """Whether the group has not started, because the cluster had no room for it in time."""
+
 
 @dataclass(frozen=True)
 class NotFiniteAt:
@@ -264,6 +267,7 @@ class Status:
     last_error: str | None = None
     clock: Callable[[], float] = time.time
     workers_gone_s: float | None = None
+    _cut_off: bool = False  # whether a node of the group before left without a complete checkpoint
 
     def __post_init__(self) -> None:
         self.workers_gone_s = self.clock()
@@ -289,8 +293,11 @@ class Status:
                 if self.nodes and not self.grows:
                     self.grows = True
                     self.lines.append("more workers fit: a checkpoint is written, and more workers start")
-            case GroupLost():
-                self.nodes, self.workers_gone_s = frozenset(), self.workers_gone_s or self.clock()
+            case GroupLost(found_no_room):
+                if found_no_room:
+                    self.lines.append("the workers have found no room in time, and as many as fit start")
+                self._end_group()
+                self.workers_gone_s = self.workers_gone_s or self.clock()
             case GroupStarted():
                 self._group_started(message)
             case Logged(images, metrics, train_seconds):
@@ -330,8 +337,7 @@ class Status:
                 self.failure = error
 
     def _start_asked(self, asked: StartAsked) -> None:
-        if self.must_move:
-            self.attempts = self.attempts[:-1]  # the group before lost a node, of which there was notice
+        self._end_group()
         self.attempts.append([])
         self.stopped, self.grows, self.nodes = False, False, asked.nodes
         if self.workers not in (0, asked.workers):
@@ -339,6 +345,13 @@ class Status:
         self.workers, self.groups = asked.workers, self.groups + 1
         self._went_on("the run")
         self.ranks, self.waits, self.slow_since_s, self.workers_gone_s = {}, {}, {}, None
+
+    def _end_group(self) -> None:
+        """Note that the group has ended. It has not failed where a node left, of which there was notice."""
+        if self.must_move:
+            self.attempts = self.attempts[:-1]
+            self._cut_off = True
+        self.nodes = frozenset()
 
     def _nodes_leave(self, leaving: Sequence[LeavingNode]) -> None:
         for node in leaving:
@@ -402,7 +415,14 @@ class Status:
     def _group_started(self, now: GroupStarted) -> None:
         """Count a start. Images that an earlier group trained on beyond its position are lost."""
         self.starts += 1
-        self.images_lost += max(0, self.images - now.images)
+        lost = max(0, self.images - now.images)
+        self.images_lost += lost
+        if lost and self._cut_off:
+            self.lines.append(
+                f"a node was taken away before the checkpoint at {self.images / 1000:.1f} kimg was complete: the one "
+                "before it counts. Raise RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S of the nodes, or lower checkpoint.kimg"
+            )
+        self._cut_off = False
         if now.checkpoint:
             self.resumed_from = now.checkpoint
             reached = f"; the run had reached {self.images / 1000:.1f} kimg" if self.images > now.images else ""

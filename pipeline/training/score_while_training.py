@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from pipeline.compute.mailbox import Sender
+from pipeline.compute.resources import shown_amounts
 from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.schema import TrainJob
 from pipeline.errors import shown_url
@@ -18,6 +19,7 @@ from pipeline.training.shared_types import Evaluation, TrainingRun
 
 TRIES = 3  # attempts to score a checkpoint beside training
 PAUSE_S = 10.0  # seconds between two attempts
+SAID_S = 30.0  # seconds of waiting for room after which it is said
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Scoring:
 class ScoringBeside:
     """Scores the checkpoints that are due, one at a time, in tasks of the cluster while training continues.
 
-    A checkpoint whose score fails three times, or takes longer than `evaluate.timeout_s`, is scored after training.
+    A checkpoint whose score fails three times, or takes longer than `evaluate.timeout_s`, is scored after training. The
+    time in which a task waits for room does not count.
     """
 
     def __init__(self, scoring: Scoring) -> None:
@@ -65,7 +68,8 @@ class ScoringBeside:
         self._due: deque[str] = deque()
         self._known = 0  # names of `Status.to_score` that were taken
         self._task: BackgroundTask | None = None
-        self._began = 0.0
+        self._began = 0.0  # time at which the task was given to Ray, and later at which its process began
+        self._waits: bool | None = None  # whether it was said that the task waits for room; None once it has begun
         self._tries = 0
 
     def follow(self, to_score: list[str]) -> bool:
@@ -87,18 +91,20 @@ class ScoringBeside:
             self._task.cancel()
 
     def _start(self, name: str) -> None:
+        self._began, self._waits, self._tries = time.monotonic(), False, self._tries + 1
+        cpus, gpus = self._task_needs
+        self._task = BackgroundTask(self._scoring, self._stored.checkpoint(name), cpus=cpus, gpus=gpus)
+
+    @property
+    def _task_needs(self) -> tuple[float, float]:
+        """CPUs and GPUs of the task. With several workers, it only waits for them and needs nothing."""
         section = self._scoring.job.evaluate
-        alone = section.workers == 1  # with several workers, the task only waits for them and needs no resources
-        self._began, self._tries = time.monotonic(), self._tries + 1
-        self._task = BackgroundTask(
-            self._scoring,
-            self._stored.checkpoint(name),
-            cpus=section.cpus if alone else 0,
-            gpus=section.gpus if alone else 0,
-        )
+        return (section.cpus, section.gpus) if section.workers == 1 else (0.0, 0.0)
 
     def _look_at(self, task: BackgroundTask) -> None:
         name, limit = self._due[0], self._scoring.job.evaluate.timeout_s
+        if self._waits is not None:
+            self._look_for_beginning(task)
         if task.is_done():
             self._task = None
             try:
@@ -107,10 +113,21 @@ class ScoringBeside:
                 self._failed(name, f"{type(error).__name__}")
             else:
                 self._next()
-        elif time.monotonic() > self._began + limit:
+        elif self._waits is None and time.monotonic() > self._began + limit:
             task.cancel()
             self._task, self._tries = None, TRIES
             self._failed(name, f"it took longer than evaluate.timeout_s, {limit:g} s")
+
+    def _look_for_beginning(self, task: BackgroundTask) -> None:
+        """Note when the task begins, and say once that it waits for room."""
+        if task.has_begun():
+            if self._waits:
+                self._scoring.driver.send(run_status.WentOn("a score"))
+            self._began, self._waits = time.monotonic(), None
+        elif not self._waits and time.monotonic() > self._began + SAID_S:
+            needed = f"{shown_amounts(*self._task_needs)} for checkpoint {self._due[0]}"
+            self._scoring.driver.send(run_status.Waits("a score", needed, "Ray starts it when the cluster has room"))
+            self._waits = True
 
     def _failed(self, name: str, reason: str) -> None:
         again = self._tries < TRIES

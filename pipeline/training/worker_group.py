@@ -9,7 +9,7 @@ from contextlib import suppress
 from pipeline.compute.cluster import connect, ray_storage, this_node
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.mailbox import Sender
-from pipeline.compute.resources import count_fitting, free_resources, has_resources, require_resources
+from pipeline.compute.resources import count_fitting, fits, free_resources, node_resources, require_resources
 from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
 from pipeline.training.score_while_training import Scoring
@@ -18,24 +18,33 @@ from pipeline.training.worker.training_loop import train_worker
 
 _LOOK_S = 1.0  # seconds between two looks at the free resources of the cluster
 _SETTLE_S = 10.0  # the resources of an ended group become free after some seconds
+_UPLOAD_S = (
+    120.0  # longest time that rank 0, if it is on another node, uploads a checkpoint after a node was taken away
+)
 
 
 def require_room(job: TrainJob) -> bool:
-    """Connect to Ray and check that the least number of workers fits the cluster.
+    """Connect to Ray and check that the cluster can hold the least number of workers.
 
-    Returns whether the tasks that score checkpoints fit beside the workers. Raises EnvironmentFault where the workers
-    do not fit.
+    Returns whether it can hold the tasks that score checkpoints beside the workers. What other runs use counts as room,
+    because Ray waits for it. Raises EnvironmentFault where the workers do not fit.
     """
-    workers, cpus, scores = job.train.least_workers, job.resources.cpus_per_worker, job.evaluate
-    connect(workers * cpus + scores.workers * scores.cpus)
-    gpus = float(uses_gpu(job.resources.device))
+    workers, scores = job.train.least_workers, job.evaluate
+    connect(workers * job.resources.cpus_per_worker + scores.workers * scores.cpus)
     key = "train.workers" if job.train.min_workers is None else "train.min_workers"
-    require_resources(workers, "workers", cpus, gpus, lambda fit: f"set {key}={fit} or add nodes")
-    more_cpus, more_gpus = scores.workers * scores.cpus, scores.workers * scores.gpus
-    return has_resources(
-        workers * cpus + more_cpus if more_cpus else 0,
-        workers * gpus + more_gpus if more_gpus else 0,
-    )
+    worker, scoring = needs(job)
+    require_resources(workers, "workers", worker["CPU"], worker["GPU"], lambda fit: f"set {key}={fit} or add nodes")
+    return fits(node_resources(), workers, worker, scoring)
+
+
+def needs(job: TrainJob) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return what each worker needs, and what each process needs that scores a checkpoint beside training.
+
+    An amount is a number of CPUs or GPUs, by name ("CPU", "GPU"). The list is empty where scores need nothing.
+    """
+    scores = job.evaluate
+    scoring = [{"CPU": scores.cpus, "GPU": scores.gpus}] * scores.workers if scores.cpus or scores.gpus else []
+    return {"CPU": job.resources.cpus_per_worker, "GPU": float(uses_gpu(job.resources.device))}, scoring
 
 
 def shown(job: TrainJob) -> str:
@@ -87,11 +96,8 @@ class RoomWatch:
 
 def _fitting(job: TrainJob, beside: bool) -> int:
     """Return how many workers fit on what is free in the cluster."""
-    gpus, scores = float(uses_gpu(job.resources.device)), job.evaluate
-    reserved = [{"CPU": scores.cpus, "GPU": scores.gpus if gpus else 0.0}] * scores.workers
-    needs_room = beside and any(reserved[0].values())
-    each = {"CPU": job.resources.cpus_per_worker, "GPU": gpus}
-    return count_fitting(free_resources(), each, reserved if needs_room else ())
+    worker, scoring = needs(job)
+    return count_fitting(free_resources(), worker, scoring if beside else ())
 
 
 def _ask_autoscaler(job: TrainJob, workers: int) -> None:
@@ -121,6 +127,14 @@ def can_start_again(error: BaseException | None) -> bool:
     if isinstance(error, ControllerError):
         return isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS)  # as Ray Train would try again
     return isinstance(error, WorkerGroupError | PreemptionError)
+
+
+def found_no_room(error: BaseException | None) -> bool:
+    """Return whether an exception of `run_workers` says that the cluster had no room for the group in time."""
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
 
 
 def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None) -> None:
@@ -172,7 +186,10 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(
-                max_failures=retries, max_preemption_failures=retries, controller_failure_limit=retries
+                max_failures=retries,
+                max_preemption_failures=retries,
+                controller_failure_limit=retries,
+                preemption_grace_s=_UPLOAD_S,
             ),
             worker_runtime_env={"env_vars": env},
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -16,7 +16,16 @@ from pipeline.tuning.draw_points import start, to_resume, to_start
 
 
 class RecordedSearcher(Searcher):
-    """Gives Ray Tune the trials that the sweep still runs, and records when each of them starts and ends."""
+    """Gives Ray Tune the trials that the sweep still runs, and records when each of them starts and ends.
+
+    Args:
+        sweep: The sweep job.
+        base: Base job of the trials.
+        stored: Folder of the sweep.
+        records: Records of the trials so far.
+        higher_is_better: Direction of the score.
+        may_start: Returns whether another trial may start beside a number of running trials.
+    """
 
     def __init__(
         self,
@@ -25,32 +34,42 @@ class RecordedSearcher(Searcher):
         stored: StoredSweep,
         records: Sequence[TrialRecord],
         higher_is_better: bool,
+        may_start: Callable[[int], bool],
     ) -> None:
         super().__init__()
         self._sweep, self._base, self._stored, self._higher_is_better = sweep, base, stored, higher_is_better
+        self._may_start = may_start
         self._records = {record.trial.name: record for record in records}
         self._to_resume = deque(to_resume(sweep, records))
         self._names: dict[str, str] = {}  # names of the runs of this driver's trials, by the id that Ray Tune gave them
+        self._running: set[str] = set()  # these ids
         self._fault: EnvironmentFault | None = None
 
     def suggest(self, trial_id: str) -> Any:
-        """Return what a trial needs: the name of its run and its point. Raises EnvironmentFault."""
+        """Return what a trial needs: the name of its run and its point.
+
+        Returns None where a trial must wait; Ray Tune then asks again. Raises EnvironmentFault.
+        """
         if self._fault is not None:
             raise self._fault
         records = list(self._records.values())
+        if not self._to_resume and not to_start(self._sweep, records):
+            return Searcher.FINISHED
+        if not self._may_start(len(self._running)):
+            return None
         if self._to_resume:
             record = self._to_resume.popleft()
-        elif to_start(self._sweep, records):
+        else:
             record = start(self._sweep, records, f"{self._sweep.name}-{trial_id}", self._higher_is_better)
             self._write(record)  # before the trial starts, since its run would have no owner without a record
-        else:
-            return Searcher.FINISHED
         self._names[trial_id] = record.trial.name
+        self._running.add(trial_id)
         print(f"trial {record.trial.name} starts at {record.trial.point}", flush=True)
         return {"run": record.trial.name, "point": record.trial.point}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record the end of a trial. Ray Tune also calls this where a trial failed or was interrupted."""
+        self._running.discard(trial_id)
         if error or not result or not result.get("done"):
             return
         kimg = float(result.get("kimg", 0.0))

@@ -41,7 +41,14 @@ def report(score: float | None, kimg: float, higher_is_better: bool, failure: st
     tune.report({_RANKED: ranked(score, higher_is_better), "score": score, "kimg": kimg, "failure": failure})
 
 
-def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, higher_is_better: bool) -> list[Trial]:
+def search(
+    sweep: TuneJob,
+    base: TrainJob,
+    run_trial: Any,
+    stored: StoredSweep,
+    higher_is_better: bool,
+    may_start: Callable[[int], bool],
+) -> list[Trial]:
     """Run the trials of the sweep until all have ended. Trials that have ended already are not run again.
 
     Ray Tune keeps its own state, which it pickles, in a temporary folder of this machine. It is never read.
@@ -52,6 +59,7 @@ def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, 
         run_trial: Function that runs one trial, given the name of its run ("run") and its point ("point").
         stored: Folder of the sweep.
         higher_is_better: Direction of the score.
+        may_start: Returns whether another trial may start beside a number of running trials.
 
     Raises CorruptError, EnvironmentFault. Raises InterruptedRun where the search was stopped.
     """
@@ -70,7 +78,7 @@ def search(sweep: TuneJob, base: TrainJob, run_trial: Any, stored: StoredSweep, 
 
     # Ray Tune would end normally after SIGINT, and would say that its own state resumes the sweep.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    searcher = RecordedSearcher(sweep, base, stored, records, higher_is_better)
+    searcher = RecordedSearcher(sweep, base, stored, records, higher_is_better, may_start)
     with files.temporary_folder("sweep") as folder:
         tuner = Tuner(
             tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),

@@ -5,8 +5,8 @@ The MLflow runs of the trials are children of the sweep's MLflow run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from rich.table import Table
 
 from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
-from pipeline.compute.devices import uses_gpu
 from pipeline.compute.mailbox import Mailbox, Sender
-from pipeline.compute.resources import cluster_resources, release_placement_groups, require_resources
+from pipeline.compute.resources import fits, node_resources, require_resources, require_total
 from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
@@ -27,12 +26,14 @@ from pipeline.runs.json_records import STOPPED_EARLY, RunScores, SweepRecord, Sw
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
+from pipeline.training import worker_group
 from pipeline.training.driver import train
 from pipeline.training.find_or_start import artifact_location, complete_job, pack_if_missing, start_tracking
 from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.stop_trials import stopped_by, stops_trials
 from pipeline.tuning.sweep_picture import draw_plane
+from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 
 
 def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> SweepSummary:
@@ -56,7 +57,7 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
     if fresh:
         stored.delete()
     record, method = _own_record(sweep, base, stored)
-    _require_room(sweep, base)
+    needs = _require_room(sweep, base)
     evaluation.check(base)
     run_id = _find_or_start(sweep, base, stored, record, method)
     higher_is_better, mailbox = evaluation.higher_is_better(base), Mailbox()
@@ -68,10 +69,10 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
         higher_is_better=higher_is_better,
         sweep=mailbox.sender,
     )
-    with stops_trials(mailbox, sweep.name):
-        trials = ray_tune.search(sweep, base, run, stored, higher_is_better)
-    release_placement_groups()
-    return _conclude(sweep, base, stored, evaluation, run_id, trials)
+    with closing(TrialRoom(sweep.name, needs, worker_group.shown(base))) as room:
+        with stops_trials(mailbox, sweep.name):
+            trials = ray_tune.search(sweep, base, run, stored, higher_is_better, room.may_start)
+        return _conclude(sweep, base, stored, evaluation, run_id, trials)
 
 
 def job_of_trial(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJob:
@@ -135,20 +136,25 @@ def run_trial(
         ray_tune.report(None, job.train.kimg, higher_is_better, failure=error.message)
 
 
-def _require_room(sweep: TuneJob, base: TrainJob) -> None:
-    """Check that `search.max_concurrent` trials fit the cluster at once. Raises EnvironmentFault."""
-    train_, scores, trials = base.train, base.evaluate, sweep.search.max_concurrent
-    cpus = train_.workers * base.resources.cpus_per_worker + scores.workers * scores.cpus
-    connect(trials * (cpus + ray_tune.TRIAL_CPUS))
-    gpus = train_.workers + scores.workers * scores.gpus if uses_gpu(base.resources.device) else 0.0
+def _require_room(sweep: TuneJob, base: TrainJob) -> TrialNeeds:
+    """Check that the cluster can hold `search.max_concurrent` trials at once. Return what each trial needs.
+
+    What is in use counts as room. A trial starts when its room is free (`TrialRoom`). Raises EnvironmentFault.
+    """
+    workers, scores, trials = base.train.least_workers, base.evaluate, sweep.search.max_concurrent
+    connect(trials * (workers * base.resources.cpus_per_worker + scores.workers * scores.cpus + ray_tune.TRIAL_CPUS))
 
     def remedy(fit: int) -> str:
         return f"set search.max_concurrent={fit}" if fit else "not even one trial fits: use fewer workers or add nodes"
 
-    require_resources(trials, "trials at once", cpus, gpus, remedy)
-    spare = math.floor(cluster_resources()["CPU"] - trials * cpus)
-    if spare < 0:
-        raise EnvironmentFault(f"{trials} trials at once do not fit the cluster", remedy(0))
+    worker, scoring = worker_group.needs(base)
+    if not fits(node_resources(), workers, worker, scoring):
+        scoring = []  # the trials score in line
+    cpus, gpus = (workers * worker[name] + sum(score[name] for score in scoring) for name in ("CPU", "GPU"))
+    require_total(trials, "trials at once", cpus, gpus, remedy)
+    what, fitting = f"workers of {trials} trials at once", lambda fit: remedy(fit // workers)
+    require_resources(trials * workers, what, worker["CPU"], worker["GPU"], fitting)
+    return TrialNeeds(workers, worker, scoring)
 
 
 def _own_record(sweep: TuneJob, base: TrainJob, stored: StoredSweep) -> tuple[SweepRecord | None, dict[str, Any]]:

@@ -34,6 +34,7 @@ from unittest import mock
 
 import torch
 
+from pipeline.compute.cluster import LeavingNode
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import PackSection, TrainJob
 from pipeline.packing.pack import pack
@@ -92,6 +93,13 @@ class Notice:
     @classmethod
     def drawn(cls, dice: random.Random) -> Notice:
         return cls(dice.randrange(0, LENGTH, STEP))
+
+
+@dataclass(frozen=True)
+class TakenAway(Notice):
+    """The workers are asked to leave at position `images`, and their machine is taken away when `deadline` returns."""
+
+    deadline: Callable[[], None]
 
 
 @dataclass
@@ -179,10 +187,17 @@ def _plant(kill: Kill) -> None:
 
 
 class Runs:
-    """Runs of one job below `folder`, on `world` ranks."""
+    """Runs of one job below `folder`, on `world` ranks.
 
-    def __init__(self, folder: Path, world: int) -> None:
-        self.folder, self.world = folder, world
+    Args:
+        folder: Folder of the collection, of the temporary files and of all runs, where `root` names no other place.
+        world: Number of ranks.
+        root: URL of the folder of the runs.
+        env: Environment variables of the workers.
+    """
+
+    def __init__(self, folder: Path, world: int, root: str | None = None, env: dict[str, str] | None = None) -> None:
+        self.folder, self.world, self.env = folder, world, env or {}
         collection = folder / "digits"
         if not collection.exists():
             pack(str(collection), PackSection(source="digits", resolution=32, shard_images=500))
@@ -192,7 +207,7 @@ class Runs:
             "data": {"train": str(collection), "cache": str(folder / "cache")},
             "model": {"channels_g": 4, "channels_d": 4, "multipliers_g": [4, 4, 4, 4], "multipliers_d": [2, 2, 2, 2]},
             "train": {"kimg": LENGTH / 1000, "batch": STEP, "workers": world, "log_kimg": STEP / 1000},
-            "checkpoint": {"root": str(folder / "runs"), "kimg": INTERVAL / 1000, "keep": 2},
+            "checkpoint": {"root": root or str(folder / "runs"), "kimg": INTERVAL / 1000, "keep": 2},
             "evaluate": {"extractor": "classifier", "kimg": 1000, "samples": 100},
             "track": {"uri": f"sqlite:///{folder}/mlflow.db", "register": False},
         }
@@ -242,7 +257,7 @@ class Runs:
                 owner=run.owner.number,
                 driver=sender,  # type: ignore[arg-type]
                 method_digest=run.method_digest,
-                secrets={"TMPDIR": str(self.folder / "tmp")},
+                secrets={"TMPDIR": str(self.folder / "tmp"), **self.env},
                 score_in_line=None,
                 step_timeout_s=GROUP_S,
             )
@@ -252,6 +267,10 @@ class Runs:
             ]
             for process in ranks:
                 process.start()
+            if isinstance(event, TakenAway):
+                event.deadline()
+                for process in ranks:
+                    process.kill()
             while any(process.is_alive() for process in ranks):
                 next(process for process in ranks if process.is_alive()).join(1)
                 if any(
@@ -259,11 +278,13 @@ class Runs:
                 ):  # Ray Train ends the group where one of its workers fails
                     for process in ranks:
                         process.kill()
-            status.apply(run_status.StartAsked(frozenset(), 0))
+            status.apply(run_status.StartAsked(frozenset({group}), 0))
+            if isinstance(event, TakenAway):
+                status.apply(run_status.NodesLeave([LeavingNode(group, "the machine", 0.0)]))
             for message in sender.received():
                 status.apply(message)
             codes = [process.exitcode or 0 for process in ranks]
-            if kill is None and any(codes):
+            if not isinstance(event, Kill | TakenAway) and any(codes):
                 logs = "\n".join(path.read_text() for path in sorted(Path(group).glob("*.log")))
                 raise AssertionError(f"workers failed that nothing had killed: {codes}\n{logs}")
             return not any(codes), codes

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.kills import STEP, Ended, Kill, Notice, Runs, check, runs
+from tests.conftest import TestS3
+from tests.faults.kills import INTERVAL, STEP, Ended, Kill, Notice, Runs, TakenAway, check, runs
+from tests.faults.storage_proxy import fault_proxy
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +44,26 @@ def test_workers_that_get_notice_lose_nothing(two_ranks: tuple[Runs, Ended]) -> 
     assert ended.left == 2
     assert (ended.checkpoint, ended.points) == (undisturbed.checkpoint, undisturbed.points)
     assert ended.status.images_lost == 0
+
+
+def test_a_machine_that_is_taken_away_before_the_upload_has_ended_tears_nothing(
+    two_ranks: tuple[Runs, Ended], s3: TestS3
+) -> None:
+    """The files of the last checkpoint are in storage, and its manifest is on the way. The one before it counts."""
+    made, undisturbed = two_ranks
+    with fault_proxy(s3.url) as proxy:
+
+        def deadline() -> None:
+            assert proxy.wait_for("slow_first_byte")
+            proxy.clear()
+
+        behind = Runs(made.folder, 2, f"{s3.bucket()}/runs", {**s3.env, "AWS_ENDPOINT_URL": proxy.url()})
+        for stop in (INTERVAL + STEP, INTERVAL + 2 * STEP):  # the ranks may take another step before they agree to stop
+            proxy.inject("slow_first_byte", f"*/checkpoints/{stop:012}-*/manifest.json", seconds=600)
+        ended = behind.run("taken-away", [TakenAway(INTERVAL + STEP, deadline)])
+    assert (ended.checkpoint, ended.points) == (undisturbed.checkpoint, undisturbed.points)
+    assert ended.left == 0
+    assert ended.status.resumed_from is not None
+    assert ended.status.resumed_from.startswith(f"{INTERVAL:012}-")
+    assert STEP <= ended.status.images_lost <= 2 * STEP
+    assert any("before the checkpoint at 0.1 kimg was complete" in line for line in ended.status.lines)

@@ -1,11 +1,15 @@
-"""A further node of a Ray cluster on this machine, which gets notice and leaves as one of a cloud does."""
+"""A further node of a Ray cluster on this machine, which leaves as one of a cloud does; another job that holds CPUs."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 from infra.local.server_process import Server, free_port
 from infra.local.servers import Ray
@@ -64,6 +68,31 @@ class RayNode(Server):
         """Wait until the node has left."""
         assert self._guardian is not None
         self._guardian.wait()
+
+
+# A placement group, since it takes CPUs of several nodes. It ends with its job.
+HOLD = """
+import sys
+import ray
+from ray.util.placement_group import placement_group
+ray.init(logging_level="ERROR", log_to_driver=False)
+ray.get(placement_group([{"CPU": 1}] * int(sys.argv[1])).ready())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def cpus_in_use(head: Ray, cpus: int) -> Iterator[subprocess.Popen[str]]:
+    """Let another job hold that many CPUs of a cluster, until the `with` block or the job's standard input ends."""
+    command = [sys.executable, "-c", HOLD, str(cpus)]
+    environment = {**os.environ, **head.env}
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as job:
+        assert job.stdin is not None
+        assert job.stdout is not None
+        assert job.stdout.readline() == "held\n"
+        yield job
+        job.stdin.close()
 
 
 def give_notice(server: Ray | RayNode) -> None:

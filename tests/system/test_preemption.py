@@ -13,6 +13,8 @@ import pytest
 from infra.local.servers import Ray
 from pipeline.runs.checkpoints import METRICS
 from pipeline.storage import files
+from tests.conftest import TestS3
+from tests.faults.storage_proxy import fault_proxy
 from tests.system.command_process import Driver
 from tests.system.ray_node import RayNode, give_notice
 
@@ -35,9 +37,9 @@ def head() -> Iterator[Ray]:
         yield head
 
 
-def train(folder: Path, head: Ray, name: str) -> Driver:
+def train(folder: Path, head: Ray, name: str, **overrides: Any) -> Driver:
     env = {**head.env, "SAGAN_BUCKET": str(folder / "bucket"), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    return Driver(folder, env, name=name, **OVERRIDES)
+    return Driver(folder, env, name=name, **OVERRIDES, **overrides)
 
 
 def checkpoints(folder: Path, name: str) -> list[str]:
@@ -99,3 +101,28 @@ def test_the_node_of_the_driver_leaves(folder: Path, head: Ray, undisturbed: str
         assert "the node of the driver will be taken away" in run.output
     with RayNode(head, cpus=2):
         require_nothing_lost(folder, train(folder, head, "driver"), "driver", undisturbed)
+
+
+def test_an_upload_that_outlasts_the_notice(folder: Path, head: Ray, undisturbed: str, s3: TestS3) -> None:
+    """The manifest takes a minute, and the node of one rank is taken away after eight seconds.
+
+    If it is the node of rank 0, the checkpoint before counts, and this is said. If it is the other one, rank 0 ends the
+    upload.
+    """
+    bucket = s3.bucket()
+    with fault_proxy(s3.url) as proxy, RayNode(head, cpus=1), RayNode(head, cpus=1, drain_s=8) as leaving:
+        env = json.dumps({**s3.env, "AWS_ENDPOINT_URL": proxy.url()})
+        run = train(folder, head, "outlasts", **{"checkpoint.root": f"{bucket}/runs", "resources.env": env})
+        run.until("checkpoint 0")
+        proxy.inject("slow_first_byte", "*/checkpoints/*/manifest.json", seconds=60)
+        leaving.give_notice()
+        leaving.wait_for_end()
+        assert proxy.counts()["slow_first_byte"] == 1
+        with RayNode(head, cpus=1):
+            assert run.end() == 0, run.output
+    assert files.list_names(f"{bucket}/runs/outlasts/checkpoints")[-1] == undisturbed
+    lost = run.summary("outlasts")["images_lost"]
+    print(f"{lost} images lost")
+    assert (lost > 0) == ("was complete: the one before it counts" in run.output), run.output
+    points = files.read_bytes(f"{run.summary('outlasts')['checkpoint']}/{METRICS}").decode().splitlines()
+    assert [json.loads(line)["step"] for line in points] == list(range(STEP, 1600 + 1, STEP))

@@ -8,31 +8,64 @@ import pickle
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
 from mlflow import MlflowClient
-from ray.util.placement_group import placement_group, placement_group_table
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from infra.local.server_process import BIN
-from pipeline.compute.resources import release_placement_groups
+from pipeline.compute.resources import placement_groups
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
+from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 from tests.system.command_process import JOBS, TINY, Driver, ray_workers
+from tests.system.ray_node import cpus_in_use
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
 
 
-def test_placement_groups_that_stopped_trials_left_are_given_back():
-    ray.init(num_cpus=2, include_dashboard=False)
+@ray.remote(num_cpus=0)
+class Controller:
+    """Stands in for an actor that runs the workers of a trial."""
+
+    def make(self, cpus: int) -> PlacementGroup:
+        """Make a placement group that holds `cpus` CPUs, or waits for them."""
+        self._group = placement_group([{"CPU": cpus}])
+        return self._group
+
+
+def states(*groups: PlacementGroup) -> list[str]:
+    return [placement_group_table(group)["state"] for group in groups]
+
+
+def test_a_trial_gives_its_room_back_as_soon_as_its_process_has_died_and_another_one_starts():
+    """Ray keeps the placement groups of an actor that has died. Here one holds CPUs, and the other waits for them."""
+    ray.init(num_cpus=3, include_dashboard=False)
     try:
-        ray.get(placement_group([{"CPU": 1}]).ready())
-        assert [group["state"] for group in placement_group_table().values()] == ["CREATED"]
-        release_placement_groups()
-        assert [group["state"] for group in placement_group_table().values()] == ["REMOVED"]
+        dying, living = Controller.remote(), Controller.remote()
+        mine = placement_group([{"CPU": 1}])
+        left = ray.get([dying.make.remote(1), dying.make.remote(8)])
+        kept = [mine, *ray.get([living.make.remote(1), living.make.remote(8)])]
+        ray.get([mine.ready(), left[0].ready(), kept[1].ready()])
+        ray.kill(dying)
+        while len(placement_groups().orphaned) < 2:
+            time.sleep(0.05)
+        assert states(*left) == ["CREATED", "PENDING"]
+        assert (placement_groups().placed, placement_groups().waiting) == (1, 1)
+
+        one_worker = TrialNeeds(1, {"CPU": 0.9, "GPU": 0.0}, [])
+        with closing(TrialRoom("sweep", one_worker, "1 worker")) as room:
+            assert room.may_start(0), "the first trial waits in Ray"
+            while not room.may_start(1):  # the living actor is the running trial
+                time.sleep(0.05)
+            assert states(*left) == ["REMOVED", "REMOVED"]
+            assert states(*kept) == ["CREATED", "CREATED", "PENDING"]
+            assert not room.may_start(2), "the second trial will take what is free"
     finally:
         ray.shutdown()
 
@@ -160,14 +193,42 @@ def test_a_stopped_sweep_has_a_checkpoint_of_each_running_trial(s3, ray_cluster,
 
 
 @pytest.mark.slow
+def test_a_trial_waits_for_the_room_that_another_job_holds(s3, ray_cluster, tmp_path):
+    """Of four CPUs, another job holds two. Two trials of one worker and a score would need three."""
+    env = {
+        **s3.env,
+        **ray_cluster.env,
+        "SAGAN_BUCKET": s3.bucket(),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db",
+    }
+    sweep = {
+        "kind": "tune",
+        "name": "patient",
+        "base": str(JOBS / "quickstart.yaml"),
+        "overrides": {**TINY, "train.workers": 1, "train.kimg": 1000, "evaluate.kimg": 1000, "evaluate.cpus": 0.5},
+        "space": {"optim.lr_d": {"loguniform": [1.0e-4, 1.0e-3]}},
+        "search": {"trials": 2, "max_concurrent": 2},
+    }
+    (tmp_path / "patient.yaml").write_text(yaml.safe_dump(sweep).replace("'[", "[").replace("]'", "]"))
+    with cpus_in_use(ray_cluster, 2):
+        run = Driver(tmp_path, env, job=tmp_path / "patient.yaml", tiny=False)
+        run.until("waits for room for another trial beside 1")
+        assert run.output.count(" starts at ") == 1
+    run.until(" starts at ")
+    run.signal(signal.SIGTERM)
+    assert run.end() == 130, run.output
+
+
+@pytest.mark.slow
 def test_a_trial_whose_process_was_killed_goes_on_in_the_same_sweep(s3, ray_cluster, tmp_path):
+    """Its worker has three of four CPUs. So the trial goes on only after its placement group was given back."""
     bucket = s3.bucket()
     env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}
     sweep = {
         "kind": "tune",
         "name": "one",
         "base": str(JOBS / "quickstart.yaml"),
-        "overrides": {**TINY, "train.workers": 1, "evaluate.cpus": 0.5},
+        "overrides": {**TINY, "train.workers": 1, "resources.cpus_per_worker": 3, "evaluate.cpus": 0.5},
         "space": {"optim.lr_d": {"loguniform": [1.0e-4, 1.0e-3]}},
         "search": {"trials": 1, "max_concurrent": 1},
     }

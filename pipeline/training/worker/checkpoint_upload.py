@@ -1,4 +1,4 @@
-"""Uploads checkpoints in a thread while training continues. An outage of storage delays an upload and ends nothing."""
+"""Writes and uploads checkpoints in a thread while training continues. An outage of storage delays an upload only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _LEAVING_S = 30.0  # longest wait at the end for an upload that goes on
 
 
 class CheckpointUpload:
-    """Uploads one checkpoint after another.
+    """Writes and uploads one checkpoint after another.
 
     Args:
         tell: Called with messages for the driver.
         require_owner: Called before each upload. Raises LostRun where another driver owns the run.
+
+    Attributes:
+        last: The checkpoint that was written last; None before the first one.
     """
 
     def __init__(self, tell: Callable[[Message], None], require_owner: Callable[[], None]) -> None:
@@ -28,15 +31,23 @@ class CheckpointUpload:
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self._error: Exception | None = None
+        self.last: StoredCheckpoint | None = None
 
-    def start(self, folder: Path, checkpoint: StoredCheckpoint, then: Callable[[], None]) -> None:
-        """Upload the files of `folder` in a thread, call `then`, and delete `folder`.
+    def start(
+        self, folder: Path, write: Callable[[], StoredCheckpoint], then: Callable[[StoredCheckpoint], None]
+    ) -> None:
+        """Call `write` in a thread, upload the files of `folder`, call `then`, and delete `folder`.
 
         Waits until the previous upload has ended. So at most one checkpoint waits on this machine. Raises what `wait`
         raises.
+
+        Args:
+            folder: Local folder of the files.
+            write: Writes the files and returns the place of the checkpoint in storage.
+            then: Called with the checkpoint when it is complete.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(folder, checkpoint, then), name="upload", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(folder, write, then), name="upload", daemon=True)
         self._thread.start()
 
     def ended(self, within_s: float) -> bool:
@@ -58,14 +69,18 @@ class CheckpointUpload:
         if self._thread is not None:
             self._thread.join(_LEAVING_S)
 
-    def _run(self, folder: Path, checkpoint: StoredCheckpoint, then: Callable[[], None]) -> None:
-        pause, who = FIRST_PAUSE_S, f"checkpoint {checkpoint.name}"
+    def _run(
+        self, folder: Path, write: Callable[[], StoredCheckpoint], then: Callable[[StoredCheckpoint], None]
+    ) -> None:
+        pause = FIRST_PAUSE_S
         try:
+            self.last = checkpoint = write()
+            who = f"checkpoint {checkpoint.name}"
             while True:
                 try:
                     self._require_owner()
                     upload_checkpoint(folder, checkpoint)
-                    then()
+                    then(checkpoint)
                 except LastingFault:
                     raise
                 except EnvironmentFault as error:

@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -109,9 +109,9 @@ class Worker:
             return
         self._set_up()
         while self.images < 1000 * self.job.train.kimg:
-            before = self.images
+            before, must_stop = self.images, self._ask_to_stop()
             self._step()
-            actions = actions_after_step(self.job, before, self.images, self._stop_requested())
+            actions = actions_after_step(self.job, before, self.images, must_stop())
             if actions.log:
                 self._log()
             if actions.checkpoint:
@@ -251,14 +251,23 @@ class Worker:
                 raise AssertionError(f"the batch has positions {batch.positions}, and the run is at {start}")
             yield to_device(batch, self.device, flip_seed)
 
-    def _stop_requested(self) -> bool:
-        """Return whether the driver asks to stop. All ranks return what rank 0 knows. Collective."""
+    def _ask_to_stop(self) -> Callable[[], bool]:
+        """Begin to agree whether the run must stop after the next step, as rank 0 knows now. Collective.
+
+        Returns a function that returns the answer, the same on all ranks. The answer travels during the step, because
+        waking the other ranks for it after the step takes half a millisecond.
+        """
         requested = self.is_rank0 and self.driver.exchange(run_status.Stepped(self.images))
         if self.control is None:
-            return requested
+            return lambda: requested
         flag = torch.tensor([requested])
-        dist.broadcast(flag, src=0, group=self.control)
-        return bool(flag)
+        work = dist.broadcast(flag, src=0, group=self.control, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(flag)
+
+        return answer
 
     def _not_finite(self, images: int, what: str) -> None:
         """Raise NotFinite for the first time at a position, and SaganError for the second time. Collective.
@@ -309,7 +318,7 @@ class Worker:
         return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     def _checkpoint(self, actions: Actions) -> None:
-        """Write a checkpoint on rank 0 and begin to upload it. Collective.
+        """Copy the state on rank 0, and begin to write and to upload it. Collective.
 
         The call waits for the upload of the previous checkpoint.
         """
@@ -330,10 +339,13 @@ class Worker:
                 method_digest=self.assignment.method_digest,
                 git_commit=self.git_commit,
             )
-            self.checkpoint = self.stored.checkpoint(write_checkpoint(local, self.state, self.metrics_file, facts))
+            state, metrics = self.state.copied(), self.metrics_file.read_bytes()
             beside = actions.score and self.assignment.score_in_line is None
-            uploaded = run_status.Uploaded(self.checkpoint.name, beside)
-            self.upload.start(local, self.checkpoint, lambda: self.driver.deliver(uploaded))
+            self.upload.start(
+                local,
+                lambda: self.stored.checkpoint(write_checkpoint(local, state, metrics, facts)),
+                lambda checkpoint: self.driver.deliver(run_status.Uploaded(checkpoint.name, beside)),
+            )
         self.shares.checkpoint += time.perf_counter() - began
 
     def _score_in_line(self, actions: Actions) -> None:
@@ -353,8 +365,9 @@ class Worker:
             self.upload.wait()
             devices = [self.device] if self.device.type == "cuda" else []
             # `score` shows an error on the driver's console, and the checkpoint is scored after training.
+            assert self.upload.last is not None, "the score is that of a checkpoint"
             with torch.random.fork_rng(devices), contextlib.suppress(Exception):
-                score(self.checkpoint)
+                score(self.upload.last)
             configure_device(self.device)  # an extractor changes settings of torch
         if self.control is not None:
             limit = timedelta(seconds=self.job.evaluate.timeout_s + self.assignment.step_timeout_s)

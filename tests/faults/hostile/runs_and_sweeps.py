@@ -171,8 +171,8 @@ def _checkpoint(run: StoredRun, images: int, collection: Collection) -> StoredCh
     state.images = images
     local = Path(run.url).parent / f"local-{images}"
     local.mkdir()
-    metrics = local.with_suffix(".jsonl")
-    metrics.write_text(json.dumps({"step": images, "time_ms": 0, "metrics": {"loss_d": 1.5, "gamma_g": 0.25}}) + "\n")
+    point = {"step": images, "time_ms": 0, "metrics": {"loss_d": 1.5, "gamma_g": 0.25}}
+    metrics = f"{json.dumps(point)}\n".encode()
     facts = CheckpointFacts(
         images=images, train_seconds=1.0, to_score=True, collection_digest=collection.digest,
         class_names=collection.class_names, method_digest="ab" * 32, git_commit="unknown",
@@ -180,7 +180,6 @@ def _checkpoint(run: StoredRun, images: int, collection: Collection) -> StoredCh
     checkpoint = run.checkpoint(write_checkpoint(local, state, metrics, facts))
     upload_checkpoint(local, checkpoint)
     shutil.rmtree(local)
-    metrics.unlink()
     return checkpoint
 
 

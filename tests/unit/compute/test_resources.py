@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.compute.resources import count_fitting
+from pipeline.compute.resources import count_fitting, fits
 
 
 def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -31,3 +31,24 @@ def test_processes_fit(
     free: list[dict[str, float]], each: dict[str, float], reserved: list[dict[str, float]], fit: int
 ) -> None:
     assert count_fitting(free, each, reserved) == fit
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "each", "beside", "fit"),
+    [
+        ([node(1), node(1)], 2, node(1), [], True),
+        ([node(3), node(5)], 2, node(4), [], False),  # 8 CPUs, but each process is on one node
+        ([node(2), node(1)], 2, node(1), [node(1)], True),
+        ([node(2), node(1)], 3, node(1), [node(1)], False),
+        ([node(1)], 1, node(1), [node(2)], False),  # unlike `count_fitting`, which then keeps no room
+        ([node(8, 8)], 4, node(1, 1), [node(0, 1)] * 4, True),
+    ],
+)
+def test_processes_fit_together(
+    nodes: list[dict[str, float]],
+    count: int,
+    each: dict[str, float],
+    beside: list[dict[str, float]],
+    fit: bool,
+) -> None:
+    assert fits(nodes, count, each, beside) == fit

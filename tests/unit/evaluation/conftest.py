@@ -98,9 +98,9 @@ def commit_checkpoint(
         "git_commit": "unknown",
     }
     with tempfile.TemporaryDirectory() as temp:
-        local, metrics = Path(temp) / "checkpoint", Path(temp) / "metrics.jsonl"
+        local = Path(temp) / "checkpoint"
         local.mkdir()
-        metrics.write_text("".join(f"{json.dumps(point)}\n" for point in points))
+        metrics = "".join(f"{json.dumps(point)}\n" for point in points).encode()
         name = write_checkpoint(local, state, metrics, CheckpointFacts(**stated | facts))
         checkpoint = StoredRun.of(job).checkpoint(name)
         upload_checkpoint(local, checkpoint)

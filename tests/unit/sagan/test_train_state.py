@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sagan import OptimConfig, TrainState
-from sagan.train_state import FORMAT
+from sagan.train_state import FACTS, FORMAT, TENSORS
 from tests.unit.sagan.training import BATCH, CONFIG, run, same
 
 
@@ -25,6 +25,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, n_dis):
     assert same(first, second)
     assert run(second, 3) == losses[2:]
     assert same(whole, second)
+
+
+def test_a_copy_is_written_as_the_state_was_when_it_was_taken(tmp_path):
+    state = TrainState(CONFIG, OptimConfig(), seed=1)
+    run(state, 1)
+    folders = [tmp_path / name for name in ("state", "copy")]
+    for folder in folders:
+        folder.mkdir()
+    state.save(folders[0])
+    copy = state.copied()
+    run(state, 1)
+    copy.save(folders[1])
+    assert [(folders[0] / name).read_bytes() for name in (TENSORS, FACTS)] == [
+        (folders[1] / name).read_bytes() for name in (TENSORS, FACTS)
+    ]
 
 
 @pytest.mark.parametrize(

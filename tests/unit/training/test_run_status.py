@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import SaganError
 from pipeline.training.restart_budget import next_start
@@ -14,6 +16,7 @@ from pipeline.training.run_status import (
     Status,
     Stepped,
     Stopped,
+    Uploaded,
     WorkerFailed,
 )
 
@@ -91,7 +94,47 @@ def test_a_group_grows_once_and_has_not_failed() -> None:
 
 def test_a_group_that_was_lost_counts_as_a_failure() -> None:
     status = status_of_a_group_on("a", "b")
-    status.apply(GroupLost())
+    status.apply(GroupLost(found_no_room=False))
     status.apply(group_on("a"))
     assert next_start(status.attempts, 0).refusal is not None
     assert next_start(status.attempts, 1).refusal is None
+
+
+def test_a_group_that_found_no_room_has_not_failed() -> None:
+    status = Status()
+    for _ in range(2):
+        status.apply(GroupLost(found_no_room=True))
+    assert status.lines == ["the workers have found no room in time, and as many as fit start"] * 2
+    status.apply(group_on("a"))
+    assert next_start(status.attempts, 0).refusal is None
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+def test_a_node_that_leaves_before_the_upload_has_ended_is_said(elastic: bool) -> None:
+    status = status_of_a_group_on("a", "b")
+    status.apply(Uploaded("000000000064-0", False))
+    status.apply(leaves("b"))
+    status.apply(Stepped(96))
+    if elastic:
+        status.apply(GroupLost(found_no_room=False))
+    status.apply(group_on("a"))
+    status.apply(GroupStarted(64, "000000000064-0", 0.0))
+    assert status.images_lost == 32
+    assert next_start(status.attempts, 0).refusal is None
+    (line,) = (line for line in status.lines if "before the checkpoint at 0.1 kimg was complete" in line)
+    assert "Raise RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" in line
+
+    status.apply(LOST)  # for another reason
+    status.apply(group_on("a"))
+    status.apply(GroupStarted(64, "000000000064-0", 0.0))
+    assert sum("was complete" in line for line in status.lines) == 1
+
+
+def test_a_complete_checkpoint_on_a_leaving_node_loses_nothing_and_nothing_is_said() -> None:
+    status = status_of_a_group_on("a", "b")
+    status.apply(leaves("b"))
+    status.apply(Uploaded("000000000064-0", False))
+    status.apply(group_on("a"))  # the message that the group stopped was lost
+    status.apply(GroupStarted(64, "000000000064-0", 0.0))
+    assert status.images_lost == 0
+    assert not any("was complete" in line for line in status.lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,10 +40,15 @@ def stored(tmp_path: Path) -> StoredSweep:
     return StoredSweep(f"{tmp_path}/runs/s")
 
 
-def driver(stored: StoredSweep, trials: int) -> RecordedSearcher:
+def room(running: int) -> bool:
+    """A cluster that holds every trial."""
+    return True
+
+
+def driver(stored: StoredSweep, trials: int, may_start: Callable[[int], bool] = room) -> RecordedSearcher:
     """The searcher of a driver that finds the sweep in storage."""
     job = sweep(trials)
-    return RecordedSearcher(job, BASE, stored, read_records(job, stored), higher_is_better=False)
+    return RecordedSearcher(job, BASE, stored, read_records(job, stored), False, may_start)
 
 
 def ended(kimg: float, score: float | None, **values: Any) -> dict[str, Any]:
@@ -116,6 +122,24 @@ def test_an_end_that_cannot_be_recorded_ends_the_search(stored: StoredSweep) -> 
             call()
 
 
+def test_a_trial_waits_for_room_and_the_trials_that_run_are_counted(stored: StoredSweep) -> None:
+    asked: list[int] = []
+
+    def may_start(running: int) -> bool:
+        asked.append(running)
+        return running < 2
+
+    first = driver(stored, 3, may_start)
+    suggested = [first.suggest(name) for name in ("a", "b", "c")]
+    assert suggested[2] is None
+    assert [record.trial.name for record in stored.trial_records()] == ["s-a", "s-b"], "no record of one that waits"
+    first.on_trial_complete("a", ended(8, 1.0))
+    assert first.suggest("d")["run"] == "s-d"
+    first.on_trial_complete("b", error=True)
+    assert first.suggest("e") == FINISHED
+    assert asked == [0, 1, 2, 1]
+
+
 def test_a_sweep_that_has_all_its_trials_runs_none_and_reads_no_pickle(stored: StoredSweep, tmp_path: Path) -> None:
     first = driver(stored, 1)
     first.suggest("a")
@@ -127,7 +151,7 @@ def test_a_sweep_that_has_all_its_trials_runs_none_and_reads_no_pickle(stored: S
     def run_trial(_: dict[str, Any]) -> None:
         raise AssertionError("no trial is run")
 
-    assert [t.name for t in search(sweep(1), BASE, run_trial, stored, False)] == ["s-a"]
+    assert [t.name for t in search(sweep(1), BASE, run_trial, stored, False, room)] == ["s-a"]
     assert not (tmp_path / "canary").exists()
 
 

@@ -29,6 +29,11 @@ def written(tmp_path: Path) -> Path:
     return folder
 
 
+def written_as(checkpoint: StoredCheckpoint) -> StoredCheckpoint:
+    """Stands in for the function that writes a checkpoint."""
+    return checkpoint
+
+
 def mine() -> None:
     """The run belongs to this process's driver."""
 
@@ -41,7 +46,7 @@ def test_it_goes_on_after_an_outage(s3: TestS3, written: Path, monkeypatch: pyte
     with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(said.append, mine)) as upload:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
         proxy.inject("burst_503", times=math.inf)
-        upload.start(written, checkpoint, lambda: done.append(checkpoint.name))
+        upload.start(written, lambda: checkpoint, lambda complete: done.append(complete.name))
         assert proxy.wait_for("burst_503", times=9)
         assert not done
         assert not upload.ended(within_s=0.0)
@@ -64,9 +69,9 @@ def test_a_lasting_fault_is_raised_at_the_next_checkpoint(
     with fault_proxy(s3.url) as proxy, closing(CheckpointUpload(print, mine)) as upload:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url())
         proxy.inject("credentials_revoked", times=math.inf)
-        upload.start(written, checkpoint, lambda: None)
+        upload.start(written, lambda: checkpoint, print)
         with pytest.raises(LastingFault):
-            upload.start(written, checkpoint, lambda: None)
+            upload.start(written, lambda: checkpoint, print)
 
 
 def test_uploads_follow_each_other(tmp_path: Path, written: Path) -> None:
@@ -75,9 +80,23 @@ def test_uploads_follow_each_other(tmp_path: Path, written: Path) -> None:
         for images in (32, 64, 96):
             name = f"{images:012d}-00000000"
             folder = Path(shutil.copytree(written, tmp_path / name))
-            upload.start(folder, StoredCheckpoint(str(tmp_path / "run" / name)), partial(done.append, name))
+            checkpoint = StoredCheckpoint(str(tmp_path / "run" / name))
+            upload.start(folder, partial(written_as, checkpoint), lambda complete: done.append(complete.name))
+            assert upload.ended(within_s=60)
+            assert upload.last == checkpoint
         upload.wait()
     assert done == files.list_names(str(tmp_path / "run"))
+
+
+def test_files_that_cannot_be_written_are_an_error_at_the_next_checkpoint(written: Path) -> None:
+    def write() -> StoredCheckpoint:
+        raise OSError("no space left on device")
+
+    with closing(CheckpointUpload(print, mine)) as upload:
+        upload.start(written, write, print)
+        with pytest.raises(OSError, match="no space left"):
+            upload.start(written, write, print)
+    assert not written.exists()
 
 
 def test_nothing_is_uploaded_for_a_driver_that_lost_the_run(tmp_path: Path, written: Path) -> None:
@@ -87,7 +106,7 @@ def test_nothing_is_uploaded_for_a_driver_that_lost_the_run(tmp_path: Path, writ
         raise lost_run("runs/x/owners")
 
     with closing(CheckpointUpload(print, lost)) as upload:
-        upload.start(written, checkpoint, lambda: None)
+        upload.start(written, lambda: checkpoint, print)
         with pytest.raises(LostRun):
             upload.wait()
     assert not checkpoint.is_complete()

@@ -35,3 +35,15 @@ def test_the_first_tensor_of_a_state_is_named() -> None:
     with torch.no_grad():
         tensor.view(-1)[0] = math.nan
     assert first_not_finite(state) == name
+
+
+def test_finite_values_whose_sum_is_infinite_are_finite() -> None:
+    state = TrainState(CONFIG, OptimConfig(), seed=0)
+    name, tensor = next(iter(state.tensors()))
+    with torch.no_grad():
+        tensor.fill_(3e38)
+    assert tensor.sum().isinf()
+    assert first_not_finite(state) is None
+    with torch.no_grad():
+        tensor.view(-1)[-1] = -math.inf
+    assert first_not_finite(state) == name

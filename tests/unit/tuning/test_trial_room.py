@@ -1,0 +1,39 @@
+"""A trial starts when what is free holds it, and what is free counts trials that have not got their room yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.tuning.trial_room import Room, TrialNeeds
+
+
+def amounts(cpus: float, gpus: float = 0.0) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus}
+
+
+TWO_AND_A_SCORE = TrialNeeds(2, amounts(1), [amounts(1)])
+
+
+@pytest.mark.parametrize(
+    ("free", "placed", "running", "holds"),
+    [
+        ([amounts(8)], 0, 0, True),
+        ([amounts(3)], 1, 1, False),  # the process of the trial itself takes a hundredth of a CPU
+        ([amounts(3.5)], 1, 1, True),
+        ([amounts(3.5)], 0, 1, False),  # the running trial will take two
+        ([amounts(6.5)], 0, 1, True),
+        ([amounts(1.5), amounts(2)], 1, 1, True),  # the score on one node, the workers on the other
+        ([amounts(0.9)] * 8, 1, 1, False),  # other runs have the rest of each node
+        ([amounts(3.5)], 2, 1, True),  # a trial has ended, and its placement group is still there
+    ],
+)
+def test_a_trial_starts_where_its_room_is_free(
+    free: list[dict[str, float]], placed: int, running: int, holds: bool
+) -> None:
+    assert Room(free, placed).holds_another(TWO_AND_A_SCORE, running) == holds
+
+
+def test_a_trial_that_scores_in_line_needs_no_room_beside_its_workers() -> None:
+    in_line = TrialNeeds(2, amounts(1, 1), [])
+    assert Room([amounts(64, 2)], 1).holds_another(in_line, 1)
+    assert not Room([amounts(64, 1)], 1).holds_another(in_line, 1)
