@@ -1,4 +1,4 @@
-"""The panels of the two dashboards. Every query names gauges of `pipeline.tracking.run_gauges`, or metrics of Ray."""
+"""The panels of the two dashboards. Every query names gauges of `training.status.run_gauges` or metrics of Ray."""
 
 from __future__ import annotations
 

@@ -207,15 +207,10 @@ def _network(problems: list[Check]) -> Check:
 
 def _code() -> str:
     """Return the first digits of the SHA-256 of the source files of both packages."""
-    import pipeline
-    import sagan
-
-    digest = hashlib.sha256()
-    for package in (pipeline, sagan):
-        assert package.__file__ is not None
-        folder = Path(package.__file__).parent
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    digest, root = hashlib.sha256(), Path(__file__).parents[2]
+    for package in ("pipeline", "sagan"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

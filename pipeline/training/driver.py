@@ -26,11 +26,12 @@ from pipeline.training import worker_group
 from pipeline.training.find_or_start import find_or_start, owned
 from pipeline.training.restart_budget import next_start
 from pipeline.training.retention import delete_superfluous_checkpoints
-from pipeline.training.run_status import GroupLost, NodesLeave, NotFiniteAt, RoomForMore, StartAsked, Status
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation, TrainingRun
-from pipeline.training.status_file import StatusFile
-from pipeline.training.training_progress import Console
+from pipeline.training.status.messages import GroupLost, NodesLeave, NotFiniteAt, RoomForMore, StartAsked
+from pipeline.training.status.run_status import Status
+from pipeline.training.status.status_file import StatusFile
+from pipeline.training.status.training_progress import Console
 
 log = logging.getLogger(__name__)
 

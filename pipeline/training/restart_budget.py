@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import SaganError
-from pipeline.training.run_status import WorkerFailed
+from pipeline.training.status.messages import WorkerFailed
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 SAME_FAILURES = 3  # groups that failed at the same position with the same kind of error

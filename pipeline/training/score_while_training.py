@@ -14,8 +14,8 @@ from pipeline.errors import shown_url
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun
-from pipeline.training import run_status
 from pipeline.training.shared_types import Evaluation, TrainingRun
+from pipeline.training.status import messages
 
 TRIES = 3  # attempts to score a checkpoint beside training
 PAUSE_S = 10.0  # seconds between two attempts
@@ -49,9 +49,9 @@ class Scoring:
         try:
             score = self.evaluation.score_checkpoint(self.job, checkpoint, self.mlflow_run_id)
         except Exception as error:
-            self.driver.send(run_status.Noted(f"scoring {checkpoint.name} failed: {shown_url(str(error))}"))
+            self.driver.send(messages.Noted(f"scoring {checkpoint.name} failed: {shown_url(str(error))}"))
             raise
-        self.driver.deliver(run_status.Scored(checkpoint.images, score.metric, score.value))
+        self.driver.deliver(messages.Scored(checkpoint.images, score.metric, score.value))
         return score
 
 
@@ -122,17 +122,17 @@ class ScoringBeside:
         """Note when the task begins, and say once that it waits for room."""
         if task.has_begun():
             if self._waits:
-                self._scoring.driver.send(run_status.WentOn("a score"))
+                self._scoring.driver.send(messages.WentOn("a score"))
             self._began, self._waits = time.monotonic(), None
         elif not self._waits and time.monotonic() > self._began + SAID_S:
             needed = f"{shown_amounts(*self._task_needs)} for checkpoint {self._due[0]}"
-            self._scoring.driver.send(run_status.Waits("a score", needed, "Ray starts it when the cluster has room"))
+            self._scoring.driver.send(messages.Waits("a score", needed, "Ray starts it when the cluster has room"))
             self._waits = True
 
     def _failed(self, name: str, reason: str) -> None:
         again = self._tries < TRIES
         when = f"it is tried again in {PAUSE_S:.0f} s" if again else "it will be scored after training"
-        self._scoring.driver.send(run_status.Noted(f"checkpoint {name} has no score yet, and {when}: {reason}"))
+        self._scoring.driver.send(messages.Noted(f"checkpoint {name} has no score yet, and {when}: {reason}"))
         if not again:
             self._next()
 

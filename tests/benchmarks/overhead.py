@@ -33,8 +33,8 @@ from pipeline.config.job_file import parse_job
 from pipeline.config.schema import PackSection, TrainJob
 from pipeline.packing.pack import pack
 from pipeline.training.driver import POLL_SECONDS, _receive
-from pipeline.training.run_status import Status
 from pipeline.training.shared_types import Assignment
+from pipeline.training.status.run_status import Status
 from pipeline.training.worker import training_loop
 from pipeline.training.worker.actions_after_step import Actions
 from pipeline.training.worker.training_loop import Worker

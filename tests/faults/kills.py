@@ -40,11 +40,11 @@ from pipeline.config.schema import PackSection, TrainJob
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import METRICS
 from pipeline.storage import files
-from pipeline.training import run_status
 from pipeline.training.restart_budget import Start
 from pipeline.training.retention import delete_superfluous_checkpoints
-from pipeline.training.run_status import Status
 from pipeline.training.shared_types import Assignment, TrainingRun
+from pipeline.training.status import messages
+from pipeline.training.status.run_status import Status
 from tests.progress_timeout import progress_seen
 from tests.unit.training.test_lost_mlflow_run import start_run
 
@@ -120,10 +120,10 @@ class FileSender:
     def exchange(self, message: Any) -> bool:
         if message is not None:
             self.send(message)
-        return self.leave_at is not None and isinstance(message, run_status.Stepped) and message.images >= self.leave_at
+        return self.leave_at is not None and isinstance(message, messages.Stepped) and message.images >= self.leave_at
 
     def ask(self, message: Any, timeout_s: float = 0.0) -> Any:
-        return Start(0.0) if isinstance(message, run_status.StartAsked) else False
+        return Start(0.0) if isinstance(message, messages.StartAsked) else False
 
     def received(self) -> Iterator[Any]:
         with self.path.open("rb") as file:
@@ -278,9 +278,9 @@ class Runs:
                 ):  # Ray Train ends the group where one of its workers fails
                     for process in ranks:
                         process.kill()
-            status.apply(run_status.StartAsked(frozenset({group}), 0))
+            status.apply(messages.StartAsked(frozenset({group}), 0))
             if isinstance(event, TakenAway):
-                status.apply(run_status.NodesLeave([LeavingNode(group, "the machine", 0.0)]))
+                status.apply(messages.NodesLeave([LeavingNode(group, "the machine", 0.0)]))
             for message in sender.received():
                 status.apply(message)
             codes = [process.exitcode or 0 for process in ranks]

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from infra.local.server_process import Server
 from infra.local.servers import Ray
 from infra.monitoring.panels import RUN
-from pipeline.tracking.run_gauges import GAUGES
+from pipeline.training.status.run_gauges import GAUGES
 from tests.progress_timeout import progress_seen
 from tests.system.command_process import Driver, training_workers
 

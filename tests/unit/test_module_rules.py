@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_MODULES = 10  # in a folder
-RAY_FOLDERS = {"pipeline.compute", "pipeline.training", "pipeline.tuning"}
+RAY_FOLDERS = {"pipeline.compute", "pipeline.training", "pipeline.training.status", "pipeline.tuning"}
 OLD_NAMES = (
     "StepBorder",
     "at_border",

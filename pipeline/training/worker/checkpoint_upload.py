@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import EnvironmentFault, LastingFault
 from pipeline.runs.checkpoints import StoredCheckpoint, upload_checkpoint
-from pipeline.training.run_status import Message, Waits, WentOn
+from pipeline.training.status.messages import Message, Waits, WentOn
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 _LEAVING_S = 30.0  # longest wait at the end for an upload that goes on

@@ -41,9 +41,9 @@ from pipeline.streaming.device_transfer import to_device
 from pipeline.streaming.stream import Batch, Stream
 from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.training import run_status
 from pipeline.training.restart_budget import LONGEST_PAUSE_S, Start
 from pipeline.training.shared_types import Assignment
+from pipeline.training.status import messages
 from pipeline.training.worker import rank_consistency
 from pipeline.training.worker.actions_after_step import Actions, actions_after_step
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
@@ -75,10 +75,10 @@ def train_worker(assignment: Assignment, node: str) -> None:
         shown = error if isinstance(error, SaganError) else SaganError(f"{type(error).__name__}: {error}")
         if isinstance(error, SaganError) and not isinstance(error, EnvironmentFault | CorruptError):
             # Every rank raises this error, and would raise it again. Return, so that Ray Train does not restart.
-            assignment.driver.deliver(run_status.Failed(shown))
+            assignment.driver.deliver(messages.Failed(shown))
             return
         images = 0 if worker is None else worker.images
-        assignment.driver.send(run_status.WorkerFailed(shown, images, type(error).__name__))
+        assignment.driver.send(messages.WorkerFailed(shown, images, type(error).__name__))
         raise  # Ray Train restarts the workers. The cause may be gone by then.
 
 
@@ -136,15 +136,15 @@ class Worker:
         start: Start | None = None
         nodes = self._from_all(self.node)
         if self.is_rank0:
-            start = self.driver.ask(run_status.StartAsked(frozenset(nodes), len(nodes)))
+            start = self.driver.ask(messages.StartAsked(frozenset(nodes), len(nodes)))
             if start.pause_s and start.refusal is None:
                 pause = f"it ends {start.pause_s:.0f} s after its beginning"
-                self.driver.send(run_status.Waits("the start", "the end of a pause after failures in a row", pause))
+                self.driver.send(messages.Waits("the start", "the end of a pause after failures in a row", pause))
             until = time.monotonic() + min(start.pause_s, LONGEST_PAUSE_S)
             while time.monotonic() < until and not self.driver.exchange(None):
                 time.sleep(0.2)
             if self.driver.exchange(None):
-                self.driver.deliver(run_status.Stopped())
+                self.driver.deliver(messages.Stopped())
                 start = None
         start = self._from_rank0(start)
         if start is not None and start.refusal is not None:
@@ -209,7 +209,7 @@ class Worker:
         rank_consistency.check_ranks(state, self.world)
         if self.is_rank0:
             name = None if checkpoint is None else checkpoint.name
-            self.driver.send(run_status.GroupStarted(state.images, name, self.train_seconds))
+            self.driver.send(messages.GroupStarted(state.images, name, self.train_seconds))
         return state
 
     def _end(self) -> None:
@@ -217,7 +217,7 @@ class Worker:
         if self.is_rank0:
             self.upload.wait()
             finished = self.images >= 1000 * self.job.train.kimg
-            self.driver.deliver(run_status.Stepped(self.images) if finished else run_status.Stopped())
+            self.driver.deliver(messages.Stepped(self.images) if finished else messages.Stopped())
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Worker:
         """Tell the driver that this rank has waited for a shard. The next batch ends the wait."""
         self.waits_for_images = True
         until = f"the workers start again after data.patience_s, {self.job.data.patience_s:g} s"
-        self.driver.send(run_status.Waits(f"rank {self.world.rank}", f"images: {reason}", until))
+        self.driver.send(messages.Waits(f"rank {self.world.rank}", f"images: {reason}", until))
 
     def _next_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         flip_seed = self.job.seed if self.job.data.flip else None
@@ -244,7 +244,7 @@ class Worker:
             batch: Batch = next(self.batches)
             if self.waits_for_images:
                 self.waits_for_images = False
-                self.driver.send(run_status.WentOn(f"rank {self.world.rank}"))
+                self.driver.send(messages.WentOn(f"rank {self.world.rank}"))
             self.shares.data += batch.wait_s
             start = self.state.images + number * self.job.train.batch
             if batch.positions != self.world.share(start, start + self.job.train.batch):
@@ -257,7 +257,7 @@ class Worker:
         Returns a function that returns the answer, the same on all ranks. The answer travels during the step, because
         waking the other ranks for it after the step takes half a millisecond.
         """
-        requested = self.is_rank0 and self.driver.exchange(run_status.Stepped(self.images))
+        requested = self.is_rank0 and self.driver.exchange(messages.Stepped(self.images))
         if self.control is None:
             return lambda: requested
         flag = torch.tensor([requested])
@@ -274,7 +274,7 @@ class Worker:
 
         The second time shows that the cause is the method and not a device.
         """
-        again = self._from_rank0(self.is_rank0 and self.driver.ask(run_status.NotFiniteAt(images)))
+        again = self._from_rank0(self.is_rank0 and self.driver.ask(messages.NotFiniteAt(images)))
         if again:
             raise diverged(images, f"{what} is not finite")
         raise NotFinite(
@@ -299,7 +299,7 @@ class Worker:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps({"step": step, "time_ms": now, "metrics": metrics}) + "\n")
             self.tracker.log(metrics, step, now)
-            self.driver.send(run_status.Logged(step, metrics, self.train_seconds))
+            self.driver.send(messages.Logged(step, metrics, self.train_seconds))
         self.totals.zero_()
         self.shares, self.logged_at, self.steps = TimeShares(), self.images, 0
 
@@ -344,7 +344,7 @@ class Worker:
             self.upload.start(
                 local,
                 lambda: self.stored.checkpoint(write_checkpoint(local, state, metrics, facts)),
-                lambda checkpoint: self.driver.deliver(run_status.Uploaded(checkpoint.name, beside)),
+                lambda checkpoint: self.driver.deliver(messages.Uploaded(checkpoint.name, beside)),
             )
         self.shares.checkpoint += time.perf_counter() - began
 
@@ -397,10 +397,10 @@ class Worker:
             require_room(self.scratch.path, self.stored.checkpoints_url, self.state, self.metrics_file)
         except EnvironmentFault as fault:
             until = f"it is written when there is room; {fault.remedy}"
-            self.driver.send(run_status.Waits(who, f"its machine's disk: {fault.message}", until))
+            self.driver.send(messages.Waits(who, f"its machine's disk: {fault.message}", until))
             time.sleep(ROOM_PAUSE_S)
             return True
-        self.driver.send(run_status.WentOn(who))
+        self.driver.send(messages.WentOn(who))
         return False
 
     # --- between processes -------------------------------------------------------------------------------------------
@@ -427,4 +427,4 @@ class Worker:
 
     def _note(self, line: str) -> None:
         """Show a line on the driver's console."""
-        self.driver.send(run_status.Noted(line))
+        self.driver.send(messages.Noted(line))

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.training.run_status import ALIVE_S, Alive, Message, Noted
+from pipeline.training.status.messages import ALIVE_S, Alive, Message, Noted
 
 _CODE = str(Path(__file__).parents[3]) + os.sep
 _FRAMES = 4  # innermost calls of this project that a line names

@@ -14,7 +14,7 @@ from ray.dashboard.modules.reporter import reporter_agent
 
 from infra.monitoring.__main__ import FOLDER, dashboards
 from infra.monitoring.panels import CLUSTER, RUN
-from pipeline.tracking.run_gauges import GAUGES
+from pipeline.training.status.run_gauges import GAUGES
 
 ALERTS = FOLDER.parent / "alerts.yaml"
 SERIES = Path(__file__).parent / "alerts_test.yaml"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import EnvironmentFault, LastingFault, SaganError
 from pipeline.training.restart_budget import LONGEST_PAUSE_S, SAME_FAILURES, next_start
-from pipeline.training.run_status import StartAsked, Status, Uploaded, WorkerFailed
+from pipeline.training.status.messages import StartAsked, Uploaded, WorkerFailed
+from pipeline.training.status.run_status import Status
 
 NODES = frozenset({"a", "b"})
 

@@ -20,7 +20,7 @@ from pipeline.training import driver
 from pipeline.training.driver import Housekeeping
 from pipeline.training.find_or_start import complete_job
 from pipeline.training.retention import delete_superfluous_checkpoints
-from pipeline.training.run_status import Status
+from pipeline.training.status.run_status import Status
 from tests.conftest import TestS3
 from tests.faults.storage_proxy import FaultProxy, fault_proxy
 from tests.unit.evaluation.conftest import commit_checkpoint

@@ -7,18 +7,18 @@ import pytest
 from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import SaganError
 from pipeline.training.restart_budget import next_start
-from pipeline.training.run_status import (
+from pipeline.training.status.messages import (
     GroupLost,
     GroupStarted,
     NodesLeave,
     RoomForMore,
     StartAsked,
-    Status,
     Stepped,
     Stopped,
     Uploaded,
     WorkerFailed,
 )
+from pipeline.training.status.run_status import Status
 
 LOST = WorkerFailed(SaganError("connection reset"), 64, "RuntimeError")
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.training import run_status
-from pipeline.training.run_status import Alive, StartAsked, Status
+from pipeline.training.status import run_status
+from pipeline.training.status.messages import Alive, StartAsked
+from pipeline.training.status.run_status import Status
 from pipeline.training.worker.own_time import OwnTime
 from pipeline.training.worker.watchdog import Watchdog
 from sagan import World

@@ -20,11 +20,12 @@ from pipeline.errors import InterruptedRun, SaganError, UsageError
 from pipeline.job_runner import _evaluation
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import client
-from pipeline.training import status_file
 from pipeline.training.driver import find_or_start, owned
-from pipeline.training.run_status import GroupStarted, Logged, StartAsked, Status, Stepped, Waits, WentOn, WorkerFailed
 from pipeline.training.shared_types import TrainingRun
-from pipeline.training.status_file import WAITING, StatusFile
+from pipeline.training.status import status_file
+from pipeline.training.status.messages import GroupStarted, Logged, StartAsked, Stepped, Waits, WentOn, WorkerFailed
+from pipeline.training.status.run_status import Status
+from pipeline.training.status.status_file import WAITING, StatusFile
 from tests.unit.evaluation.conftest import commit_checkpoint
 from tests.unit.training.test_lost_mlflow_run import job_in, start_run
 

@@ -14,7 +14,7 @@ from pipeline.errors import LastingFault
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.owner import LostRun, lost_run
 from pipeline.storage import files
-from pipeline.training.run_status import Message, Waits, WentOn
+from pipeline.training.status.messages import Message, Waits, WentOn
 from pipeline.training.worker import checkpoint_upload
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
 from tests.conftest import TestS3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from queue import Queue
 
-from pipeline.training.run_status import Message, Noted
+from pipeline.training.status.messages import Message, Noted
 from pipeline.training.worker.watchdog import Watchdog
 
 

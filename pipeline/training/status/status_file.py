@@ -16,9 +16,9 @@ from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.json_records import RunState
 from pipeline.runs.owner import LostRun
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.tracking.run_gauges import RunGauges
-from pipeline.training.run_status import Status
 from pipeline.training.shared_types import TrainingRun
+from pipeline.training.status.run_gauges import RunGauges
+from pipeline.training.status.run_status import Status
 
 WAITING = "waiting"
 """Tag of MLflow: what the run waits for, or `no`."""

@@ -9,7 +9,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.config.schema import TrainJob
-from pipeline.training.run_status import Status
+from pipeline.training.status.run_status import Status
 
 LINE_SECONDS = 10.0  # seconds between two lines where the output is not a terminal
 
