@@ -19,6 +19,7 @@ _ATTENTION = {32: (16,), 64: (32,), 128: (32,), 256: (32,)}
 AttentionForm = Literal["released", "icml", "first"]
 ResidualForm = Literal["residual_1x1", "residual_3x3"]
 AdversarialLoss = Literal["hinge", "bce"]
+Augmentation = Literal["diffaugment"]
 
 _SEQUENCES = ("attention", "multipliers_g", "multipliers_d")
 # Field, least and greatest value

@@ -1,4 +1,4 @@
-"""Random numbers of a run: latents, labels, flips and permutations.
+"""Random numbers of a run: latents, labels, flips, uniform numbers and permutations.
 
 Seed, purpose and position determine a number, and the result is the same on every machine. Row p of a stream is a fixed
 block of Philox counters. So any rows can be drawn without the rows before them, and no draw depends on the number of
@@ -28,6 +28,9 @@ class Purpose(IntEnum):
     SAMPLE_Y = 8
     STANDING_Z = 9
     STANDING_Y = 10
+    AUGMENT_REAL = 11
+    AUGMENT_D = 12
+    AUGMENT_G = 13
     SHARD_ORDER = 101
     WINDOW_ORDER = 102
     PACKING = 103
@@ -75,6 +78,11 @@ def draw_labels(seed: int, purpose: Purpose, positions: range, num_classes: int)
 def draw_flips(seed: int, positions: range) -> torch.Tensor:
     """Return which images to mirror, bool [len(positions)]. Each value is true with probability one half."""
     return torch.from_numpy(_uniform(_words(seed, Purpose.FLIP, positions, 1)[:, 0]) < 0.5)
+
+
+def draw_uniform(seed: int, purpose: Purpose, positions: range, width: int) -> torch.Tensor:
+    """Return uniform numbers in (0, 1), float64 [len(positions), width]."""
+    return torch.from_numpy(_uniform(_words(seed, purpose, positions, width)))
 
 
 def permutation(n: int, seed: int, purpose: Purpose, *where: int) -> np.ndarray:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sagan import batch_norm, moving_average, spectral_norm
+from sagan import batch_norm, diffaugment, moving_average, spectral_norm
 from sagan.batch_norm import Groups
+from sagan.config import Augmentation
 from sagan.device import on_device
 from sagan.learning_rate import learning_rate_factor
 from sagan.losses import Loss, logits
@@ -24,11 +27,25 @@ METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake", "gradient_d", "gradie
 """Losses, mean logits, and the Euclidean norms of the gradients of both networks."""
 
 
+@dataclass(frozen=True)
+class _Streams:
+    """Purposes of the random numbers of an update. `augmentation` has one for each kind of image that D gets."""
+
+    latents: Purpose
+    labels: Purpose
+    augmentation: tuple[Purpose, ...]
+
+
+_OF_D = _Streams(Purpose.Z_D, Purpose.Y_D, (Purpose.AUGMENT_REAL, Purpose.AUGMENT_D))
+_OF_G = _Streams(Purpose.Z_G, Purpose.Y_G, (Purpose.AUGMENT_G,))
+
+
 class Step:
     """Training step of a state. `metrics = step(batches)` moves the state by n_dis × batch images.
 
-    Seed and position determine latents and labels. A rank's loss is its local sum × ranks / batch. DDP takes the mean
-    over ranks, which is then the mean over the global batch, for equal and unequal shares.
+    Seed and position determine latents, labels and the parameters of the augmentation. A rank's loss is its local sum ×
+    ranks / batch. DDP takes the mean over ranks, which is then the mean over the global batch, for equal and unequal
+    shares.
 
     Args:
         state: the state that each call changes.
@@ -38,8 +55,10 @@ class Step:
             float32.
         micro_batch: largest number of real images of a rank that are in memory at once. Gradients add up to the same
             step. None for no limit.
+        augment: "diffaugment" to change all images that the discriminator gets, real and generated ones, in both
+            updates (see `sagan.diffaugment`). None for no changes.
 
-    Raises ValueError where a batch cannot be accumulated exactly (see `passes`).
+    Raises ValueError where a batch cannot be accumulated exactly (see `passes`), and where `augment` is unknown.
     """
 
     def __init__(
@@ -49,8 +68,11 @@ class Step:
         world: World | None = None,
         precision: str = "float32",
         micro_batch: int | None = None,
+        augment: Augmentation | None = None,
     ) -> None:
-        self.state, self.batch, self.precision = state, batch, precision
+        if augment not in (None, *get_args(Augmentation)):
+            raise ValueError(f"augment is {augment!r}; it must be None or one of {get_args(Augmentation)}")
+        self.state, self.batch, self.precision, self.augment = state, batch, precision, augment
         self.world = (World() if world is None else world).joined()
         self.device = next(state.generator.parameters()).device
         self.dtype = next(state.generator.parameters()).dtype
@@ -84,11 +106,11 @@ class Step:
         return metrics
 
     def _inputs(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Inputs:
-        """Draw latents and labels for the next step."""
+        """Draw everything that is random in the next step."""
         start, real = self.state.images, list(batches)
         updates = range(start, start + len(real) * self.batch, self.batch)
-        draws_d = [self._draws(position, Purpose.Z_D, Purpose.Y_D) for position in updates]
-        return Inputs(real, draws_d, self._draws(start, Purpose.Z_G, Purpose.Y_G))
+        draws_d = [self._draws(position, _OF_D) for position in updates]
+        return Inputs(real, draws_d, self._draws(start, _OF_G))
 
     def _set_learning_rates(self) -> None:
         """Give both optimisers the learning rate of the state's position."""
@@ -124,7 +146,8 @@ class Step:
                 fake = state.generator(draw.latents, draw.labels, draw.groups)
             with self._autocast():
                 both_labels = torch.cat([labels[draw.rows], draw.labels]) if draw.labels is not None else None
-                both = torch.cat([real.to(fake.dtype), fake]).contiguous(memory_format=torch.channels_last)
+                both = self._augmented(torch.cat([real.to(fake.dtype), fake]), draw)
+                both = both.contiguous(memory_format=torch.channels_last)
                 # Real and generated images are normalised apart.
                 groups_d = draw.groups.twice() if self.norm_d else None
                 outputs = self.discriminator(both, both_labels, groups_d).split([len(real), len(fake)])
@@ -152,7 +175,7 @@ class Step:
             for draw in self._passes(self.generator, draws):
                 with self._autocast():
                     images = self.generator(draw.latents, draw.labels, draw.groups)
-                    output = state.discriminator(images, draw.labels, draw.groups)
+                    output = state.discriminator(self._augmented(images, draw), draw.labels, draw.groups)
                 loss = self.loss.generator(output) / self.batch
                 self._backward(loss)
                 total_loss += loss.detach()
@@ -171,25 +194,36 @@ class Step:
             with network.no_sync() if defers else contextlib.nullcontext():  # type: ignore[operator]
                 yield draw
 
-    def _draws(self, start: int, latent_purpose: Purpose, label_purpose: Purpose) -> list[Draw]:
+    def _augmented(self, images: Tensor, draw: Draw) -> Tensor:
+        """Return images as the discriminator gets them in a pass."""
+        return images if draw.augmentation is None else diffaugment.augment(images, draw.augmentation)
+
+    def _draws(self, start: int, streams: _Streams) -> list[Draw]:
         """Return the draws of all passes over the batch at position `start`."""
         worlds = [self.world.part(number, self.passes) for number in range(self.passes)]
         if self.passes == 1:
             worlds = [self.world]
-        return [self._draw(start, pass_world, latent_purpose, label_purpose) for pass_world in worlds]
+        return [self._draw(start, pass_world, streams) for pass_world in worlds]
 
-    def _draw(self, start: int, pass_world: World, latent_purpose: Purpose, label_purpose: Purpose) -> Draw:
+    def _draw(self, start: int, pass_world: World, streams: _Streams) -> Draw:
         """Return the draw of a pass over the batch at position `start`."""
         model, seed = self.state.model, self.state.seed
         rank_share, positions = (world.share(start, start + self.batch) for world in (self.world, pass_world))
-        latents = on_device(draw_latents(seed, latent_purpose, positions, model.z_dim), self.device, self.dtype)
+        latents = on_device(draw_latents(seed, streams.latents, positions, model.z_dim), self.device, self.dtype)
         labels = (
-            on_device(draw_labels(seed, label_purpose, positions, model.known_num_classes), self.device)
+            on_device(draw_labels(seed, streams.labels, positions, model.known_num_classes), self.device)
             if model.known_num_classes
             else None
         )
+        augmentation = self._draw_augmentation(positions, streams.augmentation) if self.augment is not None else None
         rows = slice((positions.start - rank_share.start) // self.world.size, None, self.passes)
-        return Draw(rows, latents, labels, Groups(positions, self.groups, pass_world, self.device))
+        return Draw(rows, latents, labels, Groups(positions, self.groups, pass_world, self.device), augmentation)
+
+    def _draw_augmentation(self, positions: range, purposes: tuple[Purpose, ...]) -> Tensor:
+        """Return the parameters of the changes of images at `positions`, for one purpose after the other."""
+        seed, size = self.state.seed, self.state.model.known_resolution
+        parameters = [diffaugment.draw_parameters(seed, purpose, positions, size) for purpose in purposes]
+        return on_device(torch.cat(parameters), self.device, self.dtype)
 
     def _backward(self, loss: Tensor) -> None:
         """Compute gradients. The factor cancels DDP's mean over ranks, so that losses of ranks add up."""

@@ -11,19 +11,23 @@ from sagan.batch_norm import Groups
 
 @dataclass(frozen=True)
 class Draw:
-    """What a pass draws for generated images.
+    """What a pass draws.
 
     Attributes:
         rows: the indices of the pass's images in this rank's share of the batch.
         latents: [b, z_dim] in the state's dtype.
         labels: int64 [b], or None for an unconditional model.
         groups: batch-norm groups of the b images.
+        augmentation: parameters of the changes of the images that the discriminator gets (see `sagan.diffaugment`), in
+            the state's dtype: [2b, 7] of real and then of generated images in the discriminator's update, [b, 7] in the
+            generator's. None where images are not changed.
     """
 
     rows: slice
     latents: Tensor
     labels: Tensor | None
     groups: Groups
+    augmentation: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -43,5 +47,5 @@ class Inputs:
     def tensors(self) -> list[Tensor]:
         """Return the tensors whose values differ from step to step."""
         draws = [draw for update in (*self.draws_d, self.draws_g) for draw in update]
-        drawn = [tensor for draw in draws for tensor in (draw.latents, draw.labels) if tensor is not None]
-        return [tensor for pair in self.real for tensor in pair] + drawn
+        drawn = [tensor for draw in draws for tensor in (draw.latents, draw.labels, draw.augmentation)]
+        return [tensor for pair in self.real for tensor in pair] + [tensor for tensor in drawn if tensor is not None]

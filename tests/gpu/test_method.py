@@ -27,22 +27,23 @@ def real(images, device, dtype):
     return pixels.to(device, dtype), draw_labels(9, Purpose.DEQUANTISE, positions, 10).to(device)
 
 
-def trained(device, dtype, updates, precision="float32", *, graph=True, optim=OPTIM, micro_batch=None, model=SMALL):
+def trained(device, dtype, updates, precision="float32", *, graph=True, optim=OPTIM, model=SMALL, **options):
     state = TrainState(model, optim, seed=1, device=device).to(dtype)
-    step = Step(state, BATCH, precision=precision, micro_batch=micro_batch)
+    step = Step(state, BATCH, precision=precision, **options)
     step.graph = step.graph if graph else None
     losses = [step([real(state.images, device, dtype)]) for _ in range(updates)]
     return state, torch.stack(losses).double().cpu()
 
 
-def test_five_updates_equal_the_cpus_in_float64():
+@pytest.mark.parametrize("augment", [None, "diffaugment"])
+def test_five_updates_equal_the_cpus_in_float64(augment):
     """1e-9 for losses as between ranks (tests/system/test_equivalence.py): only the order of sums differs.
 
     Norms of gradients are about 40 here and differ by up to 1.02e-9 on an H200. Adam divides small gradients by their
     size, so states differ by more: by up to 1.9e-8 on one machine with an H200, and 1.1e-7 on another.
     """
-    ours, losses = trained("cuda", torch.float64, 5)
-    theirs, expected = trained("cpu", torch.float64, 5)
+    ours, losses = trained("cuda", torch.float64, 5, augment=augment)
+    theirs, expected = trained("cpu", torch.float64, 5, augment=augment)
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-9)
     for (name, a), (_, b) in zip(ours.tensors(), theirs.tensors(), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
@@ -58,11 +59,12 @@ def test_a_recorded_step_equals_the_step():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
 
 
-def test_a_recorded_step_of_several_passes_equals_the_step():
+@pytest.mark.parametrize("augment", [None, "diffaugment"])
+def test_a_recorded_step_of_several_passes_equals_the_step(augment):
     model = dataclasses.replace(SMALL, batch_norm_group=BATCH // 2)
-    passes = {"micro_batch": BATCH // 2, "model": model}
-    state, losses = trained("cuda", torch.float64, WARM_UP + 4, **passes)
-    same, expected = trained("cuda", torch.float64, WARM_UP + 4, graph=False, **passes)
+    options = {"micro_batch": BATCH // 2, "model": model, "augment": augment}
+    state, losses = trained("cuda", torch.float64, WARM_UP + 4, **options)
+    same, expected = trained("cuda", torch.float64, WARM_UP + 4, graph=False, **options)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
     for (name, a), (_, b) in zip(state.tensors(), same.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7, msg=lambda message, name=name: f"{name}: {message}")

@@ -57,11 +57,11 @@ def real(config: ModelConfig, position: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def train(
-    config: ModelConfig, optim: OptimConfig, precision: str, device: str, micro_batch: int | None = None
+    config: ModelConfig, optim: OptimConfig, precision: str, device: str, **options: Any
 ) -> tuple[TrainState, list[torch.Tensor]]:
     """Two steps. On the device, nothing in them may wait for it."""
     state = TrainState(config, optim, seed=1, device=device)
-    step = Step(state, BATCH, precision=precision, micro_batch=micro_batch)
+    step = Step(state, BATCH, precision=precision, **options)
     metrics = []
     for _ in range(2):
         batches = [real(config, state.images + BATCH * i) for i in range(optim.n_dis)]
@@ -88,10 +88,22 @@ def test_a_system_trains_as_on_the_cpu(system: str, precision: str) -> None:
         assert torch.equal(host(a), b), name
 
 
-def test_micro_batches_train_as_on_the_cpu() -> None:
-    config, optim = SYSTEMS["groups of 2"]
-    _, expected = train(config, optim, "bf16", "cpu", micro_batch=2)
-    _, found = train(config, optim, "bf16", simulated_gpu.NAME, micro_batch=2)
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [
+        ("groups of 2", {"micro_batch": 2}),
+        ("groups of 2", {"micro_batch": 2, "augment": "diffaugment"}),
+        ("unconditional", {"augment": "diffaugment"}),
+        ("SNGAN-projection", {"augment": "diffaugment"}),
+        ("DCGAN", {"augment": "diffaugment"}),
+        ("AC-GAN", {"augment": "diffaugment"}),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_options_train_as_on_the_cpu(system: str, options: dict[str, Any], precision: str) -> None:
+    config, optim = SYSTEMS[system]
+    _, expected = train(config, optim, precision, "cpu", **options)
+    _, found = train(config, optim, precision, simulated_gpu.NAME, **options)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,10 @@ from tests.simulated_gpu.simulated_gpu import Record, host, upload
 
 RANKS, BATCH, STEPS = 2, 5, 3  # unequal shares; DDP makes its buckets anew after the first step
 BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16, spectral_norm_start="cold")
-CASES = [  # configuration, global batch, micro-batch, precision
-    (BASE, BATCH, None, "bf16"),
-    (replace(BASE, batch_norm_group=1), 4, 1, "float32"),  # groups lie inside a rank, and a step has two passes
+CASES: list[tuple[ModelConfig, int, dict[str, Any]]] = [  # configuration, global batch, options of the step
+    (BASE, BATCH, {"precision": "bf16"}),
+    # groups lie inside a rank, and a step has two passes
+    (replace(BASE, batch_norm_group=1), 4, {"micro_batch": 1, "augment": "diffaugment"}),
 ]
 
 
@@ -42,8 +44,8 @@ def _rank(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     for case in CASES:
         with Record():
-            theirs, expected = _train(*case, "cpu")
-            ours, found = _train(*case, simulated_gpu.NAME)
+            theirs, expected = _train("cpu", *case)
+            ours, found = _train(simulated_gpu.NAME, *case)
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b), (a, b)
         for (name, a), (_, b) in zip(ours.tensors(), theirs.tensors(), strict=True):
@@ -52,11 +54,11 @@ def _rank(rank: int, store: str) -> None:
 
 
 def _train(
-    config: ModelConfig, batch: int, micro_batch: int | None, precision: str, device: str
+    device: str, config: ModelConfig, batch: int, options: dict[str, Any]
 ) -> tuple[TrainState, list[torch.Tensor]]:
     world = World.current()
     state = TrainState(config, OptimConfig(), seed=1, device=device)
-    step = Step(state, batch, world, precision, micro_batch)
+    step = Step(state, batch, world, **options)
     metrics = []
     for _ in range(STEPS):
         positions, side = world.share(state.images, state.images + batch), config.known_resolution

@@ -60,12 +60,13 @@ def test_the_learning_rates_of_a_decay_are_those_of_the_position():
 
 
 class TestMicroBatches:
+    @pytest.mark.parametrize("augment", [None, "diffaugment"])
     @pytest.mark.parametrize("differs", [{}, {"num_classes": 0}, {"architecture": "dcgan"}])
-    def test_several_passes_are_the_same_step(self, differs):
+    def test_several_passes_are_the_same_step(self, differs, augment):
         config = replace(CONFIG, batch_norm_group=2, **differs)
         whole, parts = (TrainState(config, OptimConfig(), seed=1).to(torch.float64) for _ in range(2))
         for state, micro_batch in ((whole, None), (parts, 2)):
-            step = Step(state, BATCH, micro_batch=micro_batch)
+            step = Step(state, BATCH, micro_batch=micro_batch, augment=augment)
             assert step.passes == (4 if micro_batch else 1)
             for _ in range(3):
                 pixels, y = real(state.images)
@@ -87,10 +88,11 @@ class TestMicroBatches:
 
 
 class TestTheStepOnTheDevice:
-    def test_a_step_does_not_wait_for_the_device(self):
+    @pytest.mark.parametrize("augment", [None, "diffaugment"])
+    def test_a_step_does_not_wait_for_the_device(self, augment):
         """No value goes to the host inside a step, but for Adam's step counters, which are on the host here."""
         state = TrainState(CONFIG, OptimConfig(), seed=1)
-        step = Step(state, BATCH)
+        step = Step(state, BATCH, augment=augment)
         step([real(0)])
         with torch.profiler.profile() as profile:
             step([real(BATCH)])
@@ -112,12 +114,13 @@ class TestTheStepOnTheDevice:
         assert all(norm.batch_var.dtype == torch.float32 for norm in batch_norm.layers(state.generator))
         assert {tensor.dtype for _, tensor in state.tensors()} == {torch.float32}
 
-    def test_a_step_does_not_change_its_inputs(self):
+    @pytest.mark.parametrize("augment", [None, "diffaugment"])
+    def test_a_step_does_not_change_its_inputs(self, augment):
         """Rectifiers and sums work in place; the images they are given are not theirs."""
         state = TrainState(CONFIG, OptimConfig(), seed=1)
         pixels, y = real(0)
         before = pixels.clone()
-        Step(state, BATCH)([(pixels, y)])
+        Step(state, BATCH, augment=augment)([(pixels, y)])
         assert torch.equal(pixels, before)
 
 
