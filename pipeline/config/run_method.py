@@ -15,6 +15,7 @@ ADDED: dict[str, Any] = {
     "model.init_std": None,
     "optim.loss": "hinge",
     "optim.auxiliary_weight": 1.0,
+    "data.augment": None,
 }
 """Keys that were added to the method after runs were stored, each with the value that the older runs had.
 
@@ -48,6 +49,7 @@ def method_of(job: TrainJob, collection_digest: str) -> dict[str, Any]:
         "data.collection": collection_digest,
         "data.split": job.data.split,
         "data.flip": job.data.flip,
+        "data.augment": job.data.augment,
         "data.lanes": job.data.lanes,
         "data.window": job.data.window,
         "train.batch": job.train.batch,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config.locations import NodePath, TrackingUri, Url, absolute
-from sagan.config import RESOLUTIONS, ModelConfig, OptimConfig
+from sagan.config import RESOLUTIONS, Augmentation, ModelConfig, OptimConfig
 from sagan.step import passes
 
 
@@ -90,6 +90,10 @@ class DataSection(Section):
     takes the number of the collection."""
     flip: bool = False
     """Whether to mirror each image horizontally with probability one half. The official code does not."""
+    augment: Augmentation | None = None
+    """Random changes of all images that the discriminator gets, real and generated ones. diffaugment: colour,
+    translation and cutout (Zhao et al. 2020), for collections of up to about ten thousand images. Default: no changes.
+    The official code makes none."""
     lanes: int = Field(16, ge=1, le=65_536)
     """Number of lanes into which an epoch is cut. Each row of an epoch has one sample of every lane. More lanes mix
     samples better. Workers read separate shards where the number of workers divides the number of lanes."""
@@ -290,7 +294,8 @@ class TrainJob(Section):
     """Name of the run and of its folder below `checkpoint.root`: at most 63 lower-case letters, digits, `.`, `_` and
     `-`, first a letter or a digit. The same name resumes the run."""
     seed: int = Field(0, ge=0)
-    """Seed of the initial parameters, the order of samples, latents, labels and flips."""
+    """Seed of the initial parameters, the order of samples, latents, labels, flips and the parameters of
+    `data.augment`."""
     data: DataSection
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()

@@ -31,13 +31,15 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> str:
     return pack(str(folder / "digits"), PackSection(source="digits", resolution=32, shard_images=500)).url
 
 
-def work(folder: Path, collection: str, device: str, steps: int) -> tuple[StoredCheckpoint, Record]:
+def work(
+    folder: Path, collection: str, device: str, steps: int, augment: str | None = "diffaugment"
+) -> tuple[StoredCheckpoint, Record]:
     """Run one worker to the end of `steps` steps, and return the last checkpoint of the run."""
     values: dict[str, Any] = {
-        "name": f"run-{device}",
+        "name": f"run-{device}-{augment or 'plain'}",
         "kind": "train",
         "seed": 7,
-        "data": {"train": collection, "cache": str(folder / "cache"), "flip": True},
+        "data": {"train": collection, "cache": str(folder / "cache"), "flip": True, "augment": augment},
         "model": {"channels_g": 4, "channels_d": 4, "multipliers_g": [4, 4, 4, 4], "multipliers_d": [2, 2, 2, 2]},
         "train": {"kimg": steps * BATCH / 1000, "batch": BATCH, "precision": "bf16", "log_kimg": BATCH / 1000},
         "checkpoint": {"root": str(folder / "runs"), "kimg": 2 * BATCH / 1000},
@@ -48,7 +50,7 @@ def work(folder: Path, collection: str, device: str, steps: int) -> tuple[Stored
     assert isinstance(job, TrainJob)
     run = start_run(job)
     assert run.owner is not None
-    sender = FileSender(folder / f"mailbox-{device}")
+    sender = FileSender(folder / f"mailbox-{job.name}")
     assignment = Assignment(
         job=run.job.model_dump(mode="json", by_alias=True),
         tracking_uri=run.tracking_uri,
@@ -63,6 +65,11 @@ def work(folder: Path, collection: str, device: str, steps: int) -> tuple[Stored
     with mock.patch.object(training_loop, "worker_device", return_value=torch.device(device)), Record() as record:
         training_loop.train_worker(assignment, "")
     return run.stored.checkpoints()[-1], record
+
+
+def test_a_worker_augments_where_the_job_says_so(tmp_path: Path, collection: str) -> None:
+    augmented, plain = (work(tmp_path, collection, "cpu", 1, augment)[0].name for augment in ("diffaugment", None))
+    assert augmented != plain, "the name holds a digest of all tensors"
 
 
 def places(counted: Counter[str]) -> Counter[str]:

@@ -166,7 +166,9 @@ class Worker:
         self.upload = self.open.enter_context(
             contextlib.closing(CheckpointUpload(self.driver.send, self._require_owner))
         )
-        self.step = Step(self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch)
+        self.step = Step(
+            self.state, job.train.batch, self.world, job.train.precision, job.train.micro_batch, job.data.augment
+        )
         stream = Stream(
             self.collection, job.data.split, seed=job.seed, world=self.world, data=job.data, note=self._waits_for_images
         )

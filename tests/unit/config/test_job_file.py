@@ -46,6 +46,10 @@ def test_every_shipped_job_is_valid_and_executable(path):
         (TRAIN.replace("batch", "btach"), "job.yaml:6: train.btach is not a key; did you mean train.batch?"),
         (TRAIN + "optim: {lr_x: 1}\n", "job.yaml:7: optim.lr_x is not a key; did you mean optim.lr_"),
         (TRAIN.replace("16", "many"), "job.yaml:6: train.batch is 'many': input should be a valid integer"),
+        (
+            TRAIN.replace("somewhere", "x, augment: flip"),
+            "job.yaml:3: data.augment is 'flip': input should be 'diffaugment'",
+        ),
         (TRAIN + "  workers: 17\n", "train.workers is 17, but train.batch has only 16 images"),
         (TRAIN + "  workers: 2\n  min_workers: 3\n", "train.min_workers is 3, which is more than train.workers, 2"),
         (

@@ -32,6 +32,7 @@ def test_a_variant_is_another_method_in_three_keys_or_fewer(name):
         ("model.condition_d", "classifier"),
         ("optim.loss", "bce"),
         ("optim.auxiliary_weight", 0.5),
+        ("data.augment", "diffaugment"),
     ],
 )
 def test_a_new_key_makes_another_method_and_its_default_leaves_the_digests_of_older_runs(key, value):
