@@ -33,6 +33,11 @@ PREVIEW = "preview.png"
 _LISTED = 20  # packing stops after this many broken images beyond max_broken, so that one run lists many of them
 _NAMED = 20  # classes that are printed with their labels
 _UNEVEN = 20  # ratio between the sizes of two classes from which on packing warns
+# Largest number of images for which the next command sets data.augment. Zhao et al. 2020 trained BigGAN and StyleGAN2
+# on parts of CIFAR-10, CIFAR-100 and FFHQ. With 10 000 images, DiffAugment lowered FID by 33 to 49 %. With all 50 000
+# images of CIFAR, it lowered FID by 7 to 11 %. With all 70 000 of FFHQ, it raised FID by 11 % (tables of their
+# repository, mit-han-lab/data-efficient-gans).
+_SMALL = 10_000
 # By resolution: least number of classes → the job to suggest.
 _JOBS = {
     32: {0: "cifar10"},
@@ -269,14 +274,17 @@ def _count(n: int, what: str) -> str:
 def next_command(collection: Collection) -> str:
     """Return the command that trains on the collection with the job for its resolution and number of classes.
 
-    It can be given to a shell in the current folder.
+    For at most `_SMALL` images to train on, it sets data.augment. It can be given to a shell in the current folder.
     """
     fitting = _JOBS[collection.resolution]
     name = fitting[max(least for least in fitting if least <= collection.num_classes)]
     job = _SHIPPED / f"{name}.yaml"
     values = {"data.train": collection.url}
-    if "train" not in collection.splits:
-        values |= dict.fromkeys(("data.split", "evaluate.split"), next(iter(collection.splits)))
+    split = "train" if "train" in collection.splits else next(iter(collection.splits))
+    if split != "train":
+        values |= dict.fromkeys(("data.split", "evaluate.split"), split)
+    if collection.size(split) <= _SMALL:
+        values["data.augment"] = "diffaugment"
     path = job.relative_to(Path.cwd()) if job.is_relative_to(Path.cwd()) else job
     return shlex.join(["sagan", "run", str(path), *(f"{key}={value}" for key, value in values.items())])
 

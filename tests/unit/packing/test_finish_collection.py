@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.collection.manifest import Collection
-from pipeline.config.job_file import load_job
+from pipeline.config.job_file import load_job, parse_overrides
 from pipeline.config.schema import PackSection, TrainJob
 from pipeline.packing.finish_collection import next_command
 from pipeline.packing.pack import pack
@@ -77,10 +77,31 @@ class TestWarnings:
 @pytest.mark.parametrize("classes", [0, 2, 200, 1000])
 def test_the_next_command_names_a_job_that_fits(packed: Collection, resolution: int, classes: int) -> None:
     names = [str(i) for i in range(classes)]
-    found = next_command(replace(packed, resolution=resolution, class_names=names, url="s3://bucket/my set"))
+    large = {"train": range(10_001)}
+    found = next_command(
+        replace(packed, resolution=resolution, class_names=names, url="s3://bucket/my set", splits=large)
+    )
     sagan, run, path, override = shlex.split(found)
     assert (sagan, run, override) == ("sagan", "run", "data.train=s3://bucket/my set")
     job = load_job(JOBS.parent / path)
     assert isinstance(job, TrainJob)
     assert job.model.resolution == resolution
     assert job.model.num_classes in (None, classes)
+
+
+@pytest.mark.parametrize(
+    ("splits", "augments"),
+    [
+        ({"train": range(10_000), "heldout": range(10_000, 60_000)}, True),
+        ({"train": range(10_001), "heldout": range(10_001, 10_101)}, False),
+        ({"val": range(500)}, True),
+    ],
+)
+def test_the_next_command_augments_a_small_collection(
+    packed: Collection, splits: dict[str, range], augments: bool
+) -> None:
+    _, _, path, *overrides = shlex.split(next_command(replace(packed, splits=splits)))
+    job = load_job(JOBS.parent / path, parse_overrides(overrides))
+    assert isinstance(job, TrainJob)
+    assert job.data.augment == ("diffaugment" if augments else None)
+    assert job.data.split == next(iter(splits))

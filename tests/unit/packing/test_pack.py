@@ -222,7 +222,7 @@ def test_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(sample["png"].shape == (32, 32, 3) for sample in samples)
     out = capsys.readouterr().out
     assert "train: 1,437 images" in out
-    assert f"next: sagan run jobs/cifar10.yaml data.train={tmp_path}/digits" in out
+    assert f"next: sagan run jobs/cifar10.yaml data.train={tmp_path}/digits data.augment=diffaugment\n" in out
 
 
 def test_names_of_files_that_are_left_out_do_not_control_the_terminal(
