@@ -143,12 +143,13 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         scores = [run[key] for run in runs]
         differences = [run[key] - full[key] for run, full in zip(runs, results[FULL], strict=True)]
         accuracy = statistics.mean(run["class_accuracy"] for run in runs)
-        shown = "–" if name == FULL else f"{statistics.mean(differences):+.2f} ± {_half_width(differences):.2f}"
+        shown = "–" if name == FULL else f"{statistics.mean(differences):+.2f} ± {half_width(differences):.2f}"
         lines.append(f"{name:38}{statistics.mean(scores):>22.2f}{shown:>22}{accuracy:>18.3f}")
     return "\n".join(lines)
 
 
-def _half_width(values: list[float]) -> float:
+def half_width(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean."""
     if len(values) not in STUDENT_T:
         return math.nan
     return STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
