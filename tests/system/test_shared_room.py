@@ -6,6 +6,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -13,6 +16,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from pipeline.compute.resources import placement_groups
 from pipeline.compute.tasks import BackgroundTask
+from pipeline.config.job_file import parse_job
+from pipeline.config.schema import TrainJob
+from pipeline.training import score_while_training
+from pipeline.training.run_status import Message, Noted, Waits, WentOn
+from pipeline.training.score_while_training import Scoring, ScoringBeside
+from pipeline.training.shared_types import Evaluation
 from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
@@ -89,3 +98,47 @@ def test_a_task_that_fails_is_done_and_raises() -> None:
     cancelled.cancel()
     with pytest.raises(ray.exceptions.RayError):
         cancelled.result()
+
+
+@dataclass
+class Said:
+    """Stands in for the mailbox of a driver."""
+
+    messages: list[Message] = field(default_factory=list)
+
+    def send(self, message: Message) -> None:
+        self.messages.append(message)
+
+
+def no_score(*_: Any) -> Any:
+    raise ValueError("no score is computed here")
+
+
+def test_a_score_that_waits_for_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_while_training, "SAID_S", 0.1)
+    values = {
+        "kind": "train",
+        "data": {"train": str(tmp_path)},
+        "train": {"kimg": 1, "batch": 32},
+        "checkpoint": {"root": str(tmp_path)},
+        "evaluate": {"cpus": 2, "timeout_s": 0.1},
+    }
+    job, said = parse_job(values, "waits"), Said()
+    assert isinstance(job, TrainJob)
+    evaluation = Evaluation(no_score, no_score, no_score, no_score, no_score)
+    scores = ScoringBeside(Scoring(job, "id", said, evaluation))  # type: ignore[arg-type]
+    other = ray.remote(Controller).options(num_cpus=3).remote()
+    ray.get(other.__ray_ready__.remote())
+    while not said.messages:
+        assert scores.follow(["000000000032-00000000"])
+        time.sleep(0.05)
+    (wait,) = said.messages
+    assert isinstance(wait, Waits)
+    assert wait.what == "2 CPUs for checkpoint 000000000032-00000000"
+    ray.kill(other)
+    while len(said.messages) < 3:
+        scores.follow(["000000000032-00000000"])
+        time.sleep(0.05)
+    scores.cancel()
+    assert said.messages[1] == WentOn(wait.who)
+    assert isinstance(said.messages[2], Noted), "the task has run; its wait was longer than evaluate.timeout_s"
