@@ -79,36 +79,30 @@ class BackgroundTask:
         options = {"num_cpus": cpus, **visible_gpus(gpus), "max_retries": 0, "num_returns": "streaming"}
         # Without "DEFAULT", Ray would place the task in the placement group of a sweep's trial.
         task = ray.remote(scheduling_strategy="DEFAULT", **options)(_call)
-        self._values = task.remote(function, arguments)  # at its beginning None, and then the result
-        self._began: Any = None
+        self._values = task.remote(function, arguments)  # None at the beginning, and then the result
 
     def has_begun(self) -> bool:
         """Return whether the call has had its resources. The call does not wait."""
-        if self._began is None and self._next_is_there():
-            self._began = next(self._values)
-        return self._began is not None
+        import ray
+
+        return bool(ray.wait([self._values], timeout=0)[0])
 
     def is_done(self) -> bool:
         """Return whether the call has ended. The call does not wait."""
-        return self.has_begun() and self._next_is_there()
+        import ray
+
+        return bool(ray.wait([self._values.completed()], timeout=0)[0])
 
     def result(self) -> Any:
         """Wait for the call and return its result. Raises the exceptions of the function, and Ray's where it died."""
-        if self._began is None:
-            self._began = next(self._values)
-        result(self._began)
-        return result(next(self._values))
+        *_, value = [result(reference) for reference in self._values]
+        return value
 
     def cancel(self) -> None:
         """End the task's process."""
         import ray
 
         ray.cancel(self._values, force=True)
-
-    def _next_is_there(self) -> bool:
-        import ray
-
-        return bool(ray.wait([self._values], timeout=0)[0])
 
 
 def _call(function: Callable[..., R], arguments: tuple[Any, ...]) -> Generator[R | None, None, None]:

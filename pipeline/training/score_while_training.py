@@ -69,7 +69,8 @@ class ScoringBeside:
         self._known = 0  # names of `Status.to_score` that were taken
         self._task: BackgroundTask | None = None
         self._began = 0.0  # time at which the task was given to Ray, and later at which its process began
-        self._waits: bool | None = None  # whether it was said that the task waits for room; None once it has begun
+        self._has_room = False  # whether the task's process has begun
+        self._said = False  # that it waits for room
         self._tries = 0
 
     def follow(self, to_score: list[str]) -> bool:
@@ -91,7 +92,7 @@ class ScoringBeside:
             self._task.cancel()
 
     def _start(self, name: str) -> None:
-        self._began, self._waits, self._tries = time.monotonic(), False, self._tries + 1
+        self._began, self._has_room, self._said, self._tries = time.monotonic(), False, False, self._tries + 1
         cpus, gpus = self._task_needs
         self._task = BackgroundTask(self._scoring, self._stored.checkpoint(name), cpus=cpus, gpus=gpus)
 
@@ -103,7 +104,7 @@ class ScoringBeside:
 
     def _look_at(self, task: BackgroundTask) -> None:
         name, limit = self._due[0], self._scoring.job.evaluate.timeout_s
-        if self._waits is not None:
+        if not self._has_room:
             self._look_for_beginning(task)
         if task.is_done():
             self._task = None
@@ -113,7 +114,7 @@ class ScoringBeside:
                 self._failed(name, f"{type(error).__name__}")
             else:
                 self._next()
-        elif self._waits is None and time.monotonic() > self._began + limit:
+        elif self._has_room and time.monotonic() > self._began + limit:
             task.cancel()
             self._task, self._tries = None, TRIES
             self._failed(name, f"it took longer than evaluate.timeout_s, {limit:g} s")
@@ -121,13 +122,13 @@ class ScoringBeside:
     def _look_for_beginning(self, task: BackgroundTask) -> None:
         """Note when the task begins, and say once that it waits for room."""
         if task.has_begun():
-            if self._waits:
+            if self._said:
                 self._scoring.driver.send(messages.WentOn("a score"))
-            self._began, self._waits = time.monotonic(), None
-        elif not self._waits and time.monotonic() > self._began + SAID_S:
+            self._began, self._has_room = time.monotonic(), True
+        elif not self._said and time.monotonic() > self._began + SAID_S:
             needed = f"{shown_amounts(*self._task_needs)} for checkpoint {self._due[0]}"
             self._scoring.driver.send(messages.Waits("a score", needed, "Ray starts it when the cluster has room"))
-            self._waits = True
+            self._said = True
 
     def _failed(self, name: str, reason: str) -> None:
         again = self._tries < TRIES

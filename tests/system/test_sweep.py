@@ -8,66 +8,20 @@ import pickle
 import signal
 import subprocess
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
 from mlflow import MlflowClient
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from infra.local.server_process import BIN
-from pipeline.compute.resources import placement_groups
 from pipeline.report.write_report import write_report
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
-from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 from tests.system.command_process import JOBS, TINY, Driver, ray_workers
 from tests.system.ray_node import cpus_in_use
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]
-
-
-@ray.remote(num_cpus=0)
-class Controller:
-    """Stands in for an actor that runs the workers of a trial."""
-
-    def make(self, cpus: int) -> PlacementGroup:
-        """Make a placement group that holds `cpus` CPUs, or waits for them."""
-        self._group = placement_group([{"CPU": cpus}])
-        return self._group
-
-
-def states(*groups: PlacementGroup) -> list[str]:
-    return [placement_group_table(group)["state"] for group in groups]
-
-
-def test_a_trial_gives_its_room_back_as_soon_as_its_process_has_died_and_another_one_starts():
-    """Ray keeps the placement groups of an actor that has died. Here one holds CPUs, and the other waits for them."""
-    ray.init(num_cpus=3, include_dashboard=False)
-    try:
-        dying, living = Controller.remote(), Controller.remote()
-        mine = placement_group([{"CPU": 1}])
-        left = ray.get([dying.make.remote(1), dying.make.remote(8)])
-        kept = [mine, *ray.get([living.make.remote(1), living.make.remote(8)])]
-        ray.get([mine.ready(), left[0].ready(), kept[1].ready()])
-        ray.kill(dying)
-        while len(placement_groups().orphaned) < 2:
-            time.sleep(0.05)
-        assert states(*left) == ["CREATED", "PENDING"]
-        assert (placement_groups().placed, placement_groups().waiting) == (1, 1)
-
-        one_worker = TrialNeeds(1, {"CPU": 0.9, "GPU": 0.0}, [])
-        with closing(TrialRoom("sweep", one_worker, "1 worker")) as room:
-            assert room.may_start(0), "the first trial waits in Ray"
-            while not room.may_start(1):  # the living actor is the running trial
-                time.sleep(0.05)
-            assert states(*left) == ["REMOVED", "REMOVED"]
-            assert states(*kept) == ["CREATED", "CREATED", "PENDING"]
-            assert not room.may_start(2), "the second trial will take what is free"
-    finally:
-        ray.shutdown()
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ class Status:
     clock: Callable[[], float] = time.time
     workers_gone_s: float | None = None
     _cut_off: bool = False  # whether a node of the group before left without a complete checkpoint
+    _no_room: bool = False  # whether it was said that the workers have found no room in time
 
     def __post_init__(self) -> None:
         self.workers_gone_s = self.clock()
@@ -137,7 +138,8 @@ class Status:
                     self.grows = True
                     self.lines.append("more workers fit: a checkpoint is written, and more workers start")
             case GroupLost(found_no_room):
-                if found_no_room:
+                if found_no_room and not self._no_room:
+                    self._no_room = True
                     self.lines.append("the workers have found no room in time, and as many as fit start")
                 self._end_group()
                 self.workers_gone_s = self.workers_gone_s or self.clock()
@@ -182,7 +184,7 @@ class Status:
     def _start_asked(self, asked: StartAsked) -> None:
         self._end_group()
         self.attempts.append([])
-        self.stopped, self.grows, self.nodes = False, False, asked.nodes
+        self.stopped, self.grows, self.nodes, self._no_room = False, False, asked.nodes, False
         if self.workers not in (0, asked.workers):
             self.lines.append(f"training goes on with {asked.workers} instead of {self.workers} workers")
         self.workers, self.groups = asked.workers, self.groups + 1

@@ -339,11 +339,12 @@ class Worker:
                 method_digest=self.assignment.method_digest,
                 git_commit=self.git_commit,
             )
-            state, metrics = self.state.copied(), self.metrics_file.read_bytes()
+            copies, metrics = [self.state.copied()], self.metrics_file.read_bytes()
             beside = actions.score and self.assignment.score_in_line is None
             self.upload.start(
                 local,
-                lambda: self.stored.checkpoint(write_checkpoint(local, state, metrics, facts)),
+                # Once the copy is written, its memory is free: an upload may take long.
+                lambda: self.stored.checkpoint(write_checkpoint(local, copies.pop(), metrics, facts)),
                 lambda checkpoint: self.driver.deliver(messages.Uploaded(checkpoint.name, beside)),
             )
         self.shares.checkpoint += time.perf_counter() - began

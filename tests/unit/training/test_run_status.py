@@ -104,7 +104,7 @@ def test_a_group_that_found_no_room_has_not_failed() -> None:
     status = Status()
     for _ in range(2):
         status.apply(GroupLost(found_no_room=True))
-    assert status.lines == ["the workers have found no room in time, and as many as fit start"] * 2
+    assert status.lines == ["the workers have found no room in time, and as many as fit start"], "it is said once"
     status.apply(group_on("a"))
     assert next_start(status.attempts, 0).refusal is None
 
