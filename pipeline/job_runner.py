@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.dry_run import CollectionFacts, dry_run
+from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run
 from pipeline.config.job_file import load_job, trial_job
 from pipeline.config.schema import EvaluateJob, Job, PackJob, TrainJob, TuneJob
-from pipeline.errors import SaganError
+from pipeline.errors import EnvironmentFault, SaganError
 
 if TYPE_CHECKING:
+    from pipeline.collection.manifest import Collection
     from pipeline.evaluation.self_test import Finding
     from pipeline.training.shared_types import Evaluation
 
@@ -59,13 +60,16 @@ def run_self_test(job: EvaluateJob) -> list[Finding]:
 def dry_run_job(job: Job) -> dict[str, Any]:
     """Return what a job would do and cost, without starting it.
 
-    The manifest of the collection is read if it can be read.
+    The manifest of the collection is read if it can be read, and so is what the job starts from. Raises UsageError
+    where that does not fit the job or does not exist.
     """
     if isinstance(job, TuneJob):
         trial = dry_run_job(trial_job(job, job.example))
         return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial}
     if isinstance(job, TrainJob):
-        return dry_run(job, _collection_facts(job)).to_dict()
+        collection = _collection(job)
+        plan = dry_run(job, None if collection is None else _facts_of(collection, job))
+        return {**plan.to_dict(), **_start(job, plan, collection)}
     return job.model_dump(mode="json")
 
 
@@ -104,15 +108,36 @@ def _pack(job: PackJob) -> dict[str, Any]:
     }
 
 
-def _collection_facts(job: TrainJob) -> CollectionFacts | None:
-    """Return facts about the job's collection; None where the collection cannot be read."""
+def _collection(job: TrainJob) -> Collection | None:
+    """Return the job's collection; None where it cannot be read."""
     from pipeline.collection.manifest import Collection
-    from pipeline.streaming.order import Order
 
     try:
-        collection = Collection.open(job.data.train)
+        return Collection.open(job.data.train)
     except SaganError:
         return None
+
+
+def _start(job: TrainJob, plan: DryRun, collection: Collection | None) -> dict[str, Any]:
+    """Return what a job with `init` takes from where, and a note where that cannot be read. Raises UsageError."""
+    from pipeline.tracking.init_source import describe, find_init
+
+    if job.init is None:
+        return {}
+    complete = job.model_copy(update={"model": job.model.for_collection(plan.resolution, plan.num_classes)})
+    try:
+        init = find_init(complete, collection.class_names if collection else [], None)
+    except EnvironmentFault as fault:
+        return {"notes": (*plan.notes, f"init.source cannot be read, and may not fit: {fault.message}")}
+    assert init is not None
+    where = {"from": describe(init)["init"], "sha256": init.sha256}
+    return {"init": {**where, "taken": init.taken, "not_taken": init.skipped}}
+
+
+def _facts_of(collection: Collection, job: TrainJob) -> CollectionFacts:
+    """Return facts about the job's collection."""
+    from pipeline.streaming.order import Order
+
     sizes = collection.shard_sizes(job.data.split)
     fetches = Order(sizes, job.seed, job.data.lanes, job.data.window).fetches(job.train.workers)
     return CollectionFacts(

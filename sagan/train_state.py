@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,42 @@ class SavedState:
         """Write state.safetensors and state.json into an existing folder."""
         save_file(self.tensors, Path(folder) / TENSORS)
         (Path(folder) / FACTS).write_text(json.dumps(self.facts, indent=1, sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The values of a stored state that are not tensors.
+
+    Attributes:
+        model: configuration of the networks.
+        optim: configuration of the optimisers and of the moving average.
+        seed: seed of the run.
+        images: position of the run.
+    """
+
+    model: ModelConfig
+    optim: OptimConfig
+    seed: int
+    images: int
+
+    @classmethod
+    def load(cls, folder: Path) -> Facts:
+        """Read the state.json of a folder that somebody else may have written.
+
+        Raises FileNotFoundError where it is missing, and ValueError where its format is not the format of this version
+        or it describes no state.
+        """
+        try:
+            facts = json.loads((folder / FACTS).read_text())
+            if facts["format"] != FORMAT:
+                raise ValueError(f"it has format {facts['format']}; this version reads format {FORMAT}")
+            model, optim = ModelConfig.from_dict(facts["model"]), OptimConfig(**facts["optim"])
+            _shapes(model)
+            return cls(model, optim, *(_whole(facts[name], name) for name in ("seed", "images")))
+        except KeyError as error:
+            raise ValueError(f"{folder / FACTS} has no entry {error}") from error
+        except UNUSABLE as error:
+            raise ValueError(f"{folder / FACTS}: {error}") from error
 
 
 class TrainState:
@@ -165,17 +201,8 @@ class TrainState:
         not the format of this version or a file is damaged.
         """
         folder = Path(folder)
-        try:
-            facts = json.loads((folder / FACTS).read_text())
-            if facts["format"] != FORMAT:
-                raise ValueError(f"it has format {facts['format']}; this version reads format {FORMAT}")
-            model, optim = ModelConfig.from_dict(facts["model"]), OptimConfig(**facts["optim"])
-            seed, images = (_whole(facts[name], name) for name in ("seed", "images"))
-            shapes, moments = _shapes(model)
-        except KeyError as error:
-            raise ValueError(f"{folder / FACTS} has no entry {error}") from error
-        except UNUSABLE as error:
-            raise ValueError(f"{folder / FACTS}: {error}") from error
+        facts = Facts.load(folder)
+        shapes, moments = _shapes(facts.model)
         try:
             tensors = load_file(folder / TENSORS)
         except SafetensorError as error:
@@ -186,23 +213,30 @@ class TrainState:
         given = {name: tensor.shape for name, tensor in tensors.items() if tensor.is_floating_point()}
         if wrong := sorted(name for name in shapes.keys() | tensors.keys() if given.get(name) != shapes.get(name)):
             raise ValueError(f"{folder / TENSORS}: {wrong[0]!r:.200} is not as {FACTS} describes it")
-        state = cls(model, optim, seed, device)
-        state.images = images
-        for prefix, network in state._networks.items():
-            network.load_state_dict({n: tensors[f"{prefix}.{n}"] for n in network.state_dict()})
+        state = cls(facts.model, facts.optim, facts.seed, device)
+        state.images = facts.images
+        state.assign(tensors)
+        return state
+
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace all tensors of the state by those of the same names, and recompute σ.
+
+        A parameter whose moments are not in `tensors` keeps its own. Raises KeyError where another tensor is missing.
+        """
+        for prefix, network in self._networks.items():
+            network.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in network.state_dict()})
             spectral_norm.refresh(network)
-        for name, tensor in state.ema.items():
+        for name, tensor in self.ema.items():
             tensor.copy_(tensors[f"ema.{name}"])
-        for prefix, (network, optimizer) in state._optimizers.items():
+        for prefix, (network, optimizer) in self._optimizers.items():
             for name, parameter in network.named_parameters():
                 key = f"{prefix}.{name}"
                 if f"{key}.step" in tensors:
                     optimizer.state[parameter] = {
-                        "step": tensors[f"{key}.step"].to(device),
+                        "step": tensors[f"{key}.step"].to(parameter.device),
                         "exp_avg": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg"]),
                         "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"{key}.exp_avg_sq"]),
                     }
-        return state
 
 
 @torch.no_grad()

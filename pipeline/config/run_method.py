@@ -42,8 +42,14 @@ def complete_model(job: TrainJob, resolution: int, num_classes: int) -> TrainJob
     return job.model_copy(update={"model": model})
 
 
-def method_of(job: TrainJob, collection_digest: str) -> dict[str, Any]:
-    """Return the method of a job, by dotted key. Paths, lengths, intervals and resources are not part of a method."""
+def method_of(job: TrainJob, collection_digest: str, init_sha256: str | None = None) -> dict[str, Any]:
+    """Return the method of a job, by dotted key. Paths, lengths, intervals and resources are not part of a method.
+
+    Args:
+        job: The job.
+        collection_digest: Digest of the job's collection.
+        init_sha256: Digest of the state that the job starts from. The method of a job without `init` has no such keys.
+    """
     method = {
         "seed": job.seed,
         "data.collection": collection_digest,
@@ -57,10 +63,15 @@ def method_of(job: TrainJob, collection_digest: str) -> dict[str, Any]:
         **{f"model.{k}": v for k, v in job.model.to_dict().items()},
         **{f"optim.{k}": v for k, v in job.optim.to_dict().items()},
     }
+    if job.init is not None:
+        method["init.sha256"] = init_sha256
+        method |= {f"init.{key}": value for key, value in job.init.model_dump(exclude={"source"}).items()}
     return json.loads(json.dumps(method))  # tuples become lists, as in a method that is read from run.json
 
 
-def sweep_method_of(sweep: TuneJob, base: TrainJob, collection_digest: str) -> dict[str, Any]:
+def sweep_method_of(
+    sweep: TuneJob, base: TrainJob, collection_digest: str, init_sha256: str | None = None
+) -> dict[str, Any]:
     """Return the method of a sweep, by dotted key: its space, its overrides and the method of its base job.
 
     The number of trials is not part of it, because a larger number continues a sweep.
@@ -69,9 +80,11 @@ def sweep_method_of(sweep: TuneJob, base: TrainJob, collection_digest: str) -> d
         sweep: The sweep job.
         base: A job of the sweep's trials. Its values of the keys in the space are ignored.
         collection_digest: Digest of the base job's collection.
+        init_sha256: Digest of the state that the base job starts from.
     """
+    base_method = method_of(base, collection_digest, init_sha256)
     method = {
-        **{key: value for key, value in method_of(base, collection_digest).items() if key not in sweep.space},
+        **{key: value for key, value in base_method.items() if key not in sweep.space},
         **{f"overrides.{key}": value for key, value in sweep.overrides.items()},
         **{f"space.{key}": choice.model_dump(exclude_none=True) for key, choice in sweep.space.items()},
     }

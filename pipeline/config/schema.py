@@ -273,6 +273,23 @@ class TrackSection(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
 
+class InitSection(Section):
+    """What a new run starts from, instead of new weights. It is part of the method of the run, by its content."""
+
+    source: Url
+    """Folder of a run, of which the newest checkpoint is taken; URL of a checkpoint; registry URI (models:/NAME@ALIAS
+    or models:/NAME/VERSION); or a folder that `sagan pull` or `Model.save` wrote. It is read once, when the run
+    starts."""
+    networks: Literal["all", "generator", "discriminator"] = "all"
+    """Networks that start from the source. `all` is both networks of a checkpoint, or the generator of a folder with a
+    model. Of a registered model, `generator` is the registered generator; otherwise its checkpoint is read."""
+    optimizers: bool = False
+    """Whether to take the moments of Adam for these networks. They are in the checkpoints of a run."""
+    ema: bool | None = None
+    """Whether to take the moving average of the generator's weights. Without it, the moving average starts as a copy of
+    the weights. Default: it is taken where the source has one and `optim.ema_start_kimg` is 0."""
+
+
 class ResourcesSection(Section):
     """Resources of each worker."""
 
@@ -299,6 +316,8 @@ class TrainJob(Section):
     data: DataSection
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
+    init: InitSection | None = None
+    """What the run starts from. Default: new weights."""
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -316,6 +335,9 @@ class TrainJob(Section):
             raise ValueError(
                 f"train.min_workers is {self.train.min_workers}, which is more than train.workers, {self.train.workers}"
             )
+        own = f"{self.checkpoint.root.rstrip('/')}/{self.name}"
+        if self.init is not None and f"{self.init.source}/".startswith(f"{own}/"):
+            raise ValueError(f"init.source {self.init.source} belongs to this run; give the new run another name")
         group = self.model.batch_norm_group
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")

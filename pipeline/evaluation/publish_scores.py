@@ -18,6 +18,7 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.champion import promote_best
+from pipeline.tracking.init_source import describe
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.tracking.model_card import model_card
 from pipeline.tracking.open_model import open_model
@@ -62,7 +63,8 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, grid
     Returns the version, with its alias where it is the champion. Raises EnvironmentFault, CorruptError.
     """
     uri, score = tracking_uri(job), record.score
-    checkpoint = StoredRun.of(job).checkpoint(record.checkpoint)
+    stored = StoredRun.of(job)
+    checkpoint, run = stored.checkpoint(record.checkpoint), stored.record()
     manifest, facts = file_sets.read_manifest(checkpoint.url), checkpoint.facts()
     assert manifest is not None
     training = {
@@ -73,6 +75,7 @@ def register(job: TrainJob, run_id: str, record: ScoreRecord, model: Model, grid
         "manifest_digest": score.protocol.reference_digest,
         "method_digest": facts.method_digest,
         "git_commit": facts.git_commit,
+        **(describe(run.init) if run and run.init else {}),
     }
     tags = {
         "metric": score.key,

@@ -12,7 +12,7 @@ from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score
 from pipeline.storage import files, validate_json
-from pipeline.storage.validate_json import PlainName, Size
+from pipeline.storage.validate_json import PlainName, Sha256, Size
 
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped early"
 """Outcomes of a trial that did not fail."""
@@ -102,6 +102,23 @@ class RecordedEvaluation(BaseModel):
         return cls(**{**values, "extractor": files.name(shown_url(section.extractor))})
 
 
+class RecordedInit(BaseModel):
+    """What a run started from. A reader of the record decides where it reads anything."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    """`init.source` of the job, without user, password and query."""
+    version: PlainName | None
+    """Name of the checkpoint in the folder of a run, or number of a registered version; None for another source."""
+    sha256: Sha256
+    """Digest of the state or the model that was taken."""
+    taken: list[str]
+    """One line for each part that the run took."""
+    skipped: list[str]
+    """One line for each part that it did not take, or that is new."""
+
+
 class RunRecord(Record):
     """`run.json` of a training run: facts that a later driver and later readers need."""
 
@@ -118,6 +135,8 @@ class RunRecord(Record):
     """Number of images that were trained on and were in no checkpoint when workers died."""
     data: RecordedData
     evaluate: RecordedEvaluation
+    init: RecordedInit | None = None
+    """What the run started from; None where it started from new weights."""
     format: int = 3
 
 
@@ -178,6 +197,8 @@ class SweepRecord(Record):
     """Ids of MLflow runs that did not exist any more when the sweep was resumed, the oldest first."""
     method: Method
     """All values that determine the trials and their results, by dotted key. The number of trials is not among them."""
+    init: RecordedInit | None = None
+    """What the trials started from; None where they started from new weights."""
     format: int = 3
 
 

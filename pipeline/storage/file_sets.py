@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
@@ -131,15 +132,16 @@ def valid_manifest(url: str) -> Manifest | None:
         return None
 
 
-def fetch_set(url: str, folder: Path) -> Manifest:
-    """Download the set at `url` into `folder` and verify every file.
+def fetch_set(url: str, folder: Path, names: Collection[str] | None = None) -> Manifest:
+    """Download the set at `url` into `folder` and verify every file. With `names`, do it for these files of the set.
 
     Raises FileNotFoundError where there is no set, CorruptError that names a damaged or missing file, and
     EnvironmentFault where storage fails.
     """
     manifest = _require(url)
     for name, entry in manifest.files.items():
-        _fetch_file(files.join(url, name), folder / name, entry)
+        if names is None or name in names:
+            _fetch_file(files.join(url, name), folder / name, entry)
     return manifest
 
 

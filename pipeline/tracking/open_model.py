@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.config.schema import EvaluateSection
 from pipeline.errors import CorruptError, UsageError
 from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint, load_state
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import default_uri
+from sagan.config import ModelConfig
 from sagan.train_state import FACTS, TrainState
 from sagan.trained_model import Model, check_class_names
 
@@ -79,13 +82,21 @@ def load_checkpoint(checkpoint: StoredCheckpoint, device: str = "cpu") -> tuple[
         except FileNotFoundError as error:
             raise CorruptError(f"there is no complete checkpoint at {checkpoint.url}: {error}") from error
         state = load_state(temp, checkpoint.url, device)
-        facts = StoredCheckpoint(str(temp)).facts()
-    names = facts.class_names if state.model.known_num_classes else []
+        return state, class_names_of(temp, checkpoint.url, state.model)
+
+
+def class_names_of(folder: Path, url: str, model: ModelConfig) -> list[str]:
+    """Return the class names in a local folder to which the checkpoint at `url` was downloaded.
+
+    The list is empty where the model is unconditional. Raises CorruptError.
+    """
+    facts = StoredCheckpoint(str(folder)).facts()
+    names = facts.class_names if model.known_num_classes else []
     try:
-        check_class_names(names, state.model.known_num_classes)
+        check_class_names(names, model.known_num_classes)
     except ValueError as error:
-        raise CorruptError(f"{files.join(checkpoint.url, CHECKPOINT_FACTS)}: {error}") from error
-    return state, names
+        raise CorruptError(f"{files.join(url, CHECKPOINT_FACTS)}: {error}") from error
+    return names
 
 
 def is_checkpoint(url: str) -> bool:

@@ -119,17 +119,16 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
         from mlflow.artifacts import download_artifacts
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        name, number = _resolve(uri, model_uri)
-        registered = next(version.tags for version in versions(uri, name) if version.number == number)
-        source = client(uri).get_model_version_download_uri(name, str(number))
+        name, version = _resolve(uri, model_uri)
+        source = client(uri).get_model_version_download_uri(name, str(version.number))
         with _not_registered(model_uri):
-            _require_listed(get_artifact_repository(source, tracking_uri=uri), folder.parent, registered)
+            _require_listed(get_artifact_repository(source, tracking_uri=uri), folder.parent, version.tags)
             Path(download_artifacts(source, dst_path=f"{folder}.part", tracking_uri=uri)).rename(folder)
-            _require_registered(folder, registered)
+            _require_registered(folder, version.tags)
         try:
             Model.load(folder)
         except Exception as error:  # any, because the bytes may be anything
-            raise CorruptError(f"{name} version {number} holds no complete model: {error}") from error
+            raise CorruptError(f"{name} version {version.number} holds no complete model: {error}") from error
     return destination
 
 
@@ -201,24 +200,31 @@ def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
     """
     destination = Path(destination).expanduser().absolute()
     pulled_folder.require_empty(destination)
-    with registry_errors(uri):
-        name, number = _resolve(uri, model_uri)
-        tags = next(version.tags for version in versions(uri, name) if version.number == number)
-    try:
-        manifest = file_sets.fetch_set(tags["checkpoint"], destination)
-    except (FileNotFoundError, KeyError):
-        raise CorruptError(
-            f"the checkpoint of {name} version {number} does not exist: "
-            f"{tags.get('checkpoint', 'the version names no checkpoint')}",
-            f"pull the generator alone: sagan pull {model_uri} {destination}",
-        ) from None
-    if manifest.digest != tags.get("checkpoint_sha256"):
-        raise CorruptError(
-            f"{tags['checkpoint']} is not the checkpoint from which {name} version {number} was exported"
-        )
-    if missing := sorted({TENSORS, FACTS} - manifest.files.keys()):
-        raise CorruptError(f"the checkpoint {tags['checkpoint']} has no {missing[0]}")
+    url = checkpoint_of(uri, model_uri, f"pull the generator alone: sagan pull {model_uri} {destination}")
+    file_sets.fetch_set(url, destination)
     return destination
+
+
+def checkpoint_of(uri: str, model_uri: str, remedy: str) -> str:
+    """Return the URL of the checkpoint from which a version was exported.
+
+    Raises UsageError, EnvironmentFault. Raises CorruptError where the checkpoint is not the one that was registered,
+    and, with `remedy`, where it does not exist any more.
+    """
+    with registry_errors(uri):
+        name, version = _resolve(uri, model_uri)
+    url = version.tags.get("checkpoint")
+    if url is None or (manifest := file_sets.read_manifest(url)) is None:
+        raise CorruptError(
+            f"the checkpoint of {name} version {version.number} does not exist: "
+            f"{url or 'the version names no checkpoint'}",
+            remedy,
+        )
+    if manifest.digest != version.tags.get("checkpoint_sha256"):
+        raise CorruptError(f"{url} is not the checkpoint from which {name} version {version.number} was exported")
+    if missing := sorted({TENSORS, FACTS} - manifest.files.keys()):
+        raise CorruptError(f"the checkpoint {url} has no {missing[0]}")
+    return url
 
 
 def versions(uri: str, name: str) -> list[Version]:
@@ -261,8 +267,15 @@ def _version(entry: Any) -> Version:
     return Version(int(number), entry.status == "READY", dict(entry.tags))
 
 
-def _resolve(uri: str, model_uri: str) -> tuple[str, int]:
-    """Return the name and the number of `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises UsageError."""
+def numbered(uri: str, model_uri: str) -> str:
+    """Return `models:/NAME/VERSION` for `models:/NAME@ALIAS`, whose version may change. Raises UsageError."""
+    with registry_errors(uri):
+        name, version = _resolve(uri, model_uri)
+    return f"models:/{name}/{version.number}"
+
+
+def _resolve(uri: str, model_uri: str) -> tuple[str, Version]:
+    """Return the name and the version of `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises UsageError."""
     match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))", model_uri)
     if match is None:
         raise UsageError(f"{model_uri} is not a model URI", "write models:/NAME@champion or models:/NAME/VERSION")
@@ -279,7 +292,7 @@ def _resolve(uri: str, model_uri: str) -> tuple[str, int]:
             if known
             else f"choose one of the registered models: {names or '(there are none)'}",
         )
-    return name, version.number
+    return name, version
 
 
 def _ensure_model(mlflow: Any, name: str) -> None:

@@ -13,13 +13,17 @@ from pipeline.config.run_method import complete_model, digest_of, method_differe
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, UsageError, shown_url
 from pipeline.packing.pack import pack
-from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord
+from pipeline.runs.checkpoints import METRICS, require_room, upload_checkpoint, write_checkpoint
+from pipeline.runs.json_records import CheckpointFacts, RecordedData, RecordedEvaluation, RecordedInit, RunRecord
 from pipeline.runs.owner import Ownership, claim
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.tracking.git_commit import git_commit
+from pipeline.tracking.init_source import describe, find_init, first_state
 from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
 from pipeline.training.shared_types import Evaluation, TrainingRun
+from pipeline.training.worker.finite_check import first_not_finite
+from sagan.train_state import TrainState
 
 SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the source version of the run
 
@@ -58,7 +62,8 @@ def find_or_start(
 ) -> TrainingRun:
     """Check the job before any worker starts, then find the run of this name or start it in MLflow.
 
-    `own` becomes the owner of a run that has not ended, before anything of it is changed.
+    `own` becomes the owner of a run that has not ended, before anything of it is changed. A job with `init` gets its
+    first checkpoint here.
 
     A run that exists resumes where MLflow does not answer. Raises UsageError, EnvironmentFault or CorruptError.
     """
@@ -67,7 +72,9 @@ def find_or_start(
     job = complete_job(job)
     evaluation.check(job)
     stored = StoredRun.of(job)
-    method = method_of(job, Collection.open(job.data.train).digest)
+    collection, known = Collection.open(job.data.train), stored.record()
+    init = find_init(job, collection.class_names, known.init if known else None)
+    method = method_of(job, collection.digest, init.sha256 if init else None)
     uri = tracking_uri(job)
     if ended := _ended_run(job, stored, method):
         return ended
@@ -75,19 +82,28 @@ def find_or_start(
     if ended := _ended_run(job, stored, method):  # by the driver that this one has waited for
         return ended
     record = _own_record(job, stored, method)
+    first = _first_state(job, collection, stored, init) if init and not stored.checkpoints() else None
     try:
-        record = start_tracking(job, stored, record, method, parent)
+        record = start_tracking(job, stored, record, method, parent, init)
         reached = last_step(uri, record.mlflow_run_id, "loss_d")
     except EnvironmentFault as fault:
         if record is None or isinstance(fault, LastingFault):
             raise
         print(f"the run resumes without MLflow, which gets its points later: {fault.message}", flush=True)
         reached = max((checkpoint.images for checkpoint in stored.checkpoints()), default=0)
+    if first is not None:
+        owner.require()
+        _write_first_checkpoint(first, stored, collection, digest_of(method))
     return TrainingRun(job, stored, uri, record, owner, reached, None)
 
 
 def start_tracking(
-    job: TrainJob, stored: StoredRun, record: RunRecord | None, method: dict[str, Any], parent: str | None
+    job: TrainJob,
+    stored: StoredRun,
+    record: RunRecord | None,
+    method: dict[str, Any],
+    parent: str | None,
+    init: RecordedInit | None,
 ) -> RunRecord:
     """Start the MLflow run of a training run or resume it, write the run's record and return it.
 
@@ -99,6 +115,7 @@ def start_tracking(
         record: The run's record; None for a new run.
         method: Method of the job.
         parent: Id of the MLflow run of the sweep, if the run is a trial.
+        init: What the run starts from; None for new weights.
 
     Raises EnvironmentFault.
     """
@@ -113,6 +130,7 @@ def start_tracking(
             "method_digest": digest_of(method),
             "collection": shown_url(job.data.train),
             SOURCE_COMMIT: git_commit(),
+            **(describe(init) if init else {}),
         },
         artifacts=job.track.artifacts or artifact_location(job),
         parent=parent,
@@ -132,9 +150,42 @@ def start_tracking(
         images_lost=record.images_lost if record else 0,
         data=RecordedData.of(job.data),
         evaluate=RecordedEvaluation.of(job.evaluate),
+        init=init,
     )
     stored.write_record(record)
     return record
+
+
+def _first_state(job: TrainJob, collection: Collection, stored: StoredRun, init: RecordedInit) -> TrainState:
+    """Return the state that a run starts from, and print what it takes from where.
+
+    Raises UsageError, EnvironmentFault. Raises CorruptError also where a value of the source is not finite.
+    """
+    state, where = first_state(job, collection.class_names, init), describe(init)["init"]
+    if tensor := first_not_finite(state):
+        raise CorruptError(f"{job.name} cannot start from {where}: {tensor} is not finite", "give another init.source")
+    print(f"{stored.name} starts from {where}", flush=True)
+    for title, lines in (("taken", init.taken), ("not taken", init.skipped)):
+        for line in lines:
+            print(f"  {title}: {line}", flush=True)
+    return state
+
+
+def _write_first_checkpoint(state: TrainState, stored: StoredRun, collection: Collection, method_digest: str) -> None:
+    """Write the checkpoint at position 0, from which all workers start. Raises EnvironmentFault."""
+    facts = CheckpointFacts(
+        images=0,
+        train_seconds=0.0,
+        to_score=False,
+        collection_digest=collection.digest,
+        class_names=collection.class_names,
+        method_digest=method_digest,
+        git_commit=git_commit(),
+    )
+    with files.temporary_folder("init") as local:
+        no_metrics = local / METRICS
+        require_room(local, stored.checkpoints_url, state, no_metrics)
+        upload_checkpoint(local, stored.checkpoint(write_checkpoint(local, state, no_metrics, facts)))
 
 
 def artifact_location(job: TrainJob) -> str | None:

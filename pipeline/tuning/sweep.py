@@ -22,9 +22,18 @@ from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError, printable
-from pipeline.runs.json_records import STOPPED_EARLY, RunScores, SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.json_records import (
+    STOPPED_EARLY,
+    RecordedInit,
+    RunScores,
+    SweepRecord,
+    SweepSummary,
+    SweepTrials,
+    Trial,
+)
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
+from pipeline.tracking.init_source import find_init, pin_source
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.training import worker_group
 from pipeline.training.driver import train
@@ -56,10 +65,11 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
     stored = StoredSweep.of(base, sweep.name)
     if fresh:
         stored.delete()
-    record, method = _own_record(sweep, base, stored)
+    record, method, init = _own_record(sweep, base, stored)
+    base = pin_source(base, init)
     needs = _require_room(sweep, base)
     evaluation.check(base)
-    run_id = _find_or_start(sweep, base, stored, record, method)
+    run_id = _find_or_start(sweep, base, stored, record, method, init)
     higher_is_better, mailbox = evaluation.higher_is_better(base), Mailbox()
     run = ray_tune.with_parameters(
         run_trial,
@@ -157,25 +167,32 @@ def _require_room(sweep: TuneJob, base: TrainJob) -> TrialNeeds:
     return TrialNeeds(workers, worker, scoring)
 
 
-def _own_record(sweep: TuneJob, base: TrainJob, stored: StoredSweep) -> tuple[SweepRecord | None, dict[str, Any]]:
-    """Return the record of the sweep of this name, None where there is none, and the method of this sweep.
+def _own_record(
+    sweep: TuneJob, base: TrainJob, stored: StoredSweep
+) -> tuple[SweepRecord | None, dict[str, Any], RecordedInit | None]:
+    """Return the record of the sweep of this name, None where there is none, the method of this sweep, and its start.
 
     Raises UsageError where the stored sweep has another method.
     """
-    collection = Collection.open(base.data.train)
-    method = sweep_method_of(sweep, complete_job(base), collection.digest)
-    record = stored.record()
+    collection, record, job = Collection.open(base.data.train), stored.record(), complete_job(base)
+    init = find_init(job, collection.class_names, record.init if record else None)
+    method = sweep_method_of(sweep, job, collection.digest, init.sha256 if init else None)
     if record is not None and (differences := method_differences(record.method, method)):
         lines = "\n".join(f"    {line}" for line in differences)
         raise UsageError(
             f"a sweep named {sweep.name} exists under {base.checkpoint.root} with other keys:\n{lines}",
             "give this sweep another name (name=…), or set the keys back to resume the existing sweep",
         )
-    return record, method
+    return record, method, init
 
 
 def _find_or_start(
-    sweep: TuneJob, base: TrainJob, stored: StoredSweep, record: SweepRecord | None, method: dict[str, Any]
+    sweep: TuneJob,
+    base: TrainJob,
+    stored: StoredSweep,
+    record: SweepRecord | None,
+    method: dict[str, Any],
+    init: RecordedInit | None,
 ) -> str:
     """Return the id of the sweep's MLflow run, which is created where the sweep has none."""
     tracker = MlflowRun.start(
@@ -192,7 +209,13 @@ def _find_or_start(
     if record and record.mlflow_run_id != tracker.run_id:
         earlier = [*earlier, record.mlflow_run_id]
     stored.write_record(
-        SweepRecord(name=sweep.name, mlflow_run_id=tracker.run_id, earlier_mlflow_run_ids=earlier, method=method)
+        SweepRecord(
+            name=sweep.name,
+            mlflow_run_id=tracker.run_id,
+            earlier_mlflow_run_ids=earlier,
+            method=method,
+            init=init,
+        )
     )
     return tracker.run_id
 
@@ -256,7 +279,7 @@ def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Tria
             f"delete {StoredSweep.of(base, sweep.name).trial_url(best.name)}; the trial is then run again",
         )
     # The trial may have ended under another tracker.
-    record = start_tracking(job, stored, record, record.method, run_id)
+    record = start_tracking(job, stored, record, record.method, run_id, record.init)
     scores = evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
     MlflowRun(tracking_uri(base), record.mlflow_run_id).finish("FINISHED")
     return scores

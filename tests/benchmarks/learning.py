@@ -37,7 +37,7 @@ from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
 from tests.real_data import real_file
 
 BATCH = 32
-MODEL = {
+MODEL: dict[str, Any] = {
     "resolution": 32,
     "num_classes": 10,
     "z_dim": 64,
@@ -46,7 +46,7 @@ MODEL = {
     "multipliers_g": (4, 4, 2, 1),
     "multipliers_d": (1, 2, 4, 4),
 }
-OPTIM = {"lr_d": 1e-3, "lr_g": 4e-4, "ema_decay": 0.99}
+OPTIM: dict[str, Any] = {"lr_d": 1e-3, "lr_g": 4e-4, "ema_decay": 0.99}
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 
 

@@ -212,11 +212,16 @@ class Runs:
             "track": {"uri": f"sqlite:///{folder}/mlflow.db", "register": False},
         }
 
-    def run(self, name: str, events: Sequence[Kill | Notice]) -> Ended:
-        """Train a run to its end. The n-th worker group meets the n-th event."""
-        job = parse_job({**self.values, "name": name}, name)
+    def start(self, name: str, **values: Any) -> TrainingRun:
+        """Find or start a run without training it."""
+        job = parse_job({**self.values, **values, "name": name}, name)
         assert isinstance(job, TrainJob)
-        run = start_run(job)
+        return start_run(job)
+
+    def run(self, name: str, events: Sequence[Kill | Notice], **values: Any) -> Ended:
+        """Train a run to its end. The n-th worker group meets the n-th event. `values` are more values of the job."""
+        run = self.start(name, **values)
+        job = run.job
         status, seconds, reached, left = Status(), [], [], 0
         for event in [*events, None]:
             began = time.monotonic()

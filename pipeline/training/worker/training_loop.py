@@ -187,7 +187,7 @@ class Worker:
     def _restore(self) -> TrainState:
         """Return the state of the newest good checkpoint, or a new state where there is no checkpoint. Collective.
 
-        Rank 0 chooses the checkpoint.
+        Rank 0 chooses the checkpoint. Raises SaganError where the run must not start from new weights.
         """
         local = self.scratch.path / "restored"
         local.mkdir()
@@ -196,6 +196,11 @@ class Worker:
             method = self.assignment.method_digest
             newest = fetch_newest_checkpoint(self.stored.checkpoints_url, local, method, self._note)
         checkpoint: StoredCheckpoint | None = self._from_rank0(newest)
+        if checkpoint is None and self.job.init is not None:
+            raise SaganError(
+                f"{self.stored.checkpoints_url} has no good checkpoint, not even the first, which holds init.source",
+                "start over with --fresh, which reads init.source again",
+            )
         if checkpoint is None:
             state = TrainState(self.job.model, self.job.optim, self.job.seed, self.device)
         else:
@@ -208,7 +213,7 @@ class Worker:
         shutil.rmtree(local)
         rank_consistency.check_ranks(state, self.world)
         if self.is_rank0:
-            name = None if checkpoint is None else checkpoint.name
+            name = checkpoint.name if checkpoint is not None and state.images else None
             self.driver.send(messages.GroupStarted(state.images, name, self.train_seconds))
         return state
 

@@ -129,12 +129,15 @@ def build(root: Path) -> None:
 
 
 _EVALUATE = "--reference IN/collection --extractor classifier --samples 4 --running --json --gpus 0"
+_START = "run CLEAN/job/job.yaml --dry-run --json init.source"
 _ROW = "checkpoints, models, statistics"
 KINDS = {
     "checkpoint": Kind(
         _ROW, 6, "evaluated", _change_evaluated, command(f"evaluate IN/checkpoint {_EVALUATE}"), is_json
     ),
     "model": Kind(_ROW, 8, "model", change_model, command("sample IN --n 2"), is_picture),
+    "start": Kind(_ROW, 3, "evaluated", _change_evaluated, command(f"{_START}=IN/checkpoint"), is_json),
+    "start from a model": Kind(_ROW, 3, "model", change_model, command(f"{_START}=IN"), is_json),
     "statistics": Kind(_ROW, 5, "evaluated", _change_statistics, command(f"evaluate IN/model {_EVALUATE}"), is_json),
     "rows": Kind("rows of a served model", 8, "predict", _change_rows, _predict, _are_answers),
 }

@@ -46,7 +46,7 @@ from tests.faults.hostile.kind import Kind  # noqa: E402
 # What the commands import while they run. torch imports `_dynamo`, and much with it, for its first optimiser.
 _IMPORTED = (
     *("pipeline.collection.verify", "pipeline.evaluation.evaluate_model", "pipeline.job_runner", "pipeline.image_grid"),
-    *("pipeline.packing.pack", "pipeline.report.write_report", "pipeline.tracking.open_model", "sagan.cost"),
+    *("pipeline.packing.pack", "pipeline.report.write_report", "pipeline.tracking.init_source", "sagan.cost"),
     *("mlflow.pyfunc", "mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.tracking.sqlalchemy_store"),
     *("pandas", "pyarrow.parquet", "torch._dynamo"),
 )

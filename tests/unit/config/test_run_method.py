@@ -44,6 +44,18 @@ def test_a_new_key_makes_another_method_and_its_default_leaves_the_digests_of_ol
     assert digest_of(method_of(imagenet(**{key: value}), COLLECTION)) != digest_of(older)
 
 
+def test_the_start_is_part_of_a_method_that_has_one():
+    plain = method_of(imagenet(), COLLECTION)
+    assert not any(key.startswith("init") for key in plain), "the digests of runs without it stay as they are"
+    starts = [
+        method_of(imagenet(**{"init.source": "models:/a@champion", **more}), COLLECTION, digest)
+        for more, digest in (({}, "a" * 64), ({}, "b" * 64), ({"init.optimizers": True}, "a" * 64))
+    ]
+    assert len({digest_of(method) for method in (plain, *starts)}) == 4
+    elsewhere = method_of(imagenet(**{"init.source": "s3://bucket/runs/a"}), COLLECTION, "a" * 64)
+    assert elsewhere == starts[0], "the place of a source is not part of a method"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("optim.lr_d", 1e-4), ("seed", 1), ("train.batch", 128), ("data.flip", True), ("model.z_dim", 64)],
