@@ -19,7 +19,7 @@ from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
 from pipeline.training import score_while_training
-from pipeline.training.run_status import Message, Noted, Waits, WentOn
+from pipeline.training.status.messages import Message, Noted, Waits, WentOn
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation
 from pipeline.tuning.trial_room import TrialNeeds, TrialRoom

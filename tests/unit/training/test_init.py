@@ -27,7 +27,7 @@ from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.init_source import find_init, pin_source
 from pipeline.tracking.mlflow_run import client
-from pipeline.training import run_status
+from pipeline.training.status import messages
 from pipeline.training.shared_types import Assignment
 from pipeline.training.worker import training_loop
 from sagan import Model, TrainState
@@ -417,7 +417,7 @@ def test_workers_without_the_first_checkpoint_do_not_start_from_new_weights(plac
         mock.patch.object(training_loop, "configure_device"),  # its settings would stay in the process of the tests
     ):
         training_loop.train_worker(assignment, "")
-    (failed,) = [message for message in sender.received() if isinstance(message, run_status.Failed)]
+    (failed,) = [message for message in sender.received() if isinstance(message, messages.Failed)]
     assert "has no good checkpoint" in failed.error.message
     assert "--fresh" in failed.error.remedy
 
