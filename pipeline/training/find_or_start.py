@@ -183,9 +183,8 @@ def _write_first_checkpoint(state: TrainState, stored: StoredRun, collection: Co
         git_commit=git_commit(),
     )
     with files.temporary_folder("init") as local:
-        no_metrics = local / METRICS
-        require_room(local, stored.checkpoints_url, state, no_metrics)
-        upload_checkpoint(local, stored.checkpoint(write_checkpoint(local, state, no_metrics, facts)))
+        require_room(local, stored.checkpoints_url, state, local / METRICS)
+        upload_checkpoint(local, stored.checkpoint(write_checkpoint(local, state, b"", facts)))
 
 
 def artifact_location(job: TrainJob) -> str | None:

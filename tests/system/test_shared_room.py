@@ -19,9 +19,9 @@ from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
 from pipeline.training import score_while_training
-from pipeline.training.status.messages import Message, Noted, Waits, WentOn
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation
+from pipeline.training.status.messages import Message, Noted, Waits, WentOn
 from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("ray")]

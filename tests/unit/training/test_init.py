@@ -27,8 +27,8 @@ from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.init_source import find_init, pin_source
 from pipeline.tracking.mlflow_run import client
-from pipeline.training.status import messages
 from pipeline.training.shared_types import Assignment
+from pipeline.training.status import messages
 from pipeline.training.worker import training_loop
 from sagan import Model, TrainState
 from tests.faults.kills import FileSender
@@ -97,7 +97,7 @@ def commit(stored: StoredRun, state: TrainState, folder: Path, names: Sequence[s
         method_digest="ab" * 32,
         git_commit="unknown",
     )
-    checkpoint = stored.checkpoint(write_checkpoint(local, state, local / "none", facts))
+    checkpoint = stored.checkpoint(write_checkpoint(local, state, b"", facts))
     upload_checkpoint(local, checkpoint)
     return checkpoint
 
