@@ -37,7 +37,7 @@ from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
 from tests.real_data import real_file
 
 BATCH = 32
-MODEL = {
+MODEL: dict[str, Any] = {
     "resolution": 32,
     "num_classes": 10,
     "z_dim": 64,
@@ -46,7 +46,7 @@ MODEL = {
     "multipliers_g": (4, 4, 2, 1),
     "multipliers_d": (1, 2, 4, 4),
 }
-OPTIM = {"lr_d": 1e-3, "lr_g": 4e-4, "ema_decay": 0.99}
+OPTIM: dict[str, Any] = {"lr_d": 1e-3, "lr_g": 4e-4, "ema_decay": 0.99}
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 
 
@@ -143,12 +143,13 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         scores = [run[key] for run in runs]
         differences = [run[key] - full[key] for run, full in zip(runs, results[FULL], strict=True)]
         accuracy = statistics.mean(run["class_accuracy"] for run in runs)
-        shown = "–" if name == FULL else f"{statistics.mean(differences):+.2f} ± {_half_width(differences):.2f}"
+        shown = "–" if name == FULL else f"{statistics.mean(differences):+.2f} ± {half_width(differences):.2f}"
         lines.append(f"{name:38}{statistics.mean(scores):>22.2f}{shown:>22}{accuracy:>18.3f}")
     return "\n".join(lines)
 
 
-def _half_width(values: list[float]) -> float:
+def half_width(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean."""
     if len(values) not in STUDENT_T:
         return math.nan
     return STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))

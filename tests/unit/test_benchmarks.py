@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         ("checks", "imagenette128-train-1500.tar"),
         ("evaluation", "resnet56-cifar10.ts"),
         ("learning", "resnet56-cifar10.ts"),
+        ("small_collections", "cifar10-test-1017.tar"),
         ("stream", "imagenette128-train-1500.tar"),
     ],
 )
