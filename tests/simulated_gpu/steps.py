@@ -122,7 +122,7 @@ def test_a_checkpoint_waits_twice(tmp_path: Path) -> None:
     with Record() as record:
         assert first_not_finite(state) is None
         assert record.syncs.total() == 1
-        state.save(tmp_path)
+        state.copied().save(tmp_path)
     assert record.syncs.total() == 2
 
 
