@@ -351,6 +351,52 @@ def pull(
     print(f"{model} is in {folder}; load it with: sagan.load({str(folder)!r})")
 
 
+@app.command(
+    "import",
+    epilog="Examples: `sagan import G_ema.pth --from biggan-pytorch --weights ema --batch-norm-eps 1e-5 --out sagan128`"
+    " · `sagan import sagan_128.pth --from mmgeneration --weights ema --batch-norm-eps 1e-5 --scale-offset 1 "
+    "--channel-order bgr --out sagan128`",
+)
+def import_(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Path or URL of the file with the generator's state dict.")
+    ],
+    peer: Annotated[
+        str,
+        typer.Option(
+            "--from", help="Project that wrote the file: biggan-pytorch, mmgeneration, studiogan or official-tf."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    weights: Annotated[str | None, typer.Option(help="Weights in the file: ema (the moving average) or raw.")] = None,
+    batch_norm_eps: Annotated[
+        float | None, typer.Option(help="Constant that the project adds to the variances of batch norm.")
+    ] = None,
+    scale_offset: Annotated[
+        float | None, typer.Option(help="Number that the project adds to the class-dependent scales of the file.")
+    ] = None,
+    channel_order: Annotated[
+        str | None, typer.Option(help="Order of the channels of the project's images: rgb or bgr.")
+    ] = None,
+    slope: Annotated[
+        float | None, typer.Option(help="Negative slope of the generator's rectifiers. Default: 0, ReLU.")
+    ] = None,
+) -> None:
+    """Write the generator of another project's file as a model folder, which can be sampled and scored.
+
+    Names and shapes of the tensors tell resolution, widths, classes, attention, shared embeddings and spectral norm.
+    Options give what they do not tell. The command names the options that it needs. Nothing in the file runs.
+    """
+    from pipeline.importing.import_model import import_model
+
+    given = {"weights": weights, "batch_norm_eps": batch_norm_eps, "scale_offset": scale_offset}
+    model = import_model(file, peer, out, {**given, "channel_order": channel_order, "slope": slope})
+    classes = f"{model.config.known_num_classes} classes" if model.config.known_num_classes else "no classes"
+    attention = ", ".join(map(str, model.config.attention_sizes)) or "none"
+    print(f"{model.config.known_resolution} px, {classes}, attention at: {attention}")
+    print(f"{file} is in {out}; sample it with: sagan sample {out}")
+
+
 @app.command(epilog='Example: `sagan promote imagenet128 7 --force "6 shows memorised images"`')
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],

@@ -20,10 +20,6 @@ A Self-Attention GAN (Zhang et al. 2019) that generates {size}×{size} images{cl
 
 {score}
 
-Two scores can be compared only if all of these values are equal:
-
-{protocol}
-
 ## Sampling
 
 The model needs `torch`, `numpy` and `safetensors`. The example also needs `pillow`, to write the images. Nothing else
@@ -56,8 +52,8 @@ the person who chose these images.
 """
 
 
-def model_card(name: str, model: Model, score: Score, training: dict[str, Any]) -> str:
-    """Return the card in Markdown. `training` holds facts about the training by name."""
+def model_card(name: str, model: Model, score: Score | None, training: dict[str, Any]) -> str:
+    """Return the card in Markdown. `training` holds facts about the training by name. Imported models have no score."""
     names = model.class_names
     classes = f" of {model.config.known_num_classes} classes" if model.config.known_num_classes else ""
     if names:
@@ -69,9 +65,20 @@ def model_card(name: str, model: Model, score: Score, training: dict[str, Any]) 
         weights=_WEIGHTS[model.weights],
         batch_norm=_batch_norm(model.batch_norm),
         example=repr(names[:1]) if names else "None",
-        score=f"**{score.metric} = {score.value:.4g}**",
-        protocol=_table({"id": score.protocol.id8, **score.protocol.to_dict()}),
+        score=_NO_SCORE if score is None else _score(score),
         training=_table(training),
+    )
+
+
+_NO_SCORE = "Nobody has scored this model yet. `sagan evaluate FOLDER --reference COLLECTION` does."
+
+
+def _score(score: Score) -> str:
+    """Return the value and the protocol of a score."""
+    return (
+        f"**{score.metric} = {score.value:.4g}**\n\n"
+        "Two scores can be compared only if all of these values are equal:\n\n"
+        + _table({"id": score.protocol.id8, **score.protocol.to_dict()})
     )
 
 
