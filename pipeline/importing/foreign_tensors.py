@@ -20,10 +20,11 @@ class ForeignTensors:
         tensors: Tensors as the file's reader returned them. Nothing about them has been checked.
         source: Path or URL of the file, for messages.
         size: Size of the file in bytes. All tensors that are taken together are at most as large.
+        prefix: What the file's names have before these names, for messages.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], source: str, size: int) -> None:
-        self.source = source
+    def __init__(self, tensors: Mapping[str, Tensor], source: str, size: int, prefix: str = "") -> None:
+        self.source, self._prefix = source, prefix
         self._tensors, self._left, self._taken = dict(tensors), size, set[str]()
 
     def __contains__(self, name: str) -> bool:
@@ -36,7 +37,7 @@ class ForeignTensors:
     def below(self, prefix: str) -> ForeignTensors:
         """Return the tensors whose names begin with `prefix`, by their names without it."""
         chosen = {name: self._tensors[prefix + name] for name in self.names_below(prefix)}
-        return ForeignTensors(chosen, self.source, self._left)
+        return ForeignTensors(chosen, self.source, self._left, self._prefix + prefix)
 
     def take(self, name: str, *shape: int | None) -> Tensor:
         """Return a tensor as float64.
@@ -47,32 +48,35 @@ class ForeignTensors:
 
         Raises UsageError where there is no such tensor, or its shape, its type, its size or a value is wrong.
         """
+        shown = self._prefix + name
         if name not in self._tensors:
             raise UsageError(
-                f"{self.source} has no tensor {name}", "check --from, and that the file is the generator's"
+                f"{self.source} has no tensor {shown}", "check --from, and that it is the generator's file"
             )
         tensor = self._tensors[name]
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _FLOATS:
-            raise self.refusal(f"{name} is a tensor of {tensor.dtype} ({tensor.layout}), not of floating-point numbers")
+            raise self.refusal(
+                f"{shown} is a tensor of {tensor.dtype} ({tensor.layout}), not of floating-point numbers"
+            )
         found = tuple(tensor.shape)
         if len(found) != len(shape) or any(n < 1 or n != (m or n) for n, m in zip(found, shape, strict=True)):
             expected = ", ".join("any" if length is None else str(length) for length in shape)
-            raise self.refusal(f"{name} has the shape {list(found)} instead of [{expected}]")
+            raise self.refusal(f"{shown} has the shape {list(found)} instead of [{expected}]")
         if name not in self._taken:
             self._left -= tensor.numel() * tensor.element_size()
             self._taken.add(name)
         if self._left < 0:  # strides of zero, or one storage for many tensors
-            raise self.refusal(f"{name} and the tensors taken before it have more bytes than the file")
+            raise self.refusal(f"{shown} and the tensors taken before it have more bytes than the file")
         values = tensor.detach().double()
         if not values.isfinite().all():
-            raise self.refusal(f"{name} has values that are not finite")
+            raise self.refusal(f"{shown} has values that are not finite")
         return values
 
     def statistics(self, mean: str, variance: str, *shape: int) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance of a batch norm. Raises UsageError, also where a variance is negative."""
         means, variances = self.take(mean, *shape), self.take(variance, *shape)
         if variances.min() < 0:
-            raise self.refusal(f"{variance} has negative values")
+            raise self.refusal(f"{self._prefix}{variance} has negative values")
         return means, variances
 
     def leave(self, pattern: str) -> None:
@@ -83,7 +87,8 @@ class ForeignTensors:
         """Check that no tensor is left. Raises UsageError that names tensors which the generator has no place for."""
         if left := sorted(self._tensors.keys() - self._taken):
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-            raise self.refusal(f"sagan's generator has no place for its tensors {', '.join(left[:5])}{more}")
+            names = ", ".join(self._prefix + name for name in left[:5])
+            raise self.refusal(f"sagan's generator has no place for its tensors {names}{more}")
 
     def is_normalised(self, layer: str) -> bool:
         """Return whether a layer has spectral norm, in one of the forms of `weight`."""
@@ -118,7 +123,9 @@ class ForeignTensors:
     def divided(self, weight: Tensor, sigma: Tensor, layer: str) -> Tensor:
         """Return W / σ. Raises UsageError where σ is no spectral norm."""
         if not (sigma.isfinite() and sigma > 0):
-            raise self.refusal(f"the spectral norm of {layer} is {float(sigma):g}, but it must be above 0")
+            raise self.refusal(
+                f"the spectral norm of {self._prefix}{layer} is {float(sigma):g}, but it must be above 0"
+            )
         return weight / sigma
 
     def refusal(self, reason: str) -> UsageError:

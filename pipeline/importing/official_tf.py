@@ -38,7 +38,7 @@ def read(tensors: ForeignTensors, choices: Choices) -> PeerGenerator:
     bias = tensors.take("snh0/bias", len(matrix))
     # The output is [4, 4, C] here, and [C, 4, 4] in sagan.
     if len(matrix) % 16:
-        raise tensors.refusal(f"snh0 has {len(matrix)} outputs, which are no feature map of 4×4")
+        raise tensors.refusal(f"model/g_snh0 has {len(matrix)} outputs, which are no feature map of 4×4")
     channels = len(matrix) // 16
     # No two blocks have outputs of the same width, so the width of the attention tells its place.
     name = f"non_local/{_LAYERS['theta']}/w"

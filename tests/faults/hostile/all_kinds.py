@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.faults.hostile import (
     image_sources,
+    imported_generators,
     job_files,
     models,
     packed_collections,
@@ -15,7 +16,15 @@ from tests.faults.hostile import (
     runs_and_sweeps,
 )
 
-_MODULES = (packed_collections, image_sources, job_files, runs_and_sweeps, models, registered_models)
+_MODULES = (
+    packed_collections,
+    image_sources,
+    job_files,
+    runs_and_sweeps,
+    models,
+    imported_generators,
+    registered_models,
+)
 KINDS = {name: kind for module in _MODULES for name, kind in module.KINDS.items()}
 
 
