@@ -299,6 +299,8 @@ def test_structures_that_sagan_does_not_have_are_refused_with_both_values(tmp_pa
     )
     two_blocks = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.2.")}
     refused(two_blocks, "model.resolution is 16; it must be one of", tmp_path)
+    no_block = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    refused(no_block, "model.resolution is 4; it must be one of", tmp_path)
     name = "blocks.1.1."
     moved = {key.replace(name, "blocks.2.1."): tensor for key, tensor in state.items()}
     refused(moved, r"model.attention has \[32\]; at 32 px the feature maps have the sizes \[8, 16\]", tmp_path)
