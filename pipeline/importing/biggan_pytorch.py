@@ -22,16 +22,18 @@ def read(tensors: ForeignTensors, choices: Choices) -> PeerGenerator:
     """Read G.pth or G_ema.pth. Raises UsageError where the file holds another network."""
     shared = tensors.take("shared.weight", None, None) if "shared.weight" in tensors else None
     linear = Layer.of(tensors, "linear", None, None)
-    channels, blocks = len(linear.bias) // 16, list[Block | Attention]()
-    while tensors.names_below(stage := f"blocks.{len([b for b in blocks if isinstance(b, Block)])}."):
-        conv1 = Layer.of(tensors, f"{stage}0.conv1", None, channels, 3, 3)
-        norm1 = _class_norm(tensors, f"{stage}0.bn1", channels, shared, choices)
-        skip = Layer.of(tensors, f"{stage}0.conv_sc", len(conv1.bias), channels, 1, 1)
+    channels, blocks, stage = len(linear.bias) // 16, list[Block | Attention](), 0
+    while tensors.names_below(f"blocks.{stage}."):
+        name, stage = f"blocks.{stage}", stage + 1
+        conv1 = Layer.of(tensors, f"{name}.0.conv1", None, channels, 3, 3)
+        norm1 = _class_norm(tensors, f"{name}.0.bn1", channels, shared, choices)
+        skip = Layer.of(tensors, f"{name}.0.conv_sc", len(conv1.bias), channels, 1, 1)
         channels = len(conv1.bias)
-        norm2 = _class_norm(tensors, f"{stage}0.bn2", channels, shared, choices)
-        blocks.append(Block(norm1, conv1, norm2, Layer.of(tensors, f"{stage}0.conv2", channels, channels, 3, 3), skip))
-        if tensors.names_below(f"{stage}1."):
-            blocks.append(_attention(tensors, f"{stage}1", channels))
+        norm2 = _class_norm(tensors, f"{name}.0.bn2", channels, shared, choices)
+        conv2 = Layer.of(tensors, f"{name}.0.conv2", channels, channels, 3, 3)
+        blocks.append(Block(norm1, conv1, norm2, conv2, skip))
+        if tensors.names_below(f"{name}.1."):
+            blocks.append(_attention(tensors, f"{name}.1", channels))
     mean, variance = _statistics(tensors, "output_layer.0", channels)
     # sagan's generator has one ε. The scale makes up for the other.
     scale = tensors.take("output_layer.0.gain", channels)

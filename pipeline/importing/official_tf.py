@@ -54,7 +54,8 @@ def read(tensors: ForeignTensors, choices: Choices) -> PeerGenerator:
         skip = _conv(tensors, f"{name}snconv3", 1, channels, len(conv1.bias))
         channels = len(conv1.bias)
         norm2 = _class_norm(tensors, f"{name}cbn_1", channels)
-        blocks.append(Block(norm1, conv1, norm2, _conv(tensors, f"{name}snconv2", 3, channels, channels), skip))
+        conv2 = _conv(tensors, f"{name}snconv2", 3, channels, channels)
+        blocks.append(Block(norm1, conv1, norm2, conv2, skip))
         if attended == channels:
             blocks.append(_attention(tensors, channels))
         number += 1

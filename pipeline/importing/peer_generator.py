@@ -106,12 +106,12 @@ def configuration(peer: PeerGenerator, batch_norm_eps: float, slope: float) -> M
             size *= 2
         else:
             attention.append(size)
-    table = residual[0].norm1.scale
     try:
         plain = ModelConfig(resolution=resolution, num_classes=0, channels_g=1, attention=())
         base = widths[-1] // plain.widths_g[-1]
         is_standard = widths == [base * width for width in plain.widths_g]
         base = base if is_standard else math.gcd(*widths)
+        table = residual[0].norm1.scale
         return ModelConfig(
             resolution=resolution,
             num_classes=len(table) if table.dim() == 2 else 0,

@@ -79,7 +79,7 @@ def register(uri: str, name: str, folder: Path, run_id: str, tags: dict[str, str
     Args:
         uri: Tracking URI.
         name: Name of the registered model. It is created where it does not exist.
-        folder: Folder that `Model.save` wrote, with README.md and samples.png added.
+        folder: Folder that `Model.save` wrote, with README.md and samples.png added. Imported folders have them.
         run_id: Id of the MLflow run that trained the model.
         tags: Tags of the version. `checkpoint_sha256` identifies the model. `metric`, `better` and the value rank it.
 
@@ -346,8 +346,9 @@ def _packaged(folder: Path, target: Path) -> Path:
             signature=ModelSignature(outputs=outputs),
             pip_requirements=_requirements(),
         )
+    own = (file_sets.MANIFEST, pulled_folder.LIST)  # those of an imported or pulled folder list other files
     for file in folder.iterdir():
-        if file.is_file():
+        if file.is_file() and file.name not in own:
             shutil.copy(file, target / file.name)
     return target
 

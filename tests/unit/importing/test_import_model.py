@@ -14,9 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.errors import EnvironmentFault, SaganError, UsageError
 from pipeline.importing.import_model import import_model
+from pipeline.tracking import registry
+from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.open_model import open_model
 from sagan.config import ModelConfig
 from sagan.generator import Generator
@@ -194,6 +198,17 @@ def test_the_folder_tells_the_variant_and_the_origin(tmp_path: Path) -> None:
         assert min(picture.size) >= 32
 
 
+def test_the_command_writes_a_folder_that_can_be_sampled(tmp_path: Path) -> None:
+    torch.save(peer_files.biggan_pytorch(peer_files.random_generator(SMALL)), tmp_path / "G.pth")
+    out, picture = str(tmp_path / "out"), str(tmp_path / "two.png")
+    options = ["--from", "biggan-pytorch", "--weights", "raw", "--batch-norm-eps", "1e-5", "--out", out]
+    done = CliRunner().invoke(app, ["import", str(tmp_path / "G.pth"), *options], catch_exceptions=False)
+    assert "32 px, 3 classes, attention at: 16" in done.output
+    CliRunner().invoke(app, ["sample", out, "--n", "2", "--classes", "2", "--out", picture], catch_exceptions=False)
+    with Image.open(picture) as samples:
+        assert min(samples.size) >= 32
+
+
 def test_an_import_replaces_an_earlier_import_and_no_other_folder(tmp_path: Path) -> None:
     torch.save(peer_files.biggan_pytorch(peer_files.random_generator(SMALL)), tmp_path / "G.pth")
     for weights in ("ema", "raw"):
@@ -203,6 +218,18 @@ def test_an_import_replaces_an_earlier_import_and_no_other_folder(tmp_path: Path
     (tmp_path / "mine" / "thesis.txt").write_text("text")
     with pytest.raises(UsageError, match="is not empty"):
         import_model(str(tmp_path / "G.pth"), "biggan-pytorch", tmp_path / "mine", BIGGAN)
+
+
+def test_the_folder_can_be_registered_and_pulled(tmp_path: Path) -> None:
+    torch.save(peer_files.biggan_pytorch(peer_files.random_generator(SMALL)), tmp_path / "G.pth")
+    import_model(str(tmp_path / "G.pth"), "biggan-pytorch", tmp_path / "out", BIGGAN)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = MlflowRun.start(uri, "imported", "imported", None, {}, {}, str(tmp_path / "artifacts"))
+    tracker.close(timeout_s=10)
+    registry.register(uri, "imported", tmp_path / "out", tracker.run_id, {"checkpoint_sha256": "0" * 64})
+    registry.pull(uri, "models:/imported/1", tmp_path / "pulled")
+    imported, pulled = (open_model(str(tmp_path / name)).generator for name in ("out", "pulled"))
+    assert images(pulled).equal(images(imported))
 
 
 def test_files_of_old_versions_of_torch_are_read(tmp_path: Path) -> None:
@@ -272,6 +299,8 @@ def test_structures_that_sagan_does_not_have_are_refused_with_both_values(tmp_pa
     )
     two_blocks = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.2.")}
     refused(two_blocks, "model.resolution is 16; it must be one of", tmp_path)
+    no_block = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    refused(no_block, "model.resolution is 4; it must be one of", tmp_path)
     name = "blocks.1.1."
     moved = {key.replace(name, "blocks.2.1."): tensor for key, tensor in state.items()}
     refused(moved, r"model.attention has \[32\]; at 32 px the feature maps have the sizes \[8, 16\]", tmp_path)
