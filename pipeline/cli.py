@@ -376,7 +376,8 @@ def report(
     of: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN|SWEEP [RUN]", help="One or two of: folder of a run or a sweep, checkpoint URL, model."
+            metavar="RUN|SWEEP|STUDY [RUN]",
+            help="One or two of: folder of a run, a sweep or a study, checkpoint URL, model.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),

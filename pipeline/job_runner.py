@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.dry_run import CollectionFacts, dry_run
-from pipeline.config.job_file import load_job, trial_job
-from pipeline.config.schema import EvaluateJob, Job, PackJob, TrainJob, TuneJob
+from pipeline.config.dry_run import CollectionFacts, dry_run, study_dry_run
+from pipeline.config.job_file import load_job, row_job, trial_job
+from pipeline.config.schema import EvaluateJob, Job, PackJob, StudyJob, TrainJob, TuneJob
 from pipeline.errors import SaganError
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ def run_job(
     Args:
         job: A job, or the path of a job file.
         overrides: Values by dotted key. They replace values of the job file.
-        fresh: Whether to delete the run or the sweep of this name first.
+        fresh: Whether to delete the run, the sweep or the study of this name first.
 
-    Returns a dict of JSON values. For a training run or a sweep, it equals `runs/<name>/summary.json`.
+    Returns a dict of JSON values. For a training run or a sweep, it equals `runs/<name>/summary.json`. For a study, it
+    equals `runs/studies/<name>/summary.json`.
     Raises SaganError and its subclasses.
     """
     if isinstance(job, Path | str):
@@ -42,6 +43,10 @@ def run_job(
         from pipeline.tuning.sweep import tune
 
         return tune(job, _evaluation(), fresh=fresh).to_dict()
+    if isinstance(job, StudyJob):
+        from pipeline.study.run_study import run_study
+
+        return run_study(job, _evaluation(), fresh=fresh).to_dict()
     return _train(job, fresh)
 
 
@@ -64,6 +69,9 @@ def dry_run_job(job: Job) -> dict[str, Any]:
     if isinstance(job, TuneJob):
         trial = dry_run_job(trial_job(job, job.example))
         return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial}
+    if isinstance(job, StudyJob):
+        rows = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
+        return study_dry_run(job, {row: dry_run(of_row, _collection_facts(of_row)) for row, of_row in rows.items()})
     if isinstance(job, TrainJob):
         return dry_run(job, _collection_facts(job)).to_dict()
     return job.model_dump(mode="json")
