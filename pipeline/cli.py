@@ -421,7 +421,8 @@ def status(
         str,
         typer.Argument(
             metavar="NAME",
-            help="Name of a run or a sweep below $SAGAN_BUCKET/runs (without SAGAN_BUCKET: runs/), or its URL.",
+            help="Name of a run or a sweep below $SAGAN_BUCKET/runs (without SAGAN_BUCKET: runs/), or its URL. "
+            "For a study, its URL: …/runs/studies/NAME.",
         ),
     ],
     as_json: Json = False,

@@ -44,9 +44,10 @@ def run_job(
 
         return tune(job, _evaluation(), fresh=fresh).to_dict()
     if isinstance(job, StudyJob):
+        from pipeline.report.publish_report import publish_study_report
         from pipeline.study.run_study import run_study
 
-        return run_study(job, _evaluation(), fresh=fresh).to_dict()
+        return run_study(job, _evaluation(), fresh=fresh, on_end=publish_study_report).to_dict()
     return _train(job, fresh)
 
 

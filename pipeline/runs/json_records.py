@@ -320,6 +320,8 @@ class StudyRecord(Record):
     mlflow_run_id: str
     earlier_mlflow_run_ids: list[str] = []
     """Ids of MLflow runs that did not exist any more when the study was resumed, the oldest first."""
+    runs: list[PlainName] = Field([], max_length=100_000)
+    """Names of the runs, in the order of training."""
     diverged: dict[PlainName, str] = {}
     """Runs whose training diverged, by name, each with the message. They have ended and are not trained again."""
 
@@ -389,8 +391,8 @@ class StudyTable(BaseModel):
     higher_is_better: bool
     reference: str
     """Name of the reference row."""
-    score: str
-    """Which score of a run is compared: `final`, `best` or `last`."""
+    score: Literal["final", "best", "last"]
+    """Which score of a run is compared."""
     confidence: float = Field(gt=0, lt=1)
     """Confidence of the intervals."""
     rows: list[StudyRowResult]

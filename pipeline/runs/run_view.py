@@ -115,14 +115,18 @@ class SweepView(BaseModel):
 
 
 class StudyView(BaseModel):
-    """What a study has come to, as far as its folder says."""
+    """What a study is doing, as far as its folder and the folders of its runs say."""
 
     name: str
     state: Literal["finished", "not finished"]
-    runs: int | None
-    """Number of runs that had ended when the tables were written; None before."""
+    runs: int
+    """Number of runs."""
+    ended: int
+    """Number of runs that have ended."""
     diverged: list[str]
-    """Names of runs that diverged."""
+    """Names of runs that diverged, which have ended."""
+    next_run: str | None
+    """Name of the first run that has not ended; None where all have ended."""
     table: str | None
     """URL of the tables as CSV; None before they are written."""
 
@@ -131,8 +135,9 @@ class StudyView(BaseModel):
         return {
             "study": self.name,
             "state": self.state,
-            "runs": self.runs,
+            "runs": f"{self.ended} of {self.runs} have ended",
             "diverged": self.diverged,
+            "next run": self.next_run,
             "table": self.table,
         }
 
@@ -196,11 +201,14 @@ def _sweep(stored: StoredSweep) -> SweepView:
 def _study(stored: StoredStudy) -> StudyView:
     record, summary = stored.record(), stored.summary()
     assert record is not None, "the folder was opened by it"
+    left = [name for name in record.runs if name not in record.diverged and stored.run(name).summary() is None]
     return StudyView(
         name=record.name,
-        state="not finished" if summary is None else "finished",
-        runs=summary and summary.runs,
+        state="not finished" if left or summary is None else "finished",
+        runs=len(record.runs),
+        ended=len(record.runs) - len(left),
         diverged=list(record.diverged),
+        next_run=left[0] if left else None,
         table=shown_url(stored.table_url) if summary else None,
     )
 

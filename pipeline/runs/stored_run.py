@@ -250,6 +250,11 @@ class StoredStudy:
         """URL of the picture of the scores over the length of the runs."""
         return files.join(self.url, "curves.png")
 
+    @property
+    def report_url(self) -> str:
+        """URL of the page about the study. The page is written at the end of the study."""
+        return files.join(self.url, "report.html")
+
     def run(self, name: str) -> StoredRun:
         """Return a run of the study."""
         return StoredRun(files.join(self.url.rpartition("/")[0].rpartition("/")[0], name))

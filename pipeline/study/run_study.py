@@ -6,7 +6,7 @@ first seed, then all rows with the second seed. The rows of an interrupted study
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,13 @@ def runs_of(study: StudyJob) -> list[RowRun]:
     return [RowRun(row, seed, row_job(study, row, seed)) for seed in study.seeds for row in study.rows]
 
 
-def run_study(study: StudyJob, evaluation: Evaluation, *, fresh: bool = False) -> StudySummary:
+def run_study(
+    study: StudyJob,
+    evaluation: Evaluation,
+    *,
+    fresh: bool = False,
+    on_end: Callable[[TrainJob, StoredStudy, str], None] | None = None,
+) -> StudySummary:
     """Train the runs that have not ended, write the tables and the picture, and return the summary.
 
     The same command resumes a study whose driver died. A run that diverges has ended. More rows and seeds add runs.
@@ -59,6 +65,8 @@ def run_study(study: StudyJob, evaluation: Evaluation, *, fresh: bool = False) -
         study: The study job.
         evaluation: Computes the scores.
         fresh: Whether to delete the study and its runs first.
+        on_end: Called with (job of the run `StudySummary.shown`, folder of the study, id of its MLflow run) after the
+            summary is stored. It is not called where there is no such run.
 
     Raises UsageError where a run of one of the names has another method, EnvironmentFault, and SaganError where no run
     has a score.
@@ -76,7 +84,7 @@ def run_study(study: StudyJob, evaluation: Evaluation, *, fresh: bool = False) -
         f"study {study.name}: {len(runs) - len(missing)} of {len(runs)} runs have ended, {len(missing)} are to train",
         flush=True,
     )
-    record = _find_or_start(study, first, stored, record)
+    record = _find_or_start(study, first, stored, record, [run.job.name for run in runs])
     if missing:
         connect(max(_cpus(run.job) for run in missing))
     for run in missing:
@@ -87,7 +95,13 @@ def run_study(study: StudyJob, evaluation: Evaluation, *, fresh: bool = False) -
             print(f"{run.job.name} has ended: {error.message}", flush=True)
             record = record.model_copy(update={"diverged": {**record.diverged, run.job.name: error.message}})
             stored.write_record(record)
-    return _conclude(study, first, stored, record, runs, higher_is_better)
+    summary = _conclude(study, first, stored, record, runs, higher_is_better)
+    if on_end is not None:
+        for run in runs:
+            if run.job.name == summary.shown:
+                on_end(run.job, stored, record.mlflow_run_id)
+    MlflowRun(tracking_uri(first), record.mlflow_run_id).finish("FINISHED")
+    return summary
 
 
 def _directions(study: StudyJob) -> dict[str, bool]:
@@ -136,7 +150,9 @@ def missing_runs(runs: Sequence[RowRun], evaluation: Evaluation, diverged: Conta
     return missing
 
 
-def _find_or_start(study: StudyJob, job: TrainJob, stored: StoredStudy, record: StudyRecord | None) -> StudyRecord:
+def _find_or_start(
+    study: StudyJob, job: TrainJob, stored: StoredStudy, record: StudyRecord | None, runs: list[str]
+) -> StudyRecord:
     """Write and return the record of the study, with the study's MLflow run, which is created where there is none."""
     tracker = MlflowRun.start(
         tracking_uri(job),
@@ -155,6 +171,7 @@ def _find_or_start(study: StudyJob, job: TrainJob, stored: StoredStudy, record: 
         name=study.name,
         mlflow_run_id=tracker.run_id,
         earlier_mlflow_run_ids=earlier,
+        runs=runs,
         diverged=record.diverged if record else {},
     )
     stored.write_record(record)
@@ -238,7 +255,7 @@ def outcome_of(study: StudyJob, run: RowRun, diverged: bool) -> Outcome:
 
 
 def _track(job: TrainJob, run_id: str, tables: Sequence[StudyTable], paths: Sequence[Path]) -> None:
-    """Send the means of the rows and the files to the study's MLflow run, and end the run.
+    """Send the means of the rows and the files to the study's MLflow run.
 
     The means are tags and not metrics, because they change when the study gets more seeds.
     """
@@ -252,4 +269,3 @@ def _track(job: TrainJob, run_id: str, tables: Sequence[StudyTable], paths: Sequ
     for path in paths:
         tracker.log_file(path)
     tracker.close(timeout_s=60)
-    tracker.finish("FINISHED")

@@ -177,7 +177,11 @@ def test_a_study_whose_runs_have_ended_writes_its_table(
     assert run_study(study, EVALUATION) == summary, "the same command shows the same study"
     seen = look_at_run(stored.url)
     assert isinstance(seen, StudyView)
-    assert (seen.name, seen.state, seen.runs) == ("s", "finished", 4)
+    assert (seen.name, seen.state, seen.runs, seen.ended, seen.next_run) == ("s", "finished", 4, 4, None)
+    stored.run("s-none-1").delete()
+    seen = look_at_run(stored.url)
+    assert isinstance(seen, StudyView)
+    assert (seen.state, seen.ended, seen.next_run) == ("not finished", 3, "s-none-1")
 
 
 def test_a_diverged_run_counts_and_keeps_its_best_score(make: MakeStudy, tmp_path: Path) -> None:
