@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,9 @@ def dry_run_job(job: Job) -> dict[str, Any]:
         trial = dry_run_job(trial_job(job, job.example))
         return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial}
     if isinstance(job, StudyJob):
-        rows = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
-        return study_dry_run(job, {row: dry_run(of_row, _collection_facts(of_row)) for row, of_row in rows.items()})
+        jobs = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
+        rows = {row: dry_run(of_row, _collection_facts(of_row)) for row, of_row in jobs.items()}
+        return study_dry_run(job, rows, _ended_runs(job))
     if isinstance(job, TrainJob):
         return dry_run(job, _collection_facts(job)).to_dict()
     return job.model_dump(mode="json")
@@ -127,6 +129,21 @@ def _collection_facts(job: TrainJob) -> CollectionFacts | None:
     return CollectionFacts(
         collection.resolution, collection.num_classes, collection.size(job.data.split), len(sizes), fetches
     )
+
+
+def _ended_runs(study: StudyJob) -> int | None:
+    """Return the number of runs of a study that have ended; None where their storage cannot be read."""
+    from pipeline.runs.stored_run import StoredRun
+
+    ended = 0
+    try:
+        for row, seed in itertools.product(study.rows, study.seeds):
+            job = row_job(study, row, seed)
+            summary = StoredRun.of(job).summary()
+            ended += summary is not None and summary.images >= 1000 * job.train.kimg
+    except SaganError:
+        return None
+    return ended
 
 
 def _evaluation() -> Evaluation:

@@ -118,12 +118,13 @@ def dry_run(job: TrainJob, collection: CollectionFacts | None) -> DryRun:
     )
 
 
-def study_dry_run(study: StudyJob, rows: Mapping[str, DryRun]) -> dict[str, Any]:
+def study_dry_run(study: StudyJob, rows: Mapping[str, DryRun], ended: int | None) -> dict[str, Any]:
     """Return the dry run of a study: its totals, the facts that all rows share, and those in which rows differ.
 
     Args:
         study: The study.
         rows: The dry run of one run of each row, by name of the row.
+        ended: Number of runs that have ended; None where their storage cannot be read.
     """
     facts = {row: {key: value for key, value in run.to_dict().items() if key != "name"} for row, run in rows.items()}
     first = next(iter(facts.values()))
@@ -134,6 +135,7 @@ def study_dry_run(study: StudyJob, rows: Mapping[str, DryRun]) -> dict[str, Any]
         "name": study.name,
         "kind": "study",
         "runs": seeds * len(rows),
+        "ended": ended,
         "seeds": seeds,
         "kimg": seeds * images / 1000,
         "nominal_exaflop": seeds * gflop / 1e9,

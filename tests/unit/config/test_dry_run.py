@@ -62,6 +62,7 @@ def test_every_shipped_study_dry_runs_without_its_storage(path, monkeypatch, tmp
     study = load_job(path)
     plan = json.loads(run_dry(path, "--json"))
     assert (plan["runs"], plan["seeds"]) == (len(study.rows) * len(study.seeds), len(study.seeds))
+    assert plan["ended"] == 0
     assert plan["kimg"] > 0
     assert plan["rows"].keys() == study.rows.keys()
     jobs = {row: row_job(study, row, study.seeds[0]) for row in study.rows}
@@ -69,7 +70,8 @@ def test_every_shipped_study_dry_runs_without_its_storage(path, monkeypatch, tmp
     assert len(set(methods)) == len(methods), "each row is another method"
 
 
-def test_the_dry_run_of_a_study_has_its_totals_and_says_how_rows_differ():
+def test_the_dry_run_of_a_study_has_its_totals_and_says_how_rows_differ(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGAN_BUCKET", str(tmp_path))
     plan = json.loads(run_dry(JOBS / "studies" / "table1.yaml", "seeds=[0, 1]", "--json"))
     assert (plan["runs"], plan["kimg"]) == (18, 18 * 256_000)
     assert plan["run"]["steps"] == 1_000_000

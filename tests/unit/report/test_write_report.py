@@ -16,15 +16,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.config.schema import DataSection, StudyJob, TrainJob
+from pipeline.config.schema import DataSection, TrainJob
 from pipeline.errors import CorruptError, UsageError
 from pipeline.report import html_elements as html
 from pipeline.report import write_report
 from pipeline.report.runs_and_models import Reader
 from pipeline.runs.json_records import (
     StudyRecord,
-    StudySummary,
-    StudyTables,
     SweepRecord,
     SweepSummary,
     SweepTrials,
@@ -32,8 +30,6 @@ from pipeline.runs.json_records import (
 )
 from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep
-from pipeline.study.compare_rows import Outcome, tables_of
-from pipeline.study.study_picture import curves_of, draw_curves
 from pipeline.tuning.sweep_picture import draw_plane
 from sagan.config import ModelConfig, OptimConfig
 from sagan.train_state import TrainState
@@ -137,46 +133,18 @@ def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(written: Written,
 
 
 def test_a_study_brings_its_tables_its_picture_and_a_run_of_its_reference_row(
-    written: Written, run: Run, tmp_path: Path
+    written: Written, run: Run, study: Callable[[StoredRun], StoredStudy], tmp_path: Path
 ) -> None:
-    shown = StoredRun(run("s-none-0"))
-    study = StoredStudy(str(tmp_path / "runs" / "studies" / "s"))
-    assert study.run("s-none-0") == shown
-    study.write_record(StudyRecord(name="s", mlflow_run_id="0"))
+    empty = StoredStudy(str(tmp_path / "runs" / "studies" / "empty"))
+    empty.write_record(StudyRecord(name="empty", mlflow_run_id="0"))
     with pytest.raises(UsageError, match="no run of its reference row that has ended"):
-        written([study.url])
-    source = {"metric": "fd_pixels", "value": 2.0, "source": "a <paper>", "protocol": "theirs"}
-    job = StudyJob(
-        name="s",
-        base="base.yaml",
-        seeds=[0, 1],
-        rows={"none": {}, "feat16": {"published": [source]}},
-        compare={"metrics": ["fd_pixels"], "reference": "none"},
-    )
-    outcomes = [
-        Outcome(row, seed, Score.of(PROTOCOL, "fd_pixels", False, {"fd_pixels": value + seed}))
-        for row, value in (("none", 3.0), ("feat16", 1.5))
-        for seed in (0, 1)
-    ]
-    study.write_tables(StudyTables(tables=tables_of(job, outcomes, {"fd_pixels": False})))
-    draw_curves(curves_of({"none": shown.scores()}, ["fd_pixels"]), Path(study.picture_url))
-    study.write_summary(
-        StudySummary(
-            name="s",
-            runs=4,
-            diverged=0,
-            images=8000,
-            shown="s-none-0",
-            mlflow_run_id="0",
-            table=study.table_url,
-            picture=study.picture_url,
-        )
-    )
-    text = written([study.url])
+        written([empty.url])
+    text = written([study(StoredRun(run("s-none-0"))).url])
     assert "<h2>Study s</h2>" in text
     assert "-1.5 to -1.5" in text
     assert "2, in" in text
     assert "a &lt;paper&gt;; theirs" in text
+    assert "Below is s-none-0" in text
     assert "Attention" in text
 
 

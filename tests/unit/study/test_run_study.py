@@ -19,6 +19,7 @@ from pipeline.config.schema import StudyJob
 from pipeline.errors import SaganError, UsageError
 from pipeline.evaluation.final_score import finalise, score_due
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
+from pipeline.job_runner import dry_run_job
 from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord, ScoreRecord, TrainSummary
 from pipeline.runs.run_view import StudyView, look_at_run
 from pipeline.runs.score_protocol import Score
@@ -125,7 +126,9 @@ def test_more_seeds_more_rows_and_a_longer_budget_are_missing(make: MakeStudy) -
     more = make(**{"seeds": [0, 1, 2], "rows.other": {"overrides": {"model.z_dim": 64}}})
     expected = ["s-other-0", "s-other-1", "s-none-2", "s-feat16-2", "s-other-2"]
     assert names(missing_runs(runs_of(more), EVALUATION, set())) == expected
-    assert len(missing_runs(runs_of(make(kimg=2)), EVALUATION, set())) == 4
+    longer = make(kimg=2)
+    assert len(missing_runs(runs_of(longer), EVALUATION, set())) == 4
+    assert [dry_run_job(study)["ended"] for study in (make(), more, longer)] == [4, 4, 0]
 
 
 def test_a_run_of_another_method_is_refused_before_anything_is_trained(make: MakeStudy) -> None:
