@@ -49,7 +49,9 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Show what the job would do and cost. Start nothing.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Delete the run of this name first, then start over.")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Delete the run of this name first (for a study: all its runs), then start over.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a job of any kind. The same command resumes an interrupted run."""

@@ -93,6 +93,7 @@ def run_study(
             train(run.job, evaluation, parent=record.mlflow_run_id)
         except Diverged as error:
             print(f"{run.job.name} has ended: {error.message}", flush=True)
+            record = stored.record() or record  # another command may train other seeds of the study
             record = record.model_copy(update={"diverged": {**record.diverged, run.job.name: error.message}})
             stored.write_record(record)
     summary = _conclude(study, first, stored, record, runs, higher_is_better)
