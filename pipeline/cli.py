@@ -49,7 +49,9 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Show what the job would do and cost. Start nothing.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Delete the run of this name first, then start over.")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Delete the run of this name first (for a study: all its runs), then start over.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a job of any kind. The same command resumes an interrupted run."""
@@ -422,7 +424,8 @@ def report(
     of: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN|SWEEP [RUN]", help="One or two of: folder of a run or a sweep, checkpoint URL, model."
+            metavar="RUN|SWEEP|STUDY [RUN]",
+            help="One or two of: folder of a run, a sweep or a study, checkpoint URL, model.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
@@ -466,7 +469,8 @@ def status(
         str,
         typer.Argument(
             metavar="NAME",
-            help="Name of a run or a sweep below $SAGAN_BUCKET/runs (without SAGAN_BUCKET: runs/), or its URL.",
+            help="Name of a run or a sweep below $SAGAN_BUCKET/runs (without SAGAN_BUCKET: runs/), or its URL. "
+            "For a study, its URL: …/runs/studies/NAME.",
         ),
     ],
     as_json: Json = False,

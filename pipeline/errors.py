@@ -5,6 +5,7 @@
     │   └── ConfigError           2  a job file is wrong; the message names the line, the key and the nearest known key
     ├── EnvironmentFault          3  storage, tracker or cluster cannot be reached, or refuses a request
     │   └── LastingFault          3  the same, until a person corrects the cause; waiting does not help
+    ├── Diverged                  1  training gives values that are not finite, and repeating it does not help
     ├── CorruptError              1  stored bytes differ from their manifest, or a record is not valid
     └── InterruptedRun          130  the user stopped the run; its last complete checkpoint is kept
 
@@ -81,6 +82,10 @@ class EnvironmentFault(SaganError):
 
 
 class LastingFault(EnvironmentFault):
+    pass
+
+
+class Diverged(SaganError):
     pass
 
 

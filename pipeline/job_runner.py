@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run
-from pipeline.config.job_file import load_job, trial_job
-from pipeline.config.schema import EvaluateJob, Job, PackJob, TrainJob, TuneJob
+from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run, study_dry_run
+from pipeline.config.job_file import load_job, row_job, trial_job
+from pipeline.config.schema import EvaluateJob, Job, PackJob, StudyJob, TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ def run_job(
     Args:
         job: A job, or the path of a job file.
         overrides: Values by dotted key. They replace values of the job file.
-        fresh: Whether to delete the run or the sweep of this name first.
+        fresh: Whether to delete the run, the sweep or the study of this name first.
 
-    Returns a dict of JSON values. For a training run or a sweep, it equals `runs/<name>/summary.json`.
+    Returns a dict of JSON values. For a training run or a sweep, it equals `runs/<name>/summary.json`. For a study, it
+    equals `runs/studies/<name>/summary.json`.
     Raises SaganError and its subclasses.
     """
     if isinstance(job, Path | str):
@@ -43,6 +45,11 @@ def run_job(
         from pipeline.tuning.sweep import tune
 
         return tune(job, _evaluation(), fresh=fresh).to_dict()
+    if isinstance(job, StudyJob):
+        from pipeline.report.publish_report import publish_study_report
+        from pipeline.study.run_study import run_study
+
+        return run_study(job, _evaluation(), fresh=fresh, on_end=publish_study_report).to_dict()
     return _train(job, fresh)
 
 
@@ -66,9 +73,13 @@ def dry_run_job(job: Job) -> dict[str, Any]:
     if isinstance(job, TuneJob):
         trial = dry_run_job(trial_job(job, job.example))
         return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial}
+    if isinstance(job, StudyJob):
+        jobs = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
+        rows = {row: _dry_run(of_row, _collection(of_row)) for row, of_row in jobs.items()}
+        return study_dry_run(job, rows, _ended_runs(job))
     if isinstance(job, TrainJob):
         collection = _collection(job)
-        plan = dry_run(job, None if collection is None else _facts_of(collection, job))
+        plan = _dry_run(job, collection)
         return {**plan.to_dict(), **_start(job, plan, collection)}
     return job.model_dump(mode="json")
 
@@ -134,6 +145,10 @@ def _start(job: TrainJob, plan: DryRun, collection: Collection | None) -> dict[s
     return {"init": {**where, "taken": init.taken, "not_taken": init.skipped}}
 
 
+def _dry_run(job: TrainJob, collection: Collection | None) -> DryRun:
+    return dry_run(job, None if collection is None else _facts_of(collection, job))
+
+
 def _facts_of(collection: Collection, job: TrainJob) -> CollectionFacts:
     """Return facts about the job's collection."""
     from pipeline.streaming.order import Order
@@ -143,6 +158,21 @@ def _facts_of(collection: Collection, job: TrainJob) -> CollectionFacts:
     return CollectionFacts(
         collection.resolution, collection.num_classes, collection.size(job.data.split), len(sizes), fetches
     )
+
+
+def _ended_runs(study: StudyJob) -> int | None:
+    """Return the number of runs of a study that have ended; None where their storage cannot be read."""
+    from pipeline.runs.stored_run import StoredRun
+
+    ended = 0
+    try:
+        for row, seed in itertools.product(study.rows, study.seeds):
+            job = row_job(study, row, seed)
+            summary = StoredRun.of(job).summary()
+            ended += summary is not None and summary.images >= 1000 * job.train.kimg
+    except SaganError:
+        return None
+    return ended
 
 
 def _evaluation() -> Evaluation:

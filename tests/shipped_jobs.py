@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.document_blocks import ROOT
 
 JOBS = ROOT / "jobs"
+STUDIES = sorted((JOBS / "studies").glob("*.yaml"))
 _VARIANT = re.compile(r"^# variant +([\w.-]+): (\S+=\S+(?: \S+=\S+)*)$", re.MULTILINE)
 
 

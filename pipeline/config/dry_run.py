@@ -1,13 +1,14 @@
-"""The dry run of a training job: its sizes, steps, costs and notes, computed before anything starts."""
+"""The dry run of a training job or a study: its sizes, steps, costs and notes, computed before anything starts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.run_method import complete_model
-from pipeline.config.schema import TrainJob
+from pipeline.config.schema import StudyJob, TrainJob
 from pipeline.errors import UsageError
 from sagan.config import ModelConfig
 
@@ -115,6 +116,35 @@ def dry_run(job: TrainJob, collection: CollectionFacts | None) -> DryRun:
         checkpoint_bytes=4 * (3 * (generator + discriminator) + generator),
         notes=_notes(job, collection),
     )
+
+
+def study_dry_run(study: StudyJob, rows: Mapping[str, DryRun], ended: int | None) -> dict[str, Any]:
+    """Return the dry run of a study: its totals, the facts that all rows share, and those in which rows differ.
+
+    Args:
+        study: The study.
+        rows: The dry run of one run of each row, by name of the row.
+        ended: Number of runs that have ended; None where their storage cannot be read.
+    """
+    facts = {row: {key: value for key, value in run.to_dict().items() if key != "name"} for row, run in rows.items()}
+    first = next(iter(facts.values()))
+    shared = {key: value for key, value in first.items() if all(of_row[key] == value for of_row in facts.values())}
+    seeds, images = len(study.seeds), sum(run.images for run in rows.values())
+    gflop = sum(run.images * run.step_gflop_per_image for run in rows.values())
+    return {
+        "name": study.name,
+        "kind": "study",
+        "runs": seeds * len(rows),
+        "ended": ended,
+        "seeds": seeds,
+        "kimg": seeds * images / 1000,
+        "nominal_exaflop": seeds * gflop / 1e9,
+        "run": shared,
+        "rows": {
+            row: {key: value for key, value in of_row.items() if key not in shared} or "no difference"
+            for row, of_row in facts.items()
+        },
+    }
 
 
 def _notes(job: TrainJob, collection: CollectionFacts | None) -> tuple[str, ...]:

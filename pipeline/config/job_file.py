@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.locations import absolute
-from pipeline.config.schema import KINDS, Job, TrainJob, TuneJob
+from pipeline.config.schema import KINDS, Job, StudyJob, TrainJob, TuneJob
 from pipeline.config.text_values import KeyPath, Text, fields, parts, typed
 from pipeline.errors import ConfigError
 
@@ -76,6 +76,9 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
         base = trial_job(job, {})  # a wrong key is found now and not in the first trial
         for key in job.space:
             _require_known(base, key, f"{path}: space")
+    if isinstance(job, StudyJob):
+        job = _with_absolute_bases(job, path.parent)
+        _check_rows(job, path)
     return job
 
 
@@ -88,6 +91,48 @@ def trial_job(sweep: TuneJob, point: Mapping[str, Any]) -> TrainJob:
     if not isinstance(job, TrainJob):
         raise ConfigError(f"{sweep.base} is a job of kind: {job.kind}", "the base of a sweep must be of kind: train")
     return job
+
+
+def row_job(study: StudyJob, row: str, seed: int) -> TrainJob:
+    """Return the job of one run of a study: the row's base with the overrides of the study and of the row.
+
+    The run registers no model unless an override says so, because a study compares methods. Raises ConfigError.
+    """
+    given = study.rows[row]
+    base, kimg = given.base or study.base, given.kimg or study.kimg
+    values = {"track.register": False, **study.overrides, **given.overrides}
+    values |= {"name": f"{study.name}-{row}-{seed}", "seed": seed} | ({"train.kimg": kimg} if kimg else {})
+    job = load_job(base, values)
+    if not isinstance(job, TrainJob):
+        raise ConfigError(f"{base} is a job of kind: {job.kind}", "the base of a row must be of kind: train")
+    return job
+
+
+def _with_absolute_bases(study: StudyJob, folder: Path) -> StudyJob:
+    """Return a study in which the paths of base jobs, which are relative to `folder`, are absolute."""
+    rows = {
+        name: row if row.base is None else row.model_copy(update={"base": absolute(str(folder / row.base))})
+        for name, row in study.rows.items()
+    }
+    return study.model_copy(update={"base": absolute(str(folder / study.base)), "rows": rows})
+
+
+def _check_rows(study: StudyJob, path: Path) -> None:
+    """Check every run of a study before the first one starts. Raises ConfigError that names the row."""
+    places: dict[str, tuple[str, str | None, str]] = {}
+    for row in study.rows:
+        try:
+            job, *_ = (row_job(study, row, seed) for seed in study.seeds)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: rows.{row}: {error.message}", error.remedy) from None
+        places[row] = (job.checkpoint.root, job.track.uri, job.track.experiment)
+    for row, place in places.items():
+        if place != places[study.compare.reference]:
+            raise ConfigError(
+                f"{path}: rows.{row} and rows.{study.compare.reference} differ in checkpoint.root, track.uri or "
+                "track.experiment",
+                "keep all runs of a study in one place: set the key in `overrides` of the study",
+            )
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

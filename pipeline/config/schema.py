@@ -498,5 +498,106 @@ class TuneJob(Section):
         return {key: choice.example for key, choice in self.space.items()}
 
 
-Job = TrainJob | TuneJob | PackJob | EvaluateJob
-KINDS: dict[str, type[Job]] = {"train": TrainJob, "tune": TuneJob, "pack": PackJob, "evaluate": EvaluateJob}
+class Published(Section):
+    """A value that somebody else has published."""
+
+    metric: str
+    """Name of the metric: one of `compare.metrics`."""
+    value: float
+    """The published value."""
+    source: str = Field(min_length=1)
+    """Where it is published, for example `Zhang et al. 2019, table 1`."""
+    protocol: str = Field(min_length=1)
+    """How it was computed: number of images, reference images, extractor, which checkpoint."""
+
+
+_OF_THE_STUDY = {"name": "rows", "seed": "seeds", "train.kimg": "kimg"}  # keys of a run and the keys that set them
+
+
+class StudyRow(Section):
+    """One row of a study: a training job, and what is published about it."""
+
+    base: str | None = None
+    """Path of the row's training job, relative to this file. Default: `base` of the study."""
+    overrides: dict[str, Any] = {}
+    """Values that replace those of the base job, by dotted key: {model.attention: [8]}. They come after `overrides` of
+    the study."""
+    kimg: float | None = Field(None, gt=0, le=1e9)
+    """Length of each run, in thousands of images. Default: `kimg` of the study."""
+    published: list[Published] = []
+    """Published values, at most one for each metric. The table shows them beside the row's own values."""
+
+
+class CompareSection(Section):
+    """What a study compares."""
+
+    metrics: list[str] = Field(min_length=1)
+    """Names of metrics as scores have them: fid, isc, fd_classifier, …. Each gets a table for each score protocol."""
+    reference: Name
+    """Name of the row that the other rows are compared with."""
+    score: Literal["final", "best", "last"] = "final"
+    """Score of a run that enters the table. `final`: the final score of the best checkpoint, with other latents.
+    `best`: the best score during training. `last`: the score at the end."""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    """Confidence of the bootstrap intervals."""
+
+
+class StudyJob(Section):
+    """Train rows of jobs with several seeds each, and compare their scores in a table."""
+
+    kind: Literal["study"] = "study"
+    name: Name
+    """Name of the study: at most 63 lower-case letters, digits, `.`, `_` and `-`, first a letter or a digit. Its runs
+    are named STUDY-ROW-SEED. The same name continues the study."""
+    base: str
+    """Path of the training job of the rows, relative to this file."""
+    overrides: dict[str, Any] = {}
+    """Values that replace those of the base job in every row, by dotted key: {evaluate.samples: 10000}."""
+    kimg: float | None = Field(None, gt=0, le=1e9)
+    """Length of each run, in thousands of images. Default: `train.kimg` of the row's job."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Seeds of the runs of each row. More seeds continue a study."""
+    rows: dict[Name, StudyRow] = Field(min_length=1)
+    """Rows of the table, by name. More rows continue a study."""
+    compare: CompareSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyJob:
+        if self.compare.reference not in self.rows:
+            raise ValueError(
+                f"compare.reference: {self.compare.reference} is not a row; the rows are {', '.join(self.rows)}"
+            )
+        for key, values in (("seeds", self.seeds), ("compare.metrics", self.compare.metrics)):
+            if twice := _twice(values):
+                raise ValueError(f"{key}: {twice[0]} occurs twice")
+        _require_free(self.overrides, "overrides")
+        for name, row in self.rows.items():
+            _require_free(row.overrides, f"rows.{name}.overrides")
+            metrics = [published.metric for published in row.published]
+            if twice := _twice(metrics):
+                raise ValueError(f"rows.{name}.published: {twice[0]} occurs twice")
+            if unknown := [metric for metric in metrics if metric not in self.compare.metrics]:
+                raise ValueError(f"rows.{name}.published: {unknown[0]} is not one of compare.metrics")
+        return self
+
+
+def _twice(values: list[Any]) -> list[Any]:
+    """Return the values that occur more than once."""
+    return [value for value in values if values.count(value) > 1]
+
+
+def _require_free(overrides: dict[str, Any], key: str) -> None:
+    """Raise ValueError where overrides set a key that the study itself sets."""
+    for taken, instead in _OF_THE_STUDY.items():
+        if taken in overrides:
+            raise ValueError(f"{key}: {taken} is set by the study; remove it and use `{instead}`")
+
+
+Job = TrainJob | TuneJob | StudyJob | PackJob | EvaluateJob
+KINDS: dict[str, type[Job]] = {
+    "train": TrainJob,
+    "tune": TuneJob,
+    "study": StudyJob,
+    "pack": PackJob,
+    "evaluate": EvaluateJob,
+}

@@ -1,4 +1,4 @@
-"""The subjects of a page: a run, a model without a run, or a sweep with its best trial."""
+"""The subjects of a page: a run, a model without a run, a sweep with its best trial, or a study with a run of it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.json_records import RunRecord, ScoreRecord, TrainSummary
 from pipeline.runs.score_protocol import ScoreProtocol
-from pipeline.runs.stored_run import StoredRun, StoredSweep, open_folder
+from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep, open_folder
 from pipeline.storage import files
 from pipeline.tracking.open_model import is_checkpoint, load_checkpoint, model_of_state, open_model
 from sagan.discriminator import Discriminator
 from sagan.trained_model import Model
 
 _REMEDY = (
-    "give the folder of a run or a sweep (<checkpoint.root>/<name>), a checkpoint's URL, models:/NAME@ALIAS, or a "
-    "folder that `sagan pull` wrote"
+    "give the folder of a run or a sweep (<checkpoint.root>/<name>) or of a study (<checkpoint.root>/studies/<name>), "
+    "a checkpoint's URL, models:/NAME@ALIAS, or a folder that `sagan pull` wrote"
 )
 
 
@@ -108,12 +108,13 @@ class Subjects:
 
     columns: list[Subject] = field(default_factory=list)
     sweeps: list[StoredSweep] = field(default_factory=list)
+    studies: list[StoredStudy] = field(default_factory=list)
 
     def add(self, where: str) -> None:
-        """Add a subject. For a sweep, add its best trial.
+        """Add a subject. For a sweep, add its best trial. For a study, add a run of its reference row.
 
         Args:
-            where: Folder of a run or a sweep, URL of a checkpoint, pulled folder, or models:/NAME@ALIAS.
+            where: Folder of a run, a sweep or a study, URL of a checkpoint, pulled folder, or models:/NAME@ALIAS.
 
         Raises UsageError, EnvironmentFault, CorruptError.
         """
@@ -126,8 +127,10 @@ class Subjects:
             self._add(_of_model(where), where)
         elif isinstance(folder, StoredRun):
             self._add(_of_run(folder), where)
-        else:
+        elif isinstance(folder, StoredSweep):
             self._add_sweep(folder)
+        else:
+            self._add_study(folder)
 
     def _add(self, subject: Subject, where: str) -> None:
         taken = any(subject.name == other.name for other in self.columns)
@@ -141,6 +144,16 @@ class Subjects:
             )
         self.sweeps.append(sweep)
         self.add(sweep.trial(summary.best.name).url)
+
+    def _add_study(self, study: StoredStudy) -> None:
+        summary = study.summary()
+        if summary is None or summary.shown is None:
+            raise UsageError(
+                f"the study {study.url} has no run of its reference row that has ended",
+                "wait until it ends, or give the folder of one of its runs",
+            )
+        self.studies.append(study)
+        self.add(study.run(summary.shown).url)
 
 
 def _of_model(where: str) -> Subject:

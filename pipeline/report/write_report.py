@@ -1,4 +1,4 @@
-"""Writes one HTML page about a run, a model or a sweep, or about two subjects side by side. It loads no other file."""
+"""Writes an HTML page about a run, a model, a sweep or a study, or about two side by side. It loads no other file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from pipeline.report.html_elements import Html, Section, element, joined
 from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
 from pipeline.report.stored_picture import stored_picture
 from pipeline.runs.score_protocol import Score
-from pipeline.runs.stored_run import StoredSweep
+from pipeline.runs.stored_run import StoredStudy, StoredSweep
 from pipeline.storage import files
+from pipeline.study import show_tables
 from pipeline.tuning.sweep import best_first
 from sagan.random import Purpose, draw_latents
 from sagan.trained_model import Model
 
 EXPLORED = 6  # largest number of images in the attention explorer
 FRAMES, FRAME_WIDTH = 6, 960  # number of sample grids over training, and their width in pixels
-PLANE_WIDTH = 1024  # largest width of the picture of a sweep
+PLANE_WIDTH = 1024  # largest width of the picture of a sweep or a study
 ROWS, STEPS = 4, 8  # rows and columns of an interpolation
 SHOWN_CLASSES = 5  # number of the worst classes and of the best classes in the table
 PER_CLASS = 4  # samples of each class in the table
@@ -52,6 +53,7 @@ def write_report(urls: Sequence[str], out: Path, compared: int = 2000, reader: R
     columns = subjects.columns
     sections = [
         *(_sweep(sweep) for sweep in subjects.sweeps),
+        *(_study(study) for study in subjects.studies),
         _summary(columns),
         _scores(columns),
         _samples(columns),
@@ -61,7 +63,8 @@ def write_report(urls: Sequence[str], out: Path, compared: int = 2000, reader: R
         _protocols(columns),
         _method(columns),
     ]
-    title = " and ".join([sweep.name for sweep in subjects.sweeps] or [column.name for column in columns])
+    several = [*(sweep.name for sweep in subjects.sweeps), *(study.name for study in subjects.studies)]
+    title = " and ".join(several or [column.name for column in columns])
     out.parent.mkdir(parents=True, exist_ok=True)
     return out.write_bytes(html.whole(title, sections).encode())
 
@@ -88,6 +91,23 @@ def _sweep(sweep: StoredSweep) -> Section:
     )
     table = html.table(["trial", *space, metric, "kimg", "outcome"], rows, "trials, the best first")
     return Section(f"Sweep {summary.name}", joined([element("p", text), picture, table]))
+
+
+def _study(study: StoredStudy) -> Section:
+    """Return the tables of the study, with what a reader must know about them, and its picture."""
+    summary, record = study.summary(), study.tables()
+    if summary is None or record is None:
+        raise CorruptError(f"{study.url} lacks the tables of its study", "run the study again")
+    content = [element("p", f"The study has {summary.runs} runs. {summary.diverged} of them diverged.")]
+    for table in record.tables:
+        rows = [show_tables.cells(row) for row in table.rows]
+        content.append(html.table(show_tables.head(table), rows, f"{table.key}, by row"))
+        content += [element("p", note) for note in show_tables.notes(table)]
+    alt = "score of every row over the length of its runs"
+    content.append(html.picture(stored_picture(study.picture_url, PLANE_WIDTH), alt, PLANE_BYTES, class_="plane"))
+    if summary.shown:
+        content.append(element("p", f"Below is {summary.shown}, a run of the reference row."))
+    return Section(f"Study {summary.name}", joined(content))
 
 
 def _summary(subjects: Sequence[Subject]) -> Section:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pipeline.config.run_method import completed
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
-from pipeline.runs.score_protocol import Score
+from pipeline.runs.score_protocol import Score, ScoreProtocol
 from pipeline.storage import files, validate_json
 from pipeline.storage.validate_json import PlainName, Sha256, Size
 
@@ -328,3 +328,123 @@ class SweepSummary(RunScores):
     mlflow_run_id: str
     picture: str
     """Path or URL of the picture of the score over the space."""
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class StudyRecord(Record):
+    """`run.json` of a study."""
+
+    kind: Literal["study"] = "study"
+    name: str
+    mlflow_run_id: str
+    earlier_mlflow_run_ids: list[str] = []
+    """Ids of MLflow runs that did not exist any more when the study was resumed, the oldest first."""
+    runs: list[PlainName] = Field([], max_length=100_000)
+    """Names of the runs, in the order of training."""
+    diverged: dict[PlainName, str] = {}
+    """Runs whose training diverged, by name, each with the message. They have ended and are not trained again."""
+
+
+class Interval(BaseModel):
+    """An interval of numbers with both ends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    low: Finite
+    high: Finite
+
+    def holds(self, value: float) -> bool:
+        """Return whether a value lies in the interval."""
+        return self.low <= value <= self.high
+
+
+class PublishedValue(BaseModel):
+    """A published value beside a row's own values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: Finite
+    source: str
+    protocol: str
+    held: bool | None
+    """Whether the interval of the row's mean holds the value; None where there is no interval."""
+    difference: Finite | None
+    """Difference to the published value of the reference row; None unless both have one source and one protocol."""
+    difference_held: bool | None
+    """Whether the interval of the row's difference holds the published difference; None where either is missing."""
+
+
+class StudyRowResult(BaseModel):
+    """One row of a study under one metric and one score protocol."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    row: PlainName
+    values: dict[PlainName, Finite]
+    """Score of each run, by the run's seed."""
+    diverged: Size
+    """Number of runs that diverged and have no score."""
+    mean: Finite | None
+    """Mean over the runs; None where no run has a score."""
+    deviation: Finite | None
+    """Sample standard deviation over the runs; None for fewer than two."""
+    interval: Interval | None
+    """Bootstrap interval of the mean; None for fewer than two runs."""
+    difference: Finite | None
+    """Mean difference to the reference row over the seeds that both have; None without such seeds and for the reference
+    row itself."""
+    pairs: Size
+    """Number of seeds that both have."""
+    difference_interval: Interval | None
+    """Paired bootstrap interval of the difference; None for fewer than two pairs."""
+    published: PublishedValue | None
+
+
+class StudyTable(BaseModel):
+    """Scores of a study under one metric and one protocol."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str
+    protocol: ScoreProtocol
+    higher_is_better: bool
+    reference: str
+    """Name of the reference row."""
+    score: Literal["final", "best", "last"]
+    """Which score of a run is compared."""
+    confidence: float = Field(gt=0, lt=1)
+    """Confidence of the intervals."""
+    rows: list[StudyRowResult]
+
+    @property
+    def key(self) -> str:
+        """Name of the metric under the protocol: `fid/3fa9c1d2`."""
+        return self.protocol.key(self.metric)
+
+
+class StudyTables(Record):
+    """`tables.json` of a study."""
+
+    tables: list[StudyTable]
+
+
+class StudySummary(Record):
+    """`summary.json` of a study that has ended."""
+
+    kind: Literal["study"] = "study"
+    name: str
+    runs: Size
+    """Number of runs that have ended."""
+    diverged: Size
+    """Number of runs among them that diverged."""
+    images: Size
+    """Number of images over all runs."""
+    shown: PlainName | None
+    """Name of a run of the reference row, which the page about the study shows; None where all of them diverged."""
+    mlflow_run_id: str
+    table: str
+    """Path of the tables as CSV."""
+    picture: str
+    """Path of the picture of the scores over the length of the runs."""

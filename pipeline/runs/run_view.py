@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, shown_url
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.json_records import ScoreRecord, Wait
 from pipeline.runs.owner import OwnerSeen, look_at_owner
-from pipeline.runs.stored_run import StoredRun, StoredSweep, open_folder
+from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep, open_folder
 from pipeline.storage import file_sets, files
 
 State = Literal["starting", "training", "scoring", "finished", "stopped", "failed", "driver died", "unknown"]
@@ -114,8 +114,36 @@ class SweepView(BaseModel):
         return {"sweep": self.name, "state": self.state, **trials}
 
 
-def look_at_run(url: str) -> RunView | SweepView:
-    """Return what the run or the sweep in the folder `url` is doing. Nothing is changed.
+class StudyView(BaseModel):
+    """What a study is doing, as far as its folder and the folders of its runs say."""
+
+    name: str
+    state: Literal["finished", "not finished"]
+    runs: int
+    """Number of runs."""
+    ended: int
+    """Number of runs that have ended."""
+    diverged: list[str]
+    """Names of runs that diverged, which have ended."""
+    next_run: str | None
+    """Name of the first run that has not ended; None where all have ended."""
+    table: str | None
+    """URL of the tables as CSV; None before they are written."""
+
+    def rows(self) -> dict[str, Any]:
+        """Return the view for people, by title."""
+        return {
+            "study": self.name,
+            "state": self.state,
+            "runs": f"{self.ended} of {self.runs} have ended",
+            "diverged": self.diverged,
+            "next run": self.next_run,
+            "table": self.table,
+        }
+
+
+def look_at_run(url: str) -> RunView | SweepView | StudyView:
+    """Return what the run, the sweep or the study in the folder `url` is doing. Nothing is changed.
 
     Raises UsageError where there is none, CorruptError where a record is not valid, and EnvironmentFault.
     """
@@ -123,6 +151,8 @@ def look_at_run(url: str) -> RunView | SweepView:
     if folder is None:
         names = ", ".join(files.list_names(url.rstrip("/").rpartition("/")[0] or ".")[:20])
         raise UsageError(f"there is no run in {url}", f"its folder has: {names}" if names else "give the run's URL")
+    if isinstance(folder, StoredStudy):
+        return _study(folder)
     return _sweep(folder) if isinstance(folder, StoredSweep) else _run(folder)
 
 
@@ -166,6 +196,21 @@ def _sweep(stored: StoredSweep) -> SweepView:
     ]
     state: Literal["finished", "not finished"] = "not finished" if stored.summary() is None else "finished"
     return SweepView(name=stored.name, state=state, trials=trials)
+
+
+def _study(stored: StoredStudy) -> StudyView:
+    record, summary = stored.record(), stored.summary()
+    assert record is not None, "the folder was opened by it"
+    left = [name for name in record.runs if name not in record.diverged and stored.run(name).summary() is None]
+    return StudyView(
+        name=record.name,
+        state="not finished" if left or summary is None else "finished",
+        runs=len(record.runs),
+        ended=len(record.runs) - len(left),
+        diverged=list(record.diverged),
+        next_run=left[0] if left else None,
+        table=shown_url(stored.table_url) if summary else None,
+    )
 
 
 def _checkpoint(checkpoint: StoredCheckpoint) -> CheckpointSeen:

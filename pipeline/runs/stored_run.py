@@ -1,4 +1,4 @@
-"""Layout of the folder of a run or a sweep, `<checkpoint.root>/<name>/`. No other module knows the layout."""
+"""Layout of the folder of a run, a sweep or a study below `checkpoint.root`. No other module knows the layout."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pipeline.runs.json_records import (
     RunRecord,
     RunState,
     ScoreRecord,
+    StudyRecord,
+    StudySummary,
+    StudyTables,
     SweepRecord,
     SweepSummary,
     SweepTrials,
@@ -201,16 +204,78 @@ class StoredSweep:
         files.delete(self.url)
 
 
-def open_folder(url: str) -> StoredRun | StoredSweep | None:
-    """Return the run or the sweep in the folder `url`; None where the folder holds neither.
+@dataclass(frozen=True)
+class StoredStudy:
+    """The folder of a study, `<checkpoint.root>/studies/<name>/`. Its runs have folders of their own."""
+
+    url: str
+
+    @classmethod
+    def of(cls, job: TrainJob, name: str) -> StoredStudy:
+        """Return the folder of the study of this name, given a job of one of its runs. The folder need not exist."""
+        return cls(files.join(job.checkpoint.root, "studies", name))
+
+    @property
+    def name(self) -> str:
+        return files.name(self.url)
+
+    def record(self) -> StudyRecord | None:
+        """Return `run.json`; None where there is no study. Raises CorruptError, EnvironmentFault."""
+        return StudyRecord.read(_record_url(self.url))
+
+    def write_record(self, record: StudyRecord) -> None:
+        record.write(_record_url(self.url))
+
+    def summary(self) -> StudySummary | None:
+        """Return `summary.json`; None where the study has not ended. Raises CorruptError, EnvironmentFault."""
+        return StudySummary.read(_summary_url(self.url))
+
+    def write_summary(self, summary: StudySummary) -> None:
+        summary.write(_summary_url(self.url))
+
+    def tables(self) -> StudyTables | None:
+        """Return `tables.json`; None where the study has not ended. Raises CorruptError, EnvironmentFault."""
+        return StudyTables.read(files.join(self.url, "tables.json"))
+
+    def write_tables(self, tables: StudyTables) -> None:
+        tables.write(files.join(self.url, "tables.json"))
+
+    @property
+    def table_url(self) -> str:
+        """URL of the tables as CSV."""
+        return files.join(self.url, "table.csv")
+
+    @property
+    def picture_url(self) -> str:
+        """URL of the picture of the scores over the length of the runs."""
+        return files.join(self.url, "curves.png")
+
+    @property
+    def report_url(self) -> str:
+        """URL of the page about the study. The page is written at the end of the study."""
+        return files.join(self.url, "report.html")
+
+    def run(self, name: str) -> StoredRun:
+        """Return a run of the study."""
+        return StoredRun(files.join(self.url.rpartition("/")[0].rpartition("/")[0], name))
+
+    def delete(self) -> None:
+        """Delete the folder of the study. Its runs are kept."""
+        files.delete(self.url)
+
+
+def open_folder(url: str) -> StoredRun | StoredSweep | StoredStudy | None:
+    """Return the run, the sweep or the study in the folder `url`; None where the folder holds none of them.
 
     Raises CorruptError, EnvironmentFault.
     """
     record_url = _record_url(url)
     try:
-        record = validate_json.parse(validate_json.read(record_url), record_url, "the record of a run or a sweep")
+        record = validate_json.parse(validate_json.read(record_url), record_url, "a record of a run, sweep or study")
     except FileNotFoundError:
         return None
+    if record.get("kind") == "study":
+        return StoredStudy(url)
     return StoredSweep(url) if record.get("kind") == "tune" else StoredRun(url)
 
 

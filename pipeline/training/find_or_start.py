@@ -76,10 +76,10 @@ def find_or_start(
     init = find_init(job, collection.class_names, known.init if known else None)
     method = method_of(job, collection.digest, init.sha256 if init else None)
     uri = tracking_uri(job)
-    if ended := _ended_run(job, stored, method):
+    if ended := ended_run(job, stored, method):
         return ended
     owner = own(stored)
-    if ended := _ended_run(job, stored, method):  # by the driver that this one has waited for
+    if ended := ended_run(job, stored, method):  # by the driver that this one has waited for
         return ended
     record = _own_record(job, stored, method)
     first = _first_state(job, collection, stored, init) if init and not stored.checkpoints() else None
@@ -195,7 +195,7 @@ def artifact_location(job: TrainJob) -> str | None:
     return files.join(job.checkpoint.root, "mlflow") if sqlite_database(job.track.uri or "") else None
 
 
-def _ended_run(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> TrainingRun | None:
+def ended_run(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> TrainingRun | None:
     """Return the run of this name where it has been trained to `train.kimg`; otherwise None. Raises UsageError."""
     record, summary = _own_record(job, stored, method), stored.summary()
     if record is None or summary is None or summary.images < 1000 * job.train.kimg:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.errors import Diverged, EnvironmentFault
 from sagan.train_state import TrainState
 
 _LOWER_RATES = (
@@ -17,9 +17,9 @@ class NotFinite(EnvironmentFault):
     """Values of a step are not finite for the first time. The workers repeat the step from the newest checkpoint."""
 
 
-def diverged(images: int, what: str) -> SaganError:
+def diverged(images: int, what: str) -> Diverged:
     """Return the error for values that are not finite twice at the same position. A device is not the cause then."""
-    return SaganError(f"training diverged at {images / 1000:.1f} kimg, twice with the same state: {what}", _LOWER_RATES)
+    return Diverged(f"training diverged at {images / 1000:.1f} kimg, twice with the same state: {what}", _LOWER_RATES)
 
 
 class FiniteCheck:

@@ -1,4 +1,4 @@
-"""Job files of training runs and of sweeps as foreign inputs."""
+"""Job files of training runs, sweeps and studies as foreign inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _change_job(folder: Path, random: Random, names: Names) -> None:
 
 
 def build(root: Path) -> None:
-    """Write a clean job and a clean sweep job below `root`."""
+    """Write a clean job, a clean sweep job and a clean study job below `root`."""
     data = {"train": str(root / "collection-png"), "lanes": 2}
     train = {"kind": "train", "name": "tiny", "data": data, "model": {**NETWORKS.to_dict(), "num_classes": 2}}
     train |= {"optim": OptimConfig().to_dict(), "train": {"kimg": 1, "batch": 4, "workers": 2}}
@@ -47,6 +47,13 @@ def build(root: Path) -> None:
     sweep = {"kind": "tune", "name": "sweep", "base": "base.yaml", "space": space, "overrides": {"train.kimg": 2}}
     sweep |= {"search": {"trials": 2, "initial_points": [{"optim.lr_d": 2e-4}]}, "schedule": {"grace_kimg": 1}}
     (root / "sweep-job" / "job.yaml").write_text(yaml.safe_dump(sweep))
+    (root / "study-job").mkdir()
+    (root / "study-job" / "base.yaml").write_text(yaml.safe_dump(_lists(train)))
+    published = {"metric": "fid", "value": 18.28, "source": "a paper", "protocol": "theirs"}
+    rows = {"none": {"kimg": 2.5}, "more": {"overrides": {"train.batch": 8}, "published": [published]}}
+    study = {"kind": "study", "name": "study", "base": "base.yaml", "seeds": [0, 1], "kimg": 2, "rows": rows}
+    study |= {"overrides": {"optim.n_dis": 2}, "compare": {"metrics": ["fid"], "reference": "none", "score": "best"}}
+    (root / "study-job" / "job.yaml").write_text(yaml.safe_dump(study))
 
 
 def _lists(value: Any) -> Any:
@@ -55,8 +62,9 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-_DRY_RUN, _ROW = command("run IN/job.yaml --dry-run --json"), "jobs and sweep jobs"
+_DRY_RUN, _ROW = command("run IN/job.yaml --dry-run --json"), "jobs, sweep and study jobs"
 KINDS = {
     "job": Kind(_ROW, 10, "job", _change_job, _DRY_RUN, is_json),
     "sweep job": Kind(_ROW, 5, "sweep-job", _change_job, _DRY_RUN, is_json),
+    "study job": Kind(_ROW, 3, "study-job", _change_job, _DRY_RUN, is_json),
 }

@@ -1,4 +1,4 @@
-"""Folders of runs and of sweeps as foreign inputs of `sagan report` and `sagan status`."""
+"""Folders of runs, sweeps and studies as foreign inputs of `sagan report` and `sagan status`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from pipeline.collection.derived_tensors import NoFacts, derived
 from pipeline.collection.manifest import Collection
-from pipeline.config.schema import DataSection, EvaluateSection
+from pipeline.config.schema import DataSection, EvaluateSection, StudyJob
 from pipeline.evaluation.extractors.classifier import Classifier
 from pipeline.runs.checkpoints import StoredCheckpoint, upload_checkpoint, write_checkpoint
 from pipeline.runs.json_records import (
@@ -22,6 +22,9 @@ from pipeline.runs.json_records import (
     RunRecord,
     RunState,
     ScoreRecord,
+    StudyRecord,
+    StudySummary,
+    StudyTables,
     SweepRecord,
     SweepSummary,
     SweepTrials,
@@ -31,7 +34,8 @@ from pipeline.runs.json_records import (
 )
 from pipeline.runs.owner import claim
 from pipeline.runs.score_protocol import Score, ScoreProtocol
-from pipeline.runs.stored_run import StoredRun, StoredSweep
+from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep
+from pipeline.study.compare_rows import Outcome, tables_of
 from sagan.config import OptimConfig
 from sagan.train_state import TrainState
 from tests.faults.hostile.kind import NETWORKS, Kind, Names, command, one_of, picture, refit, rewrite
@@ -68,7 +72,15 @@ def _damaged_text(data: bytes, random: Random, names: Names) -> bytes:
 
 
 def _change_sweep(folder: Path, random: Random, names: Names) -> None:
-    path = folder / random.choice(("sweep/run.json", "sweep/summary.json", "sweep/trials.json", "sweep/plane.png"))
+    _change(folder / "sweep" / random.choice(("run.json", "summary.json", "trials.json", "plane.png")), random, names)
+
+
+def _change_study(folder: Path, random: Random, names: Names) -> None:
+    name = random.choice(("run.json", "summary.json", "tables.json", "tables.json", "curves.png"))
+    _change(folder / "studies" / "study" / name, random, names)
+
+
+def _change(path: Path, random: Random, names: Names) -> None:
     if path.suffix == ".png":
         rewrite(path, changed_image, random)
     else:
@@ -95,7 +107,7 @@ def _is_status(out: Path, printed: str) -> bool:
 
 
 def build(root: Path) -> None:
-    """Write a run with two scored checkpoints, its collection with a classifier beside it, and a sweep below `root`."""
+    """Write a run with two scored checkpoints, its collection with a classifier, a sweep and a study below `root`."""
     folder = root / "runs"
     collection = Collection.open(str(shutil.copytree(root / "collection-png", folder / "collection")))
     with torch.random.fork_rng():
@@ -164,6 +176,26 @@ def build(root: Path) -> None:
     sweep.write_summary(
         SweepSummary(name="sweep", trials=2, stopped_early=0, best=trials[1], picture=str(plane), **summary)
     )
+    _build_study(StoredStudy(str(folder / "studies" / "study")), scores)
+
+
+def _build_study(study: StoredStudy, scores: list[Score]) -> None:
+    published = {"metric": "fd_classifier", "value": 3.0, "source": "a paper", "protocol": "theirs"}
+    job = StudyJob(
+        name="study", base="base.yaml", seeds=[0, 1], rows={"none": {"published": [published]}, "more": {}},
+        compare={"metrics": ["fd_classifier"], "reference": "none"},
+    )  # fmt: skip
+    outcomes = [Outcome(row, seed, score) for row in job.rows for seed, score in enumerate(scores)]
+    names = ["run", "study-more-2", "study-more-3"]
+    study.write_record(StudyRecord(name="study", mlflow_run_id="0", runs=names, diverged={names[1]: "at 1.0 kimg"}))
+    study.write_tables(StudyTables(tables=tables_of(job, outcomes, {"fd_classifier": False})))
+    Path(study.picture_url).write_bytes(picture(7, 64))
+    study.write_summary(
+        StudySummary(
+            name="study", runs=4, diverged=0, images=8000, shown="run", mlflow_run_id="0", table=study.table_url,
+            picture=study.picture_url,
+        )
+    )  # fmt: skip
 
 
 def _checkpoint(run: StoredRun, images: int, collection: Collection) -> StoredCheckpoint:
@@ -183,10 +215,12 @@ def _checkpoint(run: StoredRun, images: int, collection: Collection) -> StoredCh
     return checkpoint
 
 
-_ROW, _OPTIONS = "runs and sweeps", "--samples 4 --reference IN/collection"
+_ROW, _OPTIONS = "runs, sweeps and studies", "--samples 4 --reference IN/collection"
 KINDS = {
     "run": Kind(_ROW, 8, "runs", _change_run, command(f"report IN/run {_OPTIONS}"), _is_page),
     "status of a run": Kind(_ROW, 4, "runs", _change_status, command("status IN/run"), _is_status),
     "status of a sweep": Kind(_ROW, 1, "runs", _change_sweep, command("status IN/sweep"), _is_status),
     "sweep": Kind(_ROW, 3, "runs", _change_sweep, command(f"report IN/sweep {_OPTIONS}"), _is_page),
+    "status of a study": Kind(_ROW, 1, "runs", _change_study, command("status IN/studies/study"), _is_status),
+    "study": Kind(_ROW, 3, "runs", _change_study, command(f"report IN/studies/study {_OPTIONS}"), _is_page),
 }

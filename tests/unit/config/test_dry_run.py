@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config.dry_run import CollectionFacts, dry_run
-from pipeline.config.job_file import load_job
+from pipeline.config.job_file import load_job, row_job
+from pipeline.config.run_method import digest_of, method_of
 from pipeline.errors import UsageError
-from tests.shipped_jobs import JOBS, shipped
+from tests.shipped_jobs import JOBS, STUDIES, shipped
 
 SHIPPED = shipped()
 IMAGENET = CollectionFacts(resolution=128, num_classes=1000, images=1_281_167, shards=1_300, fetches=3_900)
@@ -53,6 +54,32 @@ def test_every_shipped_job_and_variant_dry_runs_without_its_storage(name, monkey
     assert {"parameters_generator", "step_gflop_per_image", "steps", "epochs", "checkpoint_bytes"} <= plan.keys()
     assert plan["global_batch"] % plan["workers"] == 0
     assert os.access(SHIPPED[name][0], os.X_OK)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_shipped_study_dry_runs_without_its_storage(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGAN_BUCKET", str(tmp_path))
+    study = load_job(path)
+    plan = json.loads(run_dry(path, "--json"))
+    assert (plan["runs"], plan["seeds"]) == (len(study.rows) * len(study.seeds), len(study.seeds))
+    assert plan["ended"] == 0
+    assert plan["kimg"] > 0
+    assert plan["rows"].keys() == study.rows.keys()
+    jobs = {row: row_job(study, row, study.seeds[0]) for row in study.rows}
+    methods = [digest_of(method_of(job, "d" * 64)) for job in jobs.values()]
+    assert len(set(methods)) == len(methods), "each row is another method"
+
+
+def test_the_dry_run_of_a_study_has_its_totals_and_says_how_rows_differ(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGAN_BUCKET", str(tmp_path))
+    plan = json.loads(run_dry(JOBS / "studies" / "table1.yaml", "seeds=[0, 1]", "--json"))
+    assert (plan["runs"], plan["kimg"]) == (18, 18 * 256_000)
+    assert plan["run"]["steps"] == 1_000_000
+    assert plan["rows"]["none"]["parameters_generator"] == 41_996_931
+    assert plan["rows"]["feat32"]["parameters_generator"] == 42_078_852
+    assert "steps" not in plan["rows"]["feat32"]
+    gflop = sum(row["step_gflop_per_image"] for row in plan["rows"].values())
+    assert plan["nominal_exaflop"] == pytest.approx(2 * 0.256 * gflop)
 
 
 # Classes, parameters of generator and discriminator, and GFLOP of a step per image to the digits that are known, as

@@ -1,15 +1,15 @@
 """A job file is typed, completed and checked before anything starts; what is wrong is named with line and key."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.config.job_file import load_job, parse_overrides, to_yaml
+from pipeline.config.job_file import load_job, parse_overrides, row_job, to_yaml
 from pipeline.errors import ConfigError
+from tests.shipped_jobs import JOBS, STUDIES
 
-JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.yaml"))
+FILES = [*sorted(JOBS.glob("*.yaml")), *STUDIES]
 TRAIN = """\
 kind: train
 name: mine
@@ -33,7 +33,7 @@ def job(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_job_is_valid_and_executable(path):
     assert load_job(path).name == path.stem
     assert path.stat().st_mode & 0o111
@@ -150,6 +150,76 @@ def test_a_sweep_is_checked_down_to_the_keys_of_its_space(job, tmp_path):
     sweep.write_text("kind: tune\nname: s\nbase: job.yaml\nspace:\n  optim.lrd: {grid: [1.0e-3, 1.0e-4]}\n")
     with pytest.raises(ConfigError, match=r"optim\.lrd is not a key of mine\n.*did you mean optim\.lr_d"):
         load_job(sweep)
+
+
+STUDY = """\
+kind: study
+name: s
+base: job.yaml
+seeds: [0, 1]
+rows:
+  none: {overrides: {model.attention: []}}
+  more: {overrides: {optim.n_dis: 2}, kimg: 3, published: [{metric: fid, value: 3, source: a paper, protocol: theirs}]}
+compare: {metrics: [fid], reference: none}
+"""
+
+
+def test_the_runs_of_a_study_are_jobs_of_their_own(job, tmp_path):
+    """Study, row and seed make the name. The row's values win over those of the study, and these over the base's."""
+    job(TRAIN)
+    (tmp_path / "study.yaml").write_text(STUDY + "kimg: 2\noverrides: {optim.n_dis: 5, track.experiment: mine}\n")
+    study = load_job(tmp_path / "study.yaml")
+    none, more = row_job(study, "none", 0), row_job(study, "more", 1)
+    assert (none.name, none.seed, none.train.kimg, none.optim.n_dis) == ("s-none-0", 0, 2, 5)
+    assert (more.name, more.seed, more.train.kimg, more.optim.n_dis) == ("s-more-1", 1, 3, 2)
+    assert (none.model.attention, more.model.attention) == ((), None)
+    assert none.track.experiment == more.track.experiment == "mine"
+    assert not none.track.register_model
+
+
+def test_a_row_may_have_a_base_of_its_own_and_bases_are_relative_to_the_study(job, tmp_path):
+    job(TRAIN)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "other.yaml").write_text(TRAIN.replace("16", "32"))
+    path = tmp_path / "studies" / "study.yaml"
+    path.write_text(
+        STUDY.replace("base: job.yaml", "base: ../job.yaml").replace("none: {", "none: {base: ../other.yaml, ")
+    )
+    study = load_job(path)
+    assert [row_job(study, row, 0).train.batch for row in study.rows] == [32, 16]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("reference: none", "reference: nome", "compare.reference: nome is not a row; the rows are none, more"),
+        ("  more:", "  none:", "study.yaml:7: none occurs twice"),
+        ("[0, 1]", "[0, 1, 0]", "seeds: 0 occurs twice"),
+        ("[0, 1]", "[]", "study.yaml:4: seeds is []"),
+        ("[0, 1]", "[-1]", "study.yaml:4: seeds.0 is -1"),
+        ("  more:", "  More:", "rows.More"),
+        ("n_dis", "n_dsi", "study.yaml: rows.more: "),
+        ("n_dis", "n_dsi", "optim.n_dsi is not a key; did you mean optim.n_dis?"),
+        ("optim.n_dis: 2", "optim.n_dis: 0", "rows.more: "),
+        ("optim.n_dis: 2", "seed: 2", "rows.more.overrides: seed is set by the study; remove it and use `seeds`"),
+        ("optim.n_dis: 2", "train.kimg: 2", "rows.more.overrides: train.kimg is set by the study"),
+        ("source: a paper, ", "", "rows.more.published.0.source is missing"),
+        ("source: a paper", "source: ''", "rows.more.published.0.source is "),
+        (", protocol: theirs", "", "rows.more.published.0.protocol is missing"),
+        ("metric: fid, value", "metric: isc, value", "rows.more.published: isc is not one of compare.metrics"),
+        ("base: job.yaml", "base: jab.yaml", "did you mean"),
+        ("n_dis: 2", "n_dis: 2, checkpoint.root: s3://other", "differ in checkpoint.root"),
+        ("name: s\n", f"name: {60 * 's'}\n", "rows.none: "),
+    ],
+)
+def test_a_study_is_checked_down_to_every_run_before_it_starts(job, tmp_path, old, new, message):
+    job(TRAIN)
+    path = tmp_path / "study.yaml"
+    assert old in STUDY
+    path.write_text(STUDY.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_job(path)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from jsonschema.exceptions import best_match
 
 from pipeline.config.job_file import load_job, to_yaml
 from pipeline.config.json_schema import job_schema
-from tests.shipped_jobs import JOBS
+from tests.shipped_jobs import JOBS, STUDIES
 
-FILES = sorted(JOBS.glob("*.yaml"))
+FILES = [*sorted(JOBS.glob("*.yaml")), *STUDIES]
 VALIDATOR = Draft202012Validator(job_schema())
 TRAIN = "kind: train\nname: mine\ndata: {train: somewhere}\ntrain: {kimg: 1}\n"
 
@@ -39,7 +39,8 @@ def test_the_schema_is_the_same_wherever_it_is_made(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_job_names_the_schema_and_satisfies_it(path):
-    assert path.read_text().splitlines()[1] == "# yaml-language-server: $schema=schema.json"
+    schema = "schema.json" if path.parent == JOBS else "../schema.json"
+    assert path.read_text().splitlines()[1] == f"# yaml-language-server: $schema={schema}"
     assert mistake(path.read_text()) is None
 
 
@@ -58,6 +59,8 @@ def test_a_shipped_job_with_every_default_visible_satisfies_it(path):
         TRAIN + "seed: ${SEED:-3}\nmodel: {attention: '${SIZES}', thin_d: '${THIN}', attention_form: '${FORM}'}\n",
         TRAIN.replace("mine", "${USER}-run"),
         "kind: tune\nname: t\nbase: b.yaml\nspace: {optim.lr_d: {grid: [1.0e-3]}, seed: {choice: [0, 1]}}\n",
+        "kind: study\nname: s\nbase: b.yaml\nseeds: [0]\nrows: {a: {overrides: {model.attention: []}}}\n"
+        "compare: {metrics: [fid], reference: a}\n",
     ],
 )
 def test_a_job_of_any_kind_with_variables_satisfies_it(text):

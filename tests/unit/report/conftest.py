@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.collection.manifest import Collection
-from pipeline.config.schema import TrainJob
+from pipeline.config.schema import StudyJob, TrainJob
 from pipeline.evaluation.score_checkpoints import score_checkpoint
-from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord
-from pipeline.runs.stored_run import StoredRun
+from pipeline.runs.json_records import (
+    RecordedData,
+    RecordedEvaluation,
+    RunRecord,
+    StudyRecord,
+    StudySummary,
+    StudyTables,
+)
+from pipeline.runs.score_protocol import Score
+from pipeline.runs.stored_run import StoredRun, StoredStudy
+from pipeline.study.compare_rows import Outcome, tables_of
+from pipeline.study.study_picture import curves_of, draw_curves
 from tests.unit.evaluation.conftest import checkpoint, commit_checkpoint, data, digits, job, model, run_id, tracking
 
 __all__ = ["checkpoint", "data", "digits", "job", "model", "run_id", "tracking"]
@@ -54,5 +65,46 @@ def run(job: TrainJob, run_id: str, digits: Collection, extractor: str) -> Calla
         stored = StoredRun.of(mine)
         stored.write_record(record)
         return stored.url
+
+    return make
+
+
+@pytest.fixture
+def study() -> Callable[[StoredRun], StoredStudy]:
+    """Makes the folder of a study that has ended, beside a run of its reference row."""
+
+    def make(shown: StoredRun) -> StoredStudy:
+        stored = StoredStudy(str(Path(shown.url).parent / "studies" / "s"))
+        assert stored.run(shown.name) == shown
+        source = {"metric": "fd_pixels", "value": 2.0, "source": "a <paper>", "protocol": "theirs"}
+        job = StudyJob(
+            name="s",
+            base="base.yaml",
+            seeds=[0, 1],
+            rows={"none": {}, "feat16": {"published": [source]}},
+            compare={"metrics": ["fd_pixels"], "reference": "none"},
+        )
+        protocol = shown.scores()[0].score.protocol
+        outcomes = [
+            Outcome(row, seed, Score.of(protocol, "fd_pixels", False, {"fd_pixels": value + seed}))
+            for row, value in (("none", 3.0), ("feat16", 1.5))
+            for seed in (0, 1)
+        ]
+        stored.write_record(StudyRecord(name="s", mlflow_run_id="0", runs=[shown.name]))
+        stored.write_tables(StudyTables(tables=tables_of(job, outcomes, {"fd_pixels": False})))
+        draw_curves(curves_of({"none": shown.scores()}, ["fd_pixels"]), Path(stored.picture_url))
+        stored.write_summary(
+            StudySummary(
+                name="s",
+                runs=4,
+                diverged=0,
+                images=8000,
+                shown=shown.name,
+                mlflow_run_id="0",
+                table=stored.table_url,
+                picture=stored.picture_url,
+            )
+        )
+        return stored
 
     return make

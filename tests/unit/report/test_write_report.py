@@ -21,9 +21,15 @@ from pipeline.errors import CorruptError, UsageError
 from pipeline.report import html_elements as html
 from pipeline.report import write_report
 from pipeline.report.runs_and_models import Reader
-from pipeline.runs.json_records import SweepRecord, SweepSummary, SweepTrials, Trial
+from pipeline.runs.json_records import (
+    StudyRecord,
+    SweepRecord,
+    SweepSummary,
+    SweepTrials,
+    Trial,
+)
 from pipeline.runs.score_protocol import Score, ScoreProtocol
-from pipeline.runs.stored_run import StoredRun, StoredSweep
+from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep
 from pipeline.tuning.sweep_picture import draw_plane
 from sagan.config import ModelConfig, OptimConfig
 from sagan.train_state import TrainState
@@ -123,6 +129,22 @@ def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(written: Written,
     assert text.index("sweep-b</th>") < text.index("sweep-a</th>")
     assert "diverged &lt;early&gt;" in text
     assert "2 trials. 0 of them were stopped early" in text
+    assert "Attention" in text
+
+
+def test_a_study_brings_its_tables_its_picture_and_a_run_of_its_reference_row(
+    written: Written, run: Run, study: Callable[[StoredRun], StoredStudy], tmp_path: Path
+) -> None:
+    empty = StoredStudy(str(tmp_path / "runs" / "studies" / "empty"))
+    empty.write_record(StudyRecord(name="empty", mlflow_run_id="0"))
+    with pytest.raises(UsageError, match="no run of its reference row that has ended"):
+        written([empty.url])
+    text = written([study(StoredRun(run("s-none-0"))).url])
+    assert "<h2>Study s</h2>" in text
+    assert "-1.5 to -1.5" in text
+    assert "2, in" in text
+    assert "a &lt;paper&gt;; theirs" in text
+    assert "Below is s-none-0" in text
     assert "Attention" in text
 
 
