@@ -13,7 +13,6 @@ from pathlib import Path
 from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
 from pipeline.config.job_file import row_job
-from pipeline.config.run_method import method_of
 from pipeline.config.schema import StudyJob, TrainJob
 from pipeline.errors import Diverged, SaganError, UsageError
 from pipeline.evaluation.metrics import metric_named
@@ -28,7 +27,13 @@ from pipeline.study.show_tables import as_csv, as_text, print_tables
 from pipeline.study.study_picture import curves_of, draw_curves
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.training.driver import train
-from pipeline.training.find_or_start import artifact_location, complete_job, ended_run, pack_if_missing
+from pipeline.training.find_or_start import (
+    artifact_location,
+    complete_job,
+    ended_run,
+    pack_if_missing,
+    start_and_method,
+)
 from pipeline.training.shared_types import Evaluation
 
 
@@ -145,7 +150,8 @@ def missing_runs(runs: Sequence[RowRun], evaluation: Evaluation, diverged: Conta
         if run.row not in checked:
             evaluation.check(job)
             checked.add(run.row)
-        ended = ended_run(job, run.stored, method_of(job, Collection.open(job.data.train).digest))
+        _, method = start_and_method(job, Collection.open(job.data.train), run.stored)
+        ended = ended_run(job, run.stored, method)
         if ended is None and job.name not in diverged:
             missing.append(run)
     return missing

@@ -72,9 +72,8 @@ def find_or_start(
     job = complete_job(job)
     evaluation.check(job)
     stored = StoredRun.of(job)
-    collection, known = Collection.open(job.data.train), stored.record()
-    init = find_init(job, collection.class_names, known.init if known else None)
-    method = method_of(job, collection.digest, init.sha256 if init else None)
+    collection = Collection.open(job.data.train)
+    init, method = start_and_method(job, collection, stored)
     uri = tracking_uri(job)
     if ended := ended_run(job, stored, method):
         return ended
@@ -95,6 +94,18 @@ def find_or_start(
         owner.require()
         _write_first_checkpoint(first, stored, collection, digest_of(method))
     return TrainingRun(job, stored, uri, record, owner, reached, None)
+
+
+def start_and_method(
+    job: TrainJob, collection: Collection, stored: StoredRun
+) -> tuple[RecordedInit | None, dict[str, Any]]:
+    """Return what a complete job starts from, None for new weights, and its method.
+
+    Raises UsageError where what it starts from does not fit, CorruptError, EnvironmentFault.
+    """
+    known = stored.record()
+    init = find_init(job, collection.class_names, known.init if known else None)
+    return init, method_of(job, collection.digest, init.sha256 if init else None)
 
 
 def start_tracking(
