@@ -5,10 +5,10 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,13 +30,13 @@ def read_file(path: Path, source: str) -> ForeignTensors:
     """
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _torch_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise UsageError(f"{source} cannot be read: {error}", "download the file again") from error
-    except Exception as error:  # any, because the bytes may be anything
+    except UnpicklingError as error:
         raise UsageError(
-            f"{source} cannot be read without running code that it may hold: {_first_line(error)}",
+            f"{source} holds more than tensors, and cannot be read without running code: {_first_line(error)}",
             "where you trust the file, save its tensors alone: torch.save(dict(G.state_dict()), FILE)",
         ) from error
+    except Exception as error:  # any, because the bytes may be anything
+        raise UsageError(f"{source} cannot be read: {_first_line(error)}", "download the file again") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:

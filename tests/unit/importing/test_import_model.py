@@ -345,7 +345,7 @@ class _Program:
 
 def test_no_file_runs_code(tmp_path: Path) -> None:
     refused({"linear.weight": _Program(tmp_path / "ran")}, "without running code", tmp_path)
-    (tmp_path / "peer.pkl").write_bytes(pickle.dumps(_Program(tmp_path / "ran")))
+    (tmp_path / "peer.pkl").write_bytes(pickle.dumps(_Program(tmp_path / "ran"), protocol=2))
     with pytest.raises(UsageError, match="without running code"):
         import_model(str(tmp_path / "peer.pkl"), "biggan-pytorch", tmp_path / "out", BIGGAN)
     assert not (tmp_path / "ran").exists()
