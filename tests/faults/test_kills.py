@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -39,26 +37,6 @@ def test_each_kill_of_a_list_is_met(two_ranks: tuple[Runs, Ended]) -> None:
     assert ended.status.images_lost > 0
 
 
-def test_a_run_that_starts_from_another_is_killed_and_ends_as_the_undisturbed_one(
-    two_ranks: tuple[Runs, Ended],
-) -> None:
-    """Its first driver dies before training, its source is deleted, and then workers die twice."""
-    made, undisturbed = two_ranks
-    source = made.folder / "theirs"
-    shutil.copytree(made.folder / "runs" / "undisturbed", source)
-    start = {"init": {"source": str(source), "optimizers": True}, "optim": {"lr_d": 1e-4}}
-    alone = made.run("started", [], **start)
-    assert alone.points != undisturbed.points
-
-    made.start("started-killed", **start)
-    shutil.rmtree(source)
-    kills = [Kill(1, "step", 2, after=True), Kill(0, "log", 4, after=False)]
-    killed = made.run("started-killed", kills, **start)
-    assert killed.reached == kills
-    assert killed.status.resumed_from is not None
-    assert (killed.checkpoint, killed.points) == (alone.checkpoint, alone.points)
-
-
 def test_workers_that_get_notice_lose_nothing(two_ranks: tuple[Runs, Ended]) -> None:
     """Between two checkpoints, and as soon as they have started."""
     made, undisturbed = two_ranks
@@ -88,4 +66,4 @@ def test_a_machine_that_is_taken_away_before_the_upload_has_ended_tears_nothing(
     assert ended.status.resumed_from is not None
     assert ended.status.resumed_from.startswith(f"{INTERVAL:012}-")
     assert STEP <= ended.status.images_lost <= 2 * STEP
-    assert any(re.search(r"before the checkpoint at 0\.[12] kimg was complete", line) for line in ended.status.lines)
+    assert any("was complete: the one before it counts" in line for line in ended.status.lines)

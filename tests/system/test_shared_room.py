@@ -118,6 +118,7 @@ def test_a_score_that_waits_for_room_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(score_while_training, "SAID_S", 0.1)
     values = {
         "kind": "train",
+        "name": "waits",
         "data": {"train": str(tmp_path)},
         "train": {"kimg": 1, "batch": 32},
         "checkpoint": {"root": str(tmp_path)},
