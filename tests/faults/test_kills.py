@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +36,26 @@ def test_each_kill_of_a_list_is_met(two_ranks: tuple[Runs, Ended]) -> None:
     assert ended.reached == kills
     assert (ended.checkpoint, ended.points) == (undisturbed.checkpoint, undisturbed.points)
     assert ended.status.images_lost > 0
+
+
+def test_a_run_that_starts_from_another_is_killed_and_ends_as_the_undisturbed_one(
+    two_ranks: tuple[Runs, Ended],
+) -> None:
+    """Its first driver dies before training, its source is deleted, and then workers die twice."""
+    made, undisturbed = two_ranks
+    source = made.folder / "theirs"
+    shutil.copytree(made.folder / "runs" / "undisturbed", source)
+    start = {"init": {"source": str(source), "optimizers": True}, "optim": {"lr_d": 1e-4}}
+    alone = made.run("started", [], **start)
+    assert alone.points != undisturbed.points
+
+    made.start("started-killed", **start)
+    shutil.rmtree(source)
+    kills = [Kill(1, "step", 2, after=True), Kill(0, "log", 4, after=False)]
+    killed = made.run("started-killed", kills, **start)
+    assert killed.reached == kills
+    assert killed.status.resumed_from is not None
+    assert (killed.checkpoint, killed.points) == (alone.checkpoint, alone.points)
 
 
 def test_workers_that_get_notice_lose_nothing(two_ranks: tuple[Runs, Ended]) -> None:
