@@ -34,7 +34,7 @@ def write(folder, rows, seeds):
         "name": "tiny",
         "base": str(JOBS / "quickstart.yaml"),
         "overrides": {**overrides, "evaluate.repeats": 1},
-        "kimg": 1.6,
+        "kimg": 0.96,
         "seeds": seeds,
         "rows": {row: {"overrides": of_row} for row, of_row in rows.items()},
         "compare": {"metrics": ["fd_classifier"], "reference": "none"},
@@ -72,10 +72,10 @@ def test_a_study_whose_driver_was_killed_trains_each_run_once(place):
     assert third.end() == 0, third.output
     records = {name: stored.run(name).record() for name in RUNS}
     assert [record.starts for record in records.values()] == [1, 2, 2, 1]
-    assert all(stored.run(name).summary().images == 1600 for name in RUNS)
+    assert all(stored.run(name).summary().images == 960 for name in RUNS)
 
     summary = stored.summary()
-    assert (summary.runs, summary.diverged, summary.images) == (4, 0, 6400)
+    assert (summary.runs, summary.diverged, summary.images) == (4, 0, 3840)
     rows = list(csv.DictReader(files.read_bytes(stored.table_url).decode().splitlines()))
     assert [(row["row"], row["n"], row["pairs"]) for row in rows] == [("none", "2", "0"), ("feat16", "2", "2")]
     assert "minus none" in third.output
@@ -89,11 +89,6 @@ def test_a_study_whose_driver_was_killed_trains_each_run_once(place):
     page = files.read_bytes(stored.report_url).decode()
     assert "<h2>Study tiny</h2>" in page
     assert "is left out" not in page
-
-    again = Driver(tmp_path, env, job=job, tiny=False)
-    again.until("4 of 4 runs have ended, 0 are to train")
-    assert again.end() == 0, again.output
-    assert stored.summary() == summary
 
 
 def test_a_run_that_diverges_is_counted_and_the_study_goes_on(place):
