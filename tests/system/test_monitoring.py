@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from infra.local.server_process import Server
@@ -29,17 +28,17 @@ ENDLESS: dict[str, Any] = {"train.kimg": 1000, "checkpoint.kimg": 0.64, "evaluat
 
 
 class Prometheus(Server):
-    """Prometheus that reads one node of Ray every second."""
+    """Prometheus that reads the nodes of Ray every second."""
 
     name = "Prometheus"
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, listed: Path) -> None:
         super().__init__()
-        self.target = target
+        self.listed = listed
 
     def command(self) -> list[str]:
         configuration = self.scratch / "prometheus.yaml"
-        scrape = {"job_name": "ray", "scrape_interval": "1s", "static_configs": [{"targets": [self.target]}]}
+        scrape = {"job_name": "ray", "scrape_interval": "1s", "file_sd_configs": [{"files": [str(self.listed)]}]}
         configuration.write_text(json.dumps({"scrape_configs": [scrape]}))
         address = f"--web.listen-address=127.0.0.1:{self.port}"
         return ["prometheus", f"--config.file={configuration}", f"--storage.tsdb.path={self.scratch}/data", address]
@@ -55,20 +54,17 @@ class Prometheus(Server):
         return result
 
 
-def metrics_address(cluster: str) -> str:
-    """HOST:PORT at which the cluster's only node exports metrics."""
-    ray.init(cluster, log_to_driver=False)
-    try:
-        (node,) = ray.nodes()
-        return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-    finally:
-        ray.shutdown()
+def discovery(cluster: Ray) -> Path:
+    """The file in which a head lists what Prometheus reads."""
+    return next(cluster.scratch.rglob("prom_metrics_service_discovery.json"))
 
 
-def exported(target: str) -> set[str]:
+def exported(listed: Path) -> set[str]:
     """Names of the gauges that have a value for the run."""
-    with urllib.request.urlopen(f"http://{target}/metrics") as response:
-        families = list(text_string_to_metric_families(response.read().decode()))
+    families = []
+    for target in [target for group in json.loads(listed.read_text()) for target in group["targets"]]:
+        with urllib.request.urlopen(f"http://{target}/metrics") as response:
+            families += text_string_to_metric_families(response.read().decode())
     return {
         family.name.removeprefix("ray_")
         for family in families
@@ -79,7 +75,7 @@ def exported(target: str) -> set[str]:
 
 def test_every_panel_has_data_of_a_run_with_a_kill(tmp_path: Path) -> None:
     with Ray(cpus=4) as cluster:
-        target = metrics_address(cluster.env["RAY_ADDRESS"])
+        listed = discovery(cluster)
         environment = {
             **cluster.env,
             "SAGAN_BUCKET": str(tmp_path),
@@ -90,10 +86,10 @@ def test_every_panel_has_data_of_a_run_with_a_kill(tmp_path: Path) -> None:
         os.kill(training_workers(cluster.env["RAY_ADDRESS"])[0], signal.SIGKILL)
         run.until("resumed from")
         run.until("score at")
-        while not set(GAUGES) - SOMETIMES <= exported(target):  # Ray exports every few seconds
+        while not set(GAUGES) - SOMETIMES <= exported(listed):  # Ray exports every few seconds
             run.until("checkpoint")
         if shutil.which("prometheus"):
-            with Prometheus(target) as prometheus:
+            with Prometheus(listed) as prometheus:
                 for panel in RUN:
                     query = panel.query.replace("$run", "watched")
                     while not any(name in query for name in SOMETIMES) and not prometheus.answer(query):

@@ -47,6 +47,7 @@ from tests.faults.hostile.kind import Kind  # noqa: E402
 _IMPORTED = (
     *("pipeline.collection.verify", "pipeline.evaluation.evaluate_model", "pipeline.job_runner", "pipeline.image_grid"),
     *("pipeline.packing.pack", "pipeline.report.write_report", "pipeline.tracking.init_source", "sagan.cost"),
+    "pipeline.importing.import_model",
     *("mlflow.pyfunc", "mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.tracking.sqlalchemy_store"),
     *("pandas", "pyarrow.parquet", "torch._dynamo"),
 )
