@@ -109,6 +109,10 @@ class RecordedSearcher(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Write nothing. Ray Tune's own state is not used."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing. Ray Tune pickles its searcher at the start, and the copy is never read."""
+        return {}
+
     def _write(self, record: TrialRecord) -> None:
         self._records[record.trial.name] = record
         self._stored.write_trial_record(record)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
 from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, InterruptedRun
@@ -138,6 +140,11 @@ def test_a_trial_waits_for_room_and_the_trials_that_run_are_counted(stored: Stor
     first.on_trial_complete("b", error=True)
     assert first.suggest("e") == FINISHED
     assert asked == [0, 1, 2, 1]
+
+
+def test_ray_tune_can_pickle_a_searcher_that_asks_a_thread(stored: StoredSweep) -> None:
+    lock = threading.Lock()
+    cloudpickle.dumps(driver(stored, 1, lambda running: lock.locked()))
 
 
 def test_a_sweep_that_has_all_its_trials_runs_none_and_reads_no_pickle(stored: StoredSweep, tmp_path: Path) -> None:
