@@ -109,8 +109,8 @@ def run_on_nodes(calls: Mapping[str, Callable[[], T]], timeout_s: float, gpus: f
     pending = {}
     for name, function in calls.items():
         place = NodeAffinitySchedulingStrategy(nodes[name], soft=False)
-        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(function)
-        pending[name] = task.options(scheduling_strategy=place).remote()
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_call)  # Ray takes no partial and no built-in
+        pending[name] = task.options(scheduling_strategy=place).remote(function)
     ray.wait(list(pending.values()), num_returns=len(pending), timeout=timeout_s)
     results: dict[str, T | Exception] = {}
     for name, reference in pending.items():
@@ -122,6 +122,10 @@ def run_on_nodes(calls: Mapping[str, Callable[[], T]], timeout_s: float, gpus: f
         except Exception as error:
             results[name] = Exception(str(root_cause(error)))
     return results
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
 
 
 @dataclass(frozen=True)
