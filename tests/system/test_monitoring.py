@@ -61,7 +61,7 @@ def discovery(cluster: Ray) -> Path:
 
 def exported(listed: Path) -> set[str]:
     """Names of the gauges that have a value for the run."""
-    families = []
+    families: list[Any] = []
     for target in [target for group in json.loads(listed.read_text()) for target in group["targets"]]:
         with urllib.request.urlopen(f"http://{target}/metrics") as response:
             families += text_string_to_metric_families(response.read().decode())
