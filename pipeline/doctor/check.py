@@ -55,12 +55,15 @@ def bounded(named: Mapping[str, Callable[[], Check]], patience_s: float) -> list
 
 
 def ok(found: str) -> Check:
+    """Return the result of a check that found no problem. `bounded` gives it its name."""
     return Check("", "ok", found)
 
 
 def warn(found: str, remedy: str) -> Check:
+    """Return the result of a check with which some jobs may not run or may run worse."""
     return Check("", "warn", found, remedy)
 
 
 def fail(found: str, remedy: str) -> Check:
+    """Return the result of a check with which jobs cannot run."""
     return Check("", "fail", found, remedy)
