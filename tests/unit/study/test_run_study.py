@@ -14,7 +14,6 @@ from mlflow import MlflowClient
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import load_job
-from pipeline.config.run_method import method_of
 from pipeline.config.schema import StudyJob
 from pipeline.errors import SaganError, UsageError
 from pipeline.evaluation.final_score import finalise, score_due
@@ -25,8 +24,9 @@ from pipeline.runs.run_view import StudyView, look_at_run
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun, StoredStudy
 from pipeline.study.run_study import RowRun, missing_runs, run_study, runs_of
-from pipeline.training.find_or_start import complete_job
+from pipeline.training.find_or_start import complete_job, start_and_method
 from pipeline.training.shared_types import Evaluation
+from sagan import Model, ModelConfig, OptimConfig, TrainState
 from tests.unit.score_protocol import PROTOCOL
 
 EVALUATION = Evaluation(check_scores, score_checkpoint, higher_is_better, score_due, finalise)
@@ -75,10 +75,11 @@ def end(run: RowRun, values: list[float], final: float, **method: Any) -> None:
     """Leave the run as training leaves it, with a score at each kimg and a final score."""
     job = complete_job(run.job)
     stored = StoredRun.of(job)
-    digest = Collection.open(job.data.train).digest
+    init, of_job = start_and_method(job, Collection.open(job.data.train), stored)
     record = RunRecord(
         name=job.name,
-        method=method_of(job, digest) | method,
+        method=of_job | method,
+        init=init,
         mlflow_run_id="0",
         data=RecordedData.of(job.data),
         evaluate=RecordedEvaluation.of(job.evaluate),
@@ -129,6 +130,19 @@ def test_more_seeds_more_rows_and_a_longer_budget_are_missing(make: MakeStudy) -
     longer = make(kimg=2)
     assert len(missing_runs(runs_of(longer), EVALUATION, set())) == 4
     assert [dry_run_job(study)["ended"] for study in (make(), more, longer)] == [4, 4, 0]
+
+
+def test_runs_that_start_from_a_model_are_known_when_they_have_ended(
+    make: MakeStudy, packed: Collection, tmp_path: Path
+) -> None:
+    model = ModelConfig(channels_g=4, channels_d=4).for_collection(packed.resolution, packed.num_classes)
+    Model.from_state(TrainState(model, OptimConfig(), 0), standing_images=16).save(tmp_path / "model")
+    narrow = {"model.channels_g": 4, "model.channels_d": 4, "init.source": str(tmp_path / "model")}
+    rows = {"none": {"overrides": {"optim.lr_d": 0.0001}}, "feat16": {}}
+    runs = runs_of(make(overrides=narrow, rows=rows))
+    assert names(missing_runs(runs, EVALUATION, set())) == names(runs)
+    end(runs[0], [2.0], 2.0)
+    assert names(missing_runs(runs, EVALUATION, set())) == names(runs[1:])
 
 
 def test_a_run_of_another_method_is_refused_before_anything_is_trained(make: MakeStudy) -> None:
