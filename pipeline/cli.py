@@ -479,7 +479,7 @@ def status(
 
     The command reads the run's folder only. It also works while the cluster or MLflow is gone.
     """
-    from pipeline.runs.run_view import look_at_run
+    from pipeline.runs.status_from_folder import look_at_run
     from pipeline.storage import files
 
     root = files.join(os.environ["SAGAN_BUCKET"], "runs") if os.environ.get("SAGAN_BUCKET") else "runs"

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.collection.manifest import Collection
 from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation import metrics
-from pipeline.report import attention_explorer, attention_maps, plots, sample_analysis
+from pipeline.report import attention_maps, attention_section, plots, sample_analysis
 from pipeline.report import html_elements as html
 from pipeline.report.html_elements import Html, Section, element, joined
 from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
@@ -401,7 +401,7 @@ def _explorer(subject: Subject, budget: int) -> Html:
     return joined(
         [
             element("p", text),
-            attention_explorer.explorer(layers, images.cpu(), sample_analysis.names(model, EXPLORED), budget),
+            attention_section.explorer(layers, images.cpu(), sample_analysis.names(model, EXPLORED), budget),
         ]
     )
 

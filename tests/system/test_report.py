@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.report import html_elements as html
-from pipeline.report.attention_explorer import explorer
 from pipeline.report.attention_maps import Layer
+from pipeline.report.attention_section import explorer
 from pipeline.report.runs_and_models import Reader
 from pipeline.report.write_report import write_report
 from tests.system.browser import Browser

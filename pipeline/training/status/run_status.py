@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import SaganError
 from pipeline.runs.json_records import Wait
+from pipeline.training.status import slow_ranks
 from pipeline.training.status.messages import (
-    ALIVE_S,
     Alive,
     Failed,
     GroupLost,
@@ -32,24 +31,7 @@ from pipeline.training.status.messages import (
     WentOn,
     WorkerFailed,
 )
-
-SILENT_S = 30.0  # seconds without a sign after which a rank is silent
-STRAGGLES_S = 60.0  # seconds of slow steps after which a rank is noted
-_LEAST_OWN_S = 0.005  # a rank that works less in a step holds nobody up
-
-
-@dataclass(frozen=True)
-class RankSeen:
-    """What was last heard from a rank."""
-
-    process: str
-    """Machine and process id."""
-    images: int
-    """Last completed position."""
-    own_s: float
-    """Seconds that the rank works in a step, without waiting for other ranks."""
-    heard_s: float
-    """Unix time in seconds."""
+from pipeline.training.status.slow_ranks import RankSeen, silent_ranks, stragglers
 
 
 @dataclass
@@ -219,8 +201,8 @@ class Status:
             self._went_on("training")
         if self.ranks and self.workers_gone_s is None:
             last = max(seen.heard_s for seen in self.ranks.values())
-            self.workers_gone_s = last if now - last > SILENT_S else None
-        if self.workers_gone_s is not None and now - self.workers_gone_s > SILENT_S:
+            self.workers_gone_s = last if now - last > slow_ranks.SILENT_S else None
+        if self.workers_gone_s is not None and now - self.workers_gone_s > slow_ranks.SILENT_S:
             self._waits("the run", workers, "Ray starts them when the cluster has room", self.workers_gone_s)
 
     def notice_stragglers(self) -> None:
@@ -229,7 +211,7 @@ class Status:
         self.slow_since_s = {rank: since for rank, since in self.slow_since_s.items() if rank in slow or since > now}
         for rank, median_s in slow.items():
             seen, since = self.ranks[rank], self.slow_since_s.setdefault(rank, now)
-            if now - since > STRAGGLES_S:
+            if now - since > slow_ranks.STRAGGLES_S:
                 self.slow_since_s[rank] = math.inf
                 self.lines.append(
                     f"rank {rank} ({seen.process}) holds the others up: it works {seen.own_s:.3f} s in a step, and the "
@@ -277,26 +259,3 @@ class Status:
                 f"started over, because no checkpoint was complete; the run had reached {self.images / 1000:.1f} kimg"
             )
         self.images, self.train_seconds = now.images, now.train_seconds
-
-
-def silent_ranks(ranks: Mapping[int, RankSeen], now: float) -> set[int]:
-    """Return the ranks without a sign for 30 s at the Unix time `now`, while at least one other rank gives signs.
-
-    A thread of each rank gives the signs, also while the rank waits for others. So a silent rank is stopped, or its
-    machine is cut off, or its threads get no time. If no rank gives signs, messages do not arrive, and no rank is
-    named.
-    """
-    silent = {rank for rank, seen in ranks.items() if now - seen.heard_s > SILENT_S}
-    speaking = any(now - seen.heard_s <= 2 * ALIVE_S for seen in ranks.values())
-    return silent if speaking else set()
-
-
-def stragglers(ranks: Mapping[int, RankSeen]) -> dict[int, float]:
-    """Return the ranks that work more than twice as long in a step as the median of the ranks, with this median.
-
-    The median of an even number of ranks is the lower of the two in the middle, so that one of two ranks can be slow.
-    """
-    if not ranks:
-        return {}
-    median_s = statistics.median_low(seen.own_s for seen in ranks.values())
-    return {rank: median_s for rank, seen in ranks.items() if seen.own_s > max(2 * median_s, _LEAST_OWN_S)}

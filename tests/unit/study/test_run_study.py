@@ -20,8 +20,8 @@ from pipeline.evaluation.final_score import finalise, score_due
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
 from pipeline.job_runner import dry_run_job
 from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord, ScoreRecord, TrainSummary
-from pipeline.runs.run_view import StudyView, look_at_run
 from pipeline.runs.score_protocol import Score
+from pipeline.runs.status_from_folder import StudyView, look_at_run
 from pipeline.runs.stored_run import StoredRun, StoredStudy
 from pipeline.study.run_study import RowRun, missing_runs, run_study, runs_of
 from pipeline.training.find_or_start import complete_job, start_and_method

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.training.status import run_status
+from pipeline.training.status import slow_ranks
 from pipeline.training.status.messages import Alive, StartAsked
 from pipeline.training.status.run_status import Status
 from pipeline.training.worker.own_time import OwnTime
@@ -56,7 +56,7 @@ def two_ranks(folder: Path, pause_s: float = 0.0) -> Iterator[tuple[list[int], l
 
 
 def test_a_stopped_rank_is_named_while_the_other_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_status, "SILENT_S", 3.0)
+    monkeypatch.setattr(slow_ranks, "SILENT_S", 3.0)
     status = Status()
     with two_ranks(tmp_path) as (processes, heard):
 
@@ -81,7 +81,7 @@ def test_a_stopped_rank_is_named_while_the_other_waits_for_it(tmp_path: Path, mo
 
 
 def test_a_rank_that_holds_the_others_up_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_status, "STRAGGLES_S", 1.0)
+    monkeypatch.setattr(slow_ranks, "STRAGGLES_S", 1.0)
     status = Status()
     with two_ranks(tmp_path, pause_s=0.1) as (processes, heard):
         while not status.lines:
