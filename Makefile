@@ -27,8 +27,9 @@ quickstart: setup  ## the main job on this machine: S3, Ray, training, scores, c
 test: setup  ## unit, property and short system tests; SAGAN_TEST_DATA names the folder of real images
 	$(PYTEST) -m "not slow" --ignore=tests/gpu -n 2 --dist loadgroup
 
+# Tests of two files run at the same time, each with servers and a Ray cluster of its own.
 test-slow: setup  ## rehearsals of the jobs, the sweep, the README, kills and signals
-	$(PYTEST) -m slow --ignore=tests/gpu
+	$(PYTEST) -m slow --ignore=tests/gpu -n 2 --dist loadfile
 
 test-gpu: setup  ## on a CUDA device
 	$(PYTEST) tests/gpu

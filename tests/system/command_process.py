@@ -83,10 +83,11 @@ class Driver:
     def end(self) -> int:
         """Read to the end; the exit code."""
         assert self.process.stdout is not None
-        with self.process.stdout as output:
-            for line in output:
-                progress_seen()
-                self.output += line
+        if not self.process.stdout.closed:
+            with self.process.stdout as output:
+                for line in output:
+                    progress_seen()
+                    self.output += line
         return self.process.wait()
 
     def signal(self, number: signal.Signals) -> None:
