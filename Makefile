@@ -24,6 +24,7 @@ setup: .venv/installed  ## .venv with pinned versions and everything for the che
 quickstart: setup  ## the main job on this machine: S3, Ray, training, scores, champion; about five minutes
 	$(PY) -m infra.local.quickstart
 
+# The tests with Ray take longest and come first (tests/conftest.py). pytest-xdist must keep this order.
 test: setup  ## unit, property and short system tests; SAGAN_TEST_DATA names the folder of real images
 	$(PYTEST) -m "not slow" --ignore=tests/gpu -n 2 --dist loadgroup --no-loadscope-reorder
 

@@ -1,8 +1,8 @@
 """Real servers and real images for every test that asks.
 
 Servers are those of `infra.local`, started when first asked for, once per process, and ended with it. Tests that start
-Ray carry `xdist_group("ray")`, so that one process of `make test` has them all and its cluster is the only one. Another
-module runs in one process as a whole, which makes the module's fixtures once.
+Ray carry `xdist_group("ray")`, so that one process of `make test` has them all and its cluster is the only one. Other
+tests are grouped by folder (unit tests) or module (all others): one process makes what they share.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
         for item in items:
             if item.get_closest_marker("xdist_group") is None:
-                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+                place = item.nodeid.partition("::")[0].split("/")[:3]  # tests/unit/FOLDER or tests/OTHER/MODULE
+                item.add_marker(pytest.mark.xdist_group("/".join(place)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
