@@ -1,7 +1,8 @@
 """Real servers and real images for every test that asks.
 
 Servers are those of `infra.local`, started when first asked for, once per process, and ended with it. Tests that start
-Ray carry `xdist_group("ray")`, so that one worker has them all and its cluster is the only one.
+Ray carry `xdist_group("ray")`, so that one process of `make test` has them all and its cluster is the only one. Other
+tests are grouped by folder (unit tests) or module (all others): one process makes what they share.
 """
 
 from __future__ import annotations
@@ -18,6 +19,25 @@ from infra.local.servers import S3, MlflowServer, Ray
 from tests.progress_timeout import pytest_fixture_setup, pytest_timeout_cancel_timer, pytest_timeout_set_timer
 
 __all__ = ["pytest_fixture_setup", "pytest_timeout_cancel_timer", "pytest_timeout_set_timer"]
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start: several processes share the cores
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group the tests for the processes of `make test`. Those with Ray begin first, because they take longest."""
+    if config.getoption("loadgroup", default=False):
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+        for item in items:
+            if item.get_closest_marker("xdist_group") is None:
+                place = item.nodeid.partition("::")[0].split("/")[:3]  # tests/unit/FOLDER or tests/OTHER/MODULE
+                item.add_marker(pytest.mark.xdist_group("/".join(place)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest with which pytest-xdist groups no tests, as 9.2: every process would make every fixture."""
+    if session.config.getoption("loadgroup", default=False) and any("@" not in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist has grouped no tests: install the versions of constraints.txt")
 
 
 class TestS3(S3):

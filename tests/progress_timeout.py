@@ -32,28 +32,29 @@ class _Watch:
         self._item, self._settings = item, settings
         self._folder: Path = item.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
         signal.signal(signal.SIGALRM, self._on_alarm)
-        self._begin()
+        # Programs of earlier tests have ended or use little. To look for them takes milliseconds, in each of thousands.
+        self._begin(sum(os.times()[:4]))
 
-    def _begin(self) -> None:
+    def _begin(self, cpu: float) -> None:
         """Begin a new period without progress."""
         self.seen = False
-        self._began, self._cpu_at_start = time.time(), _cpu_seconds()
-        self._arm()
+        self._began, self._cpu_at_start = time.time(), cpu
+        self._arm(cpu)
 
     def cancel(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
-    def _arm(self) -> None:
-        self._cpu = _cpu_seconds()
+    def _arm(self, cpu: float) -> None:
+        self._cpu = cpu
         signal.setitimer(signal.ITIMER_REAL, self._settings.timeout)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
-        limit = self._settings.timeout
+        limit, cpu = self._settings.timeout, _cpu_seconds()
         if self.seen or any(changed >= self._began for changed in _times(self._folder)):
-            self._begin()
-        elif (cpu := _cpu_seconds()) - self._cpu_at_start < limit and cpu - self._cpu > _COMPUTING * limit:
-            self._arm()
+            self._begin(cpu)
+        elif cpu - self._cpu_at_start < limit and cpu - self._cpu > _COMPUTING * limit:
+            self._arm(cpu)
         else:
             pytest_timeout.timeout_sigalrm(self._item, self._settings)
 

@@ -222,6 +222,9 @@ class Ray(Server):
         return {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH")))),
             "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time for a stopped job to write a checkpoint; the default is 3
+            # No other node takes over what runs here. By default, a head that has trained waits 30 s at its end for an
+            # actor of Ray's own.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # a report waits for the next poll; the default is 2
             "RAY_DEDUP_LOGS": "0",
             "RAY_worker_niceness": "0",  # with the default of 15, other processes of the machine starve the workers

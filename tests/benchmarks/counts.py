@@ -24,7 +24,7 @@ pass that recorded them.
 from __future__ import annotations
 
 # isort: off
-from tests.simulated_gpu.simulated_gpu import NAME, Record  # before sagan
+from tests.simulated_gpu.simulated_gpu import NAME, Record, tensors_of  # before sagan
 # isort: on
 
 import argparse
@@ -45,7 +45,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_leaves
 
 from sagan import ModelConfig, OptimConfig, Step, TrainState
 from sagan.ranks import World
@@ -111,7 +110,7 @@ class Counts:
         self.most_live = self._live
 
     def __call__(self, func: Any, given: Any, out: Any) -> None:
-        for tensor in _tensors(out):
+        for tensor in tensors_of(out):
             self._note_storage(tensor.untyped_storage())
         launches, moved = cost(func, given, out)
         if launches:
@@ -203,10 +202,10 @@ def _step(share: int, world: World) -> tuple[Step, list[tuple[Tensor, Tensor]]]:
 
 def cost(func: Any, given: Any, out: Any) -> tuple[int, int]:
     """Return the number of launches of an operator, and the bytes that it moves."""
-    name, results, inputs = _name(func), _tensors(out), _tensors(given)
+    name, results, inputs = _name(func), tensors_of(out), tensors_of(given)
     arguments = func._schema.arguments
     by_name = {a.name: value for a, value in zip(arguments, given[0], strict=False)} | given[1]
-    changed = _tensors([by_name[a.name] for a in arguments if _is_written(a) and a.name in by_name])
+    changed = tensors_of([by_name[a.name] for a in arguments if _is_written(a) and a.name in by_name])
     known = {t.untyped_storage()._cdata for t in inputs}
     made = [t for t in results if t.untyped_storage()._cdata not in known]
     if name in _NO_LAUNCH or not (made or changed) or not any(t.numel() for t in (*made, *changed)):
@@ -260,10 +259,6 @@ def _size(tensor: Tensor) -> int:
     """Return the bytes of a tensor without repetitions of an expanded one."""
     sides = (side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or side == 0)
     return torch.Size(sides).numel() * tensor.element_size()
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _is_written(argument: Any) -> bool:

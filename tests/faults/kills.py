@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -249,7 +250,8 @@ class Runs:
     def _group(self, run: TrainingRun, event: Kill | Notice | None, status: Status) -> tuple[bool, list[int]]:
         """Run one worker group. Returns whether all ranks came to the end, and their exit codes."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipeline.training.worker.training_loop", "mlflow"])
+        # torch imports `_dynamo` for the first optimiser of a process
+        context.set_forkserver_preload(["pipeline.training.worker.training_loop", "mlflow", "torch._dynamo"])
         with tempfile.TemporaryDirectory(dir=self.folder) as group:
             assert run.owner is not None
             kill = event if isinstance(event, Kill) else None
@@ -276,11 +278,9 @@ class Runs:
                 event.deadline()
                 for process in ranks:
                     process.kill()
-            while any(process.is_alive() for process in ranks):
-                next(process for process in ranks if process.is_alive()).join(1)
-                if any(
-                    process.exitcode for process in ranks
-                ):  # Ray Train ends the group where one of its workers fails
+            while living := [process.sentinel for process in ranks if process.is_alive()]:
+                wait(living)
+                if any(process.exitcode for process in ranks):  # Ray Train ends the group of a worker that fails
                     for process in ranks:
                         process.kill()
             status.apply(messages.StartAsked(frozenset({group}), 0))

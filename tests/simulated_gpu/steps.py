@@ -36,8 +36,8 @@ SYSTEMS = {
     "DCGAN": (replace(BASE, architecture="dcgan", attention=(), spectral_norm_d=False), OptimConfig(loss="bce")),
     "AC-GAN": (replace(BASE, condition_d="classifier"), OptimConfig(loss="bce")),
     "leaky": (replace(BASE, num_classes=0, slope_g=0.02, slope_d=0.2), OptimConfig()),
-    "attention at 64": (
-        replace(BASE, resolution=128, channels_d=8, attention=(64,), multipliers_g=(2,) * 6, multipliers_d=(1,) * 6),
+    "attention at 32": (
+        replace(BASE, resolution=64, channels_d=8, attention=(32,), multipliers_g=(2,) * 5, multipliers_d=(1,) * 5),
         OptimConfig(),
     ),
 }

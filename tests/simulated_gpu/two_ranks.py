@@ -29,7 +29,7 @@ CASES: list[tuple[ModelConfig, int, dict[str, Any]]] = [  # configuration, globa
 def test_two_ranks_train_as_on_the_cpu() -> None:
     """The processes are started by a server that imports the simulation before `sagan`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.simulated_gpu.simulated_gpu"])
+    context.set_forkserver_preload(["tests.simulated_gpu.simulated_gpu", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(rank, f"{folder}/store")) for rank in range(RANKS)]
         for process in ranks:

@@ -109,25 +109,25 @@ def assert_equal(ours: Features, theirs: Features, *, rtol: float = 0, atol: flo
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_workers_give_the_features_of_one_process_in_the_same_order(
-    workers: int, extractor: str, digits: Collection, model: Model, tmp_path: Path
+def test_three_workers_give_the_features_of_one_process_in_the_same_order_and_its_score(
+    extractor: str, digits: Collection, model: Model, tmp_path: Path
 ) -> None:
-    with (
-        scorer_with(extractor, digits, tmp_path, 1) as alone,
-        scorer_with(extractor, digits, tmp_path, workers) as together,
-    ):
+    def score(scorer: Scorer) -> dict[str, float]:
+        return scorer.score(model, scorer.protocol(model, seed=0, samples=SAMPLES)).values
+
+    with scorer_with(extractor, digits, tmp_path, 1) as alone, scorer_with(extractor, digits, tmp_path, 3) as together:
         for ours, theirs in zip(both(together, model), both(alone, model), strict=True):
             assert_equal(ours, theirs)
+        assert score(together) == score(alone)
 
 
-@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize(("batch", "workers"), [(1, 1), (7, 2)])
 def test_the_batch_changes_features_by_rounding_alone(
-    batch: int, extractor: str, digits: Collection, model: Model, tmp_path: Path
+    batch: int, workers: int, extractor: str, digits: Collection, model: Model, tmp_path: Path
 ) -> None:
     with (
         scorer_with(extractor, digits, tmp_path, 1) as usual,
-        scorer_with(extractor, digits, tmp_path, 2, batch) as other,
+        scorer_with(extractor, digits, tmp_path, workers, batch) as other,
     ):
         for ours, theirs in zip(both(other, model), both(usual, model), strict=True):
             assert_equal(ours, theirs, **ROUNDING)
@@ -136,22 +136,14 @@ def test_the_batch_changes_features_by_rounding_alone(
 def test_a_worker_that_dies_is_replaced(extractor: str, digits: Collection, model: Model, tmp_path: Path) -> None:
     with scorer_with(extractor, digits, tmp_path, 1) as alone, scorer_with(extractor, digits, tmp_path, 2) as together:
         expected = both(alone, model)
-        both(together, model)
+
+        def require_the_same() -> None:
+            for ours, theirs in zip(both(together, model), expected, strict=True):
+                assert_equal(ours, theirs)
+
+        require_the_same()
         os.kill(ray_workers("PoolActor", ray.get_runtime_context().gcs_address)[0], signal.SIGKILL)
-        for ours, theirs in zip(both(together, model), expected, strict=True):
-            assert_equal(ours, theirs)
-
-
-def test_a_score_does_not_depend_on_the_workers(
-    extractor: str, digits: Collection, model: Model, tmp_path: Path
-) -> None:
-    def score(workers: int) -> dict[str, float]:
-        data = DataSection(train=digits.url, cache=str(tmp_path))
-        section = EvaluateSection(extractor=extractor, trust_extractor=True, workers=workers, feature_metrics=True)
-        with open_scorer(section, digits, data, 0) as scorer:
-            return scorer.score(model, scorer.protocol(model, seed=0, samples=SAMPLES)).values
-
-    assert score(3) == score(1)
+        require_the_same()
 
 
 def test_workers_that_find_no_room_are_refused(extractor: str, digits: Collection, tmp_path: Path) -> None:
@@ -180,7 +172,7 @@ def test_an_error_of_a_worker_is_the_error_of_one_process(digits: Collection, mo
     assert "Traceback" not in errors[0]
 
 
-@pytest.mark.parametrize("what", ["self-test", "score"])
+@pytest.mark.parametrize("what", [pytest.param("self-test", marks=pytest.mark.slow), "score"])
 def test_the_command_starts_what_its_workers_need(
     what: str, extractor: str, digits: Collection, model: Model, tmp_path: Path
 ) -> None:

@@ -290,15 +290,15 @@ def test_ray_runs_executable_jobs_from_the_checkout_stops_them_and_leaves(s3, tm
 
 @pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(400)
-def test_nothing_listens_beyond_loopback(s3, mlflow_server, tmp_path):
+def test_nothing_listens_beyond_loopback(s3, mlflow_server, ray_cluster, tmp_path):
     """The local servers, a local Ray, and the workers, torch's store and gloo of runs in both kinds of local Ray."""
     count, exposed = open_to_the_network([*s3.pids, *mlflow_server.pids])
     assert count == 2
     assert not exposed
 
     environment = {**s3.env, **mlflow_server.env, "SAGAN_BUCKET": s3.bucket()}
-    with Ray(env=s3.env) as head:
-        count, exposed = listeners_of_a_run(tmp_path, environment | head.env, "on-a-cluster", lambda: head.pids)
+    on_it = environment | ray_cluster.env
+    count, exposed = listeners_of_a_run(tmp_path, on_it, "on-a-cluster", lambda: ray_cluster.pids)
     assert count > 15
     assert not exposed
     count, exposed = listeners_of_a_run(tmp_path, environment, "alone", list)

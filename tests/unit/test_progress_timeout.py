@@ -1,4 +1,4 @@
-"""The time-out of tests, on tests of its own in another pytest with a time-out of two seconds."""
+"""The time-out of tests, on tests of its own in another pytest with a time-out of one second."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def wait(seconds):
 
 @pytest.fixture
 def one():
-    wait(1.6)
+    wait(0.6)
 
 @pytest.fixture
 def two(one):
-    wait(1.6)
+    wait(0.6)
 
 @pytest.fixture
 def hangs():
@@ -30,16 +30,16 @@ def hangs():
 
 def test_passes_with_files(tmp_path):
     for n in range(8):
-        wait(0.4)
+        wait(0.2)
         (tmp_path / str(n)).touch()
 
 def test_passes_with_lines():
     for n in range(8):
-        wait(0.4)
+        wait(0.2)
         progress_seen()
 
 def test_passes_with_fixtures(two):
-    wait(1.6)
+    wait(0.6)
 
 def test_fails_where_it_waits(tmp_path):
     (tmp_path / "first").touch()
@@ -62,7 +62,7 @@ def test_silence_fails_a_test_and_progress_does_not(tmp_path: Path) -> None:
     hooks = "pytest_fixture_setup, pytest_timeout_cancel_timer, pytest_timeout_set_timer"
     (tmp_path / "conftest.py").write_text(f"from tests.progress_timeout import {hooks}\n")
     report = tmp_path / "report.xml"
-    options = [f"--junitxml={report}", f"--rootdir={tmp_path}", "-c", "/dev/null", "--timeout=2"]
+    options = [f"--junitxml={report}", f"--rootdir={tmp_path}", "-c", "/dev/null", "--timeout=1"]
     subprocess.run([sys.executable, "-m", "pytest", *options, tmp_path], cwd=ROOT, check=False)
     messages = {
         case.attrib["name"]: [problem.attrib["message"] for problem in case]

@@ -295,7 +295,7 @@ def test_odd_characters_in_every_path_of_a_run(
 ) -> None:
     """Scores, champion and pulled model of a run whose folders and experiment have such names."""
     here = tmp_path / ODD
-    shutil.copytree(digits.url, here / "set", ignore=shutil.ignore_patterns("evaluation"))
+    shutil.copytree(digits.url, here / "set", ignore=shutil.ignore_patterns("statistics-*"))
     data = job.data.model_copy(update={"train": f"{here}/set", "cache": f"{here}/cache"})
     track = job.track.model_copy(update={"uri": sqlite_uri(here / "mlflow.db"), "experiment": ODD})
     root = job.checkpoint.model_copy(update={"root": f"{here}/runs"})

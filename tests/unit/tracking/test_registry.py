@@ -23,13 +23,14 @@ from pipeline.tracking.mlflow_run import MlflowRun, client
 from sagan.config import ModelConfig, OptimConfig
 from sagan.train_state import TrainState
 from sagan.trained_model import Model
+from tests.tracker_database import tracker_database
 
 NETWORKS = ModelConfig(resolution=32, num_classes=10, z_dim=16, channels_g=4, channels_d=4)
 
 
 @pytest.fixture
 def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = tracker_database(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
 

@@ -19,6 +19,7 @@ from pipeline.tracking.mlflow_run import client
 from pipeline.training.driver import finish_tracking
 from pipeline.training.find_or_start import find_or_start, owned
 from pipeline.training.shared_types import TrainingRun
+from tests.tracker_database import tracker_database
 from tests.unit.evaluation.conftest import commit_checkpoint
 
 POINTS = [{"step": step, "time_ms": step, "metrics": {"loss_d": step / 2}} for step in (16, 32)]
@@ -32,7 +33,7 @@ def job_in(collection: Collection, folder: Path, root: Path, **track: str) -> Tr
         "train": {"kimg": 1, "batch": 16},
         "checkpoint": {"root": str(root)},
         "evaluate": {"extractor": "classifier"},
-        "track": {"uri": f"sqlite:///{folder}/mlflow.db", **track},
+        "track": {"uri": tracker_database(folder), **track},
     }
     job = parse_job(values, "test")
     assert isinstance(job, TrainJob)
