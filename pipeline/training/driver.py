@@ -124,8 +124,8 @@ def _train(
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
     A worker group whose node will be taken away writes a checkpoint and ends. Another group then starts as soon as it
-    has nodes. Where the number of workers may change, the same happens when more fit, and after a failure. Returns the
-    last status of the run.
+    has nodes. Where the number of workers may change, the same happens when more fit, and after a failure. It also
+    happens where Ray Train's controller dies. Returns the last status of the run.
     """
     job, owner = run.job, run.owner
     assert owner is not None, "a run that has ended is not trained"
@@ -168,10 +168,12 @@ def _train(
                     on_score(images, value)
             housekeeping.follow(status)
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
-            lost = job.train.changes_size and worker_group.can_start_again(workers.error)
-            failed = status.failure is not None or (workers.error is not None and not lost)
+            lost = worker_group.can_start_again(workers.error, job.train.changes_size)
             if lost and not training:
                 status.apply(GroupLost(worker_group.found_no_room(workers.error)))
+                another = next_start([*status.attempts, []], job.train.max_failures)
+                status.failure = status.failure or another.refusal  # the next group might be lost before it asks
+            failed = status.failure is not None or (workers.error is not None and not lost)
             left = not training or not status.nodes  # no group trains
             if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break
