@@ -456,6 +456,13 @@ def _stop_rank(run: Run) -> None:
         time.sleep(run.dice.uniform(1, 15))
 
 
+def _lose_last_messages(run: Run) -> None:
+    """The driver is stopped until its workers have ended. The mailbox dies with their last messages."""
+    with _stopped(run.driver.process.pid):
+        run.until(lambda: not [*run.cluster.temporary.glob(f"*sagan-run-{run.name}-*")])
+        os.kill(run.process("_Actor"), signal.SIGKILL)
+
+
 def _start_second_driver(run: Run) -> None:
     """A second driver starts while the first one trains. A stopped rank keeps the run from its end until then."""
     with _stopped(run.a_rank()):
@@ -502,6 +509,7 @@ EVENTS = {
         _GROUP, lambda run: os.kill(run.process("TrainController"), signal.SIGKILL), kills=True, restarts=True
     ),
     "mailbox": Event((*_GROUP, "score"), lambda run: os.kill(run.process("_Actor"), signal.SIGKILL)),
+    "mailbox-end": Event(("late step",), _lose_last_messages, restarts=True),
     "scoring": Event(("score",), lambda run: os.kill(run.process("_call"), signal.SIGKILL)),
     "raylet": Event(_GROUP, _kill_raylet, kills=True, restarts=True),
     "drain": Event(("step", "checkpoint"), _drain, restarts=True),

@@ -142,6 +142,8 @@ class Status:
                 if found_no_room and not self._no_room:
                     self._no_room = True
                     self.lines.append("the workers have found no room in time, and as many as fit start")
+                if not found_no_room:
+                    self.lines.append("the workers are gone, and others start")
                 if not (found_no_room or self.stopped or self._counted):
                     self.attempts.append([])
                 self._counted = False
