@@ -20,6 +20,7 @@ class _Actor:
 
     def __init__(self) -> None:
         self._messages: list[Any] = []
+        self._asked: set[str] = set()
         self._answers: dict[str, Any] = {}
         self._stop = False
 
@@ -38,8 +39,12 @@ class _Actor:
     def give(self, question: str, answer: Any) -> None:
         self._answers[question] = (answer,)
 
-    def take(self, question: str) -> Any:
-        return self._answers.pop(question, None)
+    def ask(self, question: Question) -> Any:
+        """Return the answer as a tuple; None while there is none. The first call leaves the question for the driver."""
+        if question.key not in self._asked:
+            self._asked.add(question.key)
+            self._messages.append(question)
+        return self._answers.pop(question.key, None)
 
 
 class Question:
@@ -75,14 +80,13 @@ class Sender:
         self._call(timeout_s, "put", message)
 
     def ask(self, message: Any, timeout_s: float = 300.0) -> Any:
-        """Send a message to the driver and return its answer.
+        """Send a message to the driver and return its answer, also where the mailbox dies in between.
 
         Raises EnvironmentFault where the driver does not answer within `timeout_s` seconds.
         """
         question, until = Question(message), time.monotonic() + timeout_s
-        self.deliver(question, timeout_s)
         while time.monotonic() < until:
-            if (answer := self._call(timeout_s, "take", question.key)) is not None:
+            if (answer := self._call(timeout_s, "ask", question)) is not None:
                 return answer[0]
             time.sleep(_POLL_S)
         raise EnvironmentFault(f"the driver did not answer within {timeout_s:.0f} s")
@@ -142,12 +146,14 @@ class Mailbox:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
         self._actor = ray.remote(_Actor).options(**options).remote()
+        self._answers: dict[str, Any] = {}
         self.sender = Sender(self._actor)
 
     def collect(self, timeout_s: float = 5.0) -> list[Any]:
         """Return the messages that arrived since the last call, the oldest first.
 
-        Returns [] where the mailbox is not available.
+        A question that was answered and comes again, because the answer was lost, gets its answer again and is not
+        among them. Returns [] where the mailbox is not available.
         """
         import ray
 
@@ -155,7 +161,13 @@ class Mailbox:
             messages: list[Any] = ray.get(self._actor.collect.remote(), timeout=timeout_s)
         except ray.exceptions.RayError:  # its process died and is being started again
             return []
-        return messages
+        new = []
+        for message in messages:
+            if isinstance(message, Question) and message.key in self._answers:
+                self.answer(message, self._answers[message.key])
+            else:
+                new.append(message)
+        return new
 
     def ask_to_stop(self, stop: bool) -> None:
         """Tell senders whether they must stop, before any answer that follows. The call does not wait."""
@@ -163,4 +175,5 @@ class Mailbox:
 
     def answer(self, question: Question, answer: Any) -> None:
         """Answer a question that was collected. The call does not wait."""
+        self._answers[question.key] = answer
         self._actor.give.remote(question.key, answer)

@@ -70,8 +70,8 @@ def read_at_most(url: str, most: int) -> bytes:
         if len(data) > most:
             raise storage_errors.too_large(url, most)
         return data
-    with tempfile.TemporaryDirectory(prefix="sagan-read-") as folder:  # only a download can be stopped midway
-        local = Path(folder) / "object"
+    with temporary_folder("read") as folder:  # only a download can be stopped midway
+        local = folder / "object"
         download(url, local, most=most)
         return local.read_bytes()
 

@@ -124,8 +124,8 @@ def _train(
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
     A worker group whose node will be taken away writes a checkpoint and ends. Another group then starts as soon as it
-    has nodes. Where the number of workers may change, the same happens when more fit, and after a failure. Returns the
-    last status of the run.
+    has nodes. Where the number of workers may change, the same happens when more fit, and after a failure. It also
+    happens where Ray Train's controller dies. Returns the last status of the run.
     """
     job, owner = run.job, run.owner
     assert owner is not None, "a run that has ended is not trained"
@@ -168,14 +168,16 @@ def _train(
                     on_score(images, value)
             housekeeping.follow(status)
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
-            lost = job.train.changes_size and worker_group.can_start_again(workers.error)
-            failed = status.failure is not None or (workers.error is not None and not lost)
-            if lost and not training:
+            lost = not training and _are_lost(workers.error, status, job)
+            if lost:
                 status.apply(GroupLost(worker_group.found_no_room(workers.error)))
+                another = next_start([*status.attempts, []], job.train.max_failures)
+                status.failure = status.failure or another.refusal  # the next group might be lost before it asks
+            failed = status.failure is not None or (workers.error is not None and not lost)
             left = not training or not status.nodes  # no group trains
             if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break
-            if (status.stopped or lost) and not training:
+            if not training and (status.stopped or lost):
                 workers.start()
                 training = True
         if scores is not None:
@@ -201,12 +203,19 @@ def _train(
             f"training {job.name} failed: {type(cause).__name__}: {cause}",
             f"{_newest_checkpoint(run)}; correct the cause, then run the same command again to resume",
         ) from workers.error
-    if status.images < 1000 * job.train.kimg:
-        raise SaganError(
-            f"the workers of {job.name} ended at {status.images / 1000:.1f} kimg without a message",
-            f"{_newest_checkpoint(run)}; run the same command again to resume",
-        )
     return status
+
+
+def _are_lost(error: BaseException | None, status: Status, job: TrainJob) -> bool:
+    """Return whether another group must start after one that has ended, and that the driver has not asked to stop.
+
+    Args:
+        error: Exception of `run_workers`. Without one, the workers have come to their end and said so. If the driver
+            does not know it, their last message was lost with the mailbox.
+    """
+    if error is not None:
+        return worker_group.can_start_again(error, job.train.changes_size)
+    return status.failure is None and not status.stopped and status.images < 1000 * job.train.kimg
 
 
 def _receive(mailbox: Mailbox, status: Status, job: TrainJob, ends: bool) -> None:

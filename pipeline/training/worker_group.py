@@ -119,11 +119,18 @@ def _number(job: TrainJob, beside: bool) -> int:
     return max(train.least_workers, min(fit, train.workers))
 
 
-def can_start_again(error: BaseException | None) -> bool:
-    """Return whether an exception of `run_workers` says that a group failed, or found no room in time."""
+def can_start_again(error: BaseException | None, changes_size: bool) -> bool:
+    """Return whether the driver starts another group after an exception of `run_workers`.
+
+    It does where the process of Ray Train's controller died, which nobody else starts again. Where the number of
+    workers may change, it also does where a group failed, or found no room in time.
+    """
+    from ray.exceptions import ActorDiedError
     from ray.train import ControllerError, PreemptionError, WorkerGroupError
     from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 
+    if isinstance(error, ActorDiedError) or not changes_size:
+        return isinstance(error, ActorDiedError)
     if isinstance(error, ControllerError):
         return isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS)  # as Ray Train would try again
     return isinstance(error, WorkerGroupError | PreemptionError)
@@ -140,9 +147,10 @@ def found_no_room(error: BaseException | None) -> bool:
 def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None) -> None:
     """Train with Ray Train until the workers return. The call blocks and raises the exceptions of Ray.
 
-    Ray Train starts failed workers again without limit, in the same number. Where the number may change, it raises an
-    exception instead, and the caller calls again. The driver decides about each start (`restart_budget`). Ray
-    Train knows nothing of the checkpoints: it would end the run where storage fails while it writes its own records.
+    Ray Train starts failed workers again without limit, in the same number. Where the number may change, and where its
+    controller died, it raises an exception instead, and the caller calls again. The driver decides about each start
+    (`restart_budget`). Ray Train knows nothing of the checkpoints: it would end the run where storage fails while it
+    writes its own records.
 
     Args:
         driver: Takes the messages of the workers.

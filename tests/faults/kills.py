@@ -15,7 +15,6 @@ notice loses none. The temporary folder is empty, and the run's folder holds com
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import pickle
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -39,7 +38,8 @@ from pipeline.compute.cluster import LeavingNode
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import PackSection, TrainJob
 from pipeline.packing.pack import pack
-from pipeline.runs.checkpoints import METRICS
+from pipeline.runs.checkpoints import LoggedPoint
+from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.training.restart_budget import Start
 from pipeline.training.retention import delete_superfluous_checkpoints
@@ -51,6 +51,8 @@ from tests.unit.training.test_lost_mlflow_run import start_run
 
 KILLED = 137
 STEP, INTERVAL, LENGTH = 32, 96, 384  # images of a step, between checkpoints, and of the run
+KEYS = ("loss_d", "loss_g", "gradient_d", "gradient_g")
+"""Metrics whose values do not depend on time."""
 GROUP_S = 300.0  # longest silence of a worker group
 
 # name: (module or class, function, number of calls in a group). A rank dies before or after one of the calls.
@@ -234,18 +236,8 @@ class Runs:
             left += status.stopped
             if ended and not status.stopped:
                 break
-        newest = run.stored.checkpoints()[-1]
-        points: dict[tuple[int, str], float] = {}
-        for line in files.read_bytes(f"{newest.url}/{METRICS}").decode().splitlines():
-            point = json.loads(line)
-            for key in ("loss_d", "loss_g", "gradient_d", "gradient_g"):
-                if (point["step"], key) in points:
-                    raise AssertionError(f"{name}: {key} at {point['step']} is there twice")
-                points[point["step"], key] = point["metrics"][key]
-        names = files.list_names(run.stored.checkpoints_url)
-        if names != [checkpoint.name for checkpoint in run.stored.checkpoints()]:
-            raise AssertionError(f"{name}: unfinished checkpoints are left: {names}")
-        return Ended(newest.name, points, status, seconds, reached, left)
+        newest, points = last_checkpoint(run.stored)
+        return Ended(newest, points_by_key(points), status, seconds, reached, left)
 
     def _group(self, run: TrainingRun, event: Kill | Notice | None, status: Status) -> tuple[bool, list[int]]:
         """Run one worker group. Returns whether all ranks came to the end, and their exit codes."""
@@ -293,6 +285,26 @@ class Runs:
                 logs = "\n".join(path.read_text() for path in sorted(Path(group).glob("*.log")))
                 raise AssertionError(f"workers failed that nothing had killed: {codes}\n{logs}")
             return not any(codes), codes
+
+
+def last_checkpoint(run: StoredRun) -> tuple[str, list[LoggedPoint]]:
+    """Return the name of the newest checkpoint and its points. Raises AssertionError where one is not complete."""
+    complete = run.checkpoints()
+    names = files.list_names(run.checkpoints_url)
+    if names != [checkpoint.name for checkpoint in complete]:
+        raise AssertionError(f"{run.name}: unfinished checkpoints are left: {names}")
+    return complete[-1].name, [LoggedPoint.model_validate_json(line) for line in complete[-1].metrics().splitlines()]
+
+
+def points_by_key(points: Iterable[LoggedPoint]) -> dict[tuple[int, str], float]:
+    """Return the values that do not depend on time, by position and key. Raises AssertionError where one is twice."""
+    values: dict[tuple[int, str], float] = {}
+    for point in points:
+        for key in KEYS:
+            if (point.step, key) in values:
+                raise AssertionError(f"{key} at {point.step} is there twice")
+            values[point.step, key] = point.metrics[key]
+    return values
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A proxy in front of a real S3 server that fails as storage and networks do, as it is told while it runs.
+"""A proxy in front of a real S3 or MLflow server that fails as servers and networks do, as it is told while it runs.
 
     with fault_proxy(s3.url) as proxy:
         os.environ["AWS_ENDPOINT_URL"] = proxy.url()
@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler
@@ -175,10 +175,8 @@ class _Connection(BaseHTTPRequestHandler):
 
     def __init__(self, connection: socket.socket, address: tuple[str, int], proxy: FaultProxy) -> None:
         self.proxy = proxy
-        self.behind = http.client.HTTPConnection(proxy.upstream)
         with connection, suppress(OSError, http.client.HTTPException):
             super().__init__(connection, address, None)  # type: ignore[arg-type]
-        self.behind.close()
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -198,15 +196,19 @@ class _Connection(BaseHTTPRequestHandler):
             return
         self._forward(body, fault, seconds)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = answer
 
     def _forward(self, body: bytes, fault: str, seconds: float) -> None:
-        self.behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            if name.lower() != "expect":  # answered by us already
-                self.behind.putheader(name, value)
-        self.behind.endheaders(body or None)
-        answer = self.behind.getresponse()
+        # A connection for each request, since MLflow's server closes one that is idle for seconds.
+        with closing(http.client.HTTPConnection(self.proxy.upstream)) as behind:
+            behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() != "expect":  # answered by us already
+                    behind.putheader(name, value)
+            behind.endheaders(body or None)
+            self._pass_on(behind.getresponse(), fault, seconds)
+
+    def _pass_on(self, answer: http.client.HTTPResponse, fault: str, seconds: float) -> None:
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.getheaders():
             if name.lower() != "transfer-encoding":

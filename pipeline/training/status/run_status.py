@@ -93,6 +93,7 @@ class Status:
     clock: Callable[[], float] = time.time
     workers_gone_s: float | None = None
     _cut_off: bool = False  # whether a node of the group before left without a complete checkpoint
+    _counted: bool = False  # whether `attempts` has the group that the driver started last
     _no_room: bool = False  # whether it was said that the workers have found no room in time
 
     def __post_init__(self) -> None:
@@ -123,6 +124,11 @@ class Status:
                 if found_no_room and not self._no_room:
                     self._no_room = True
                     self.lines.append("the workers have found no room in time, and as many as fit start")
+                if not found_no_room:
+                    self.lines.append("the workers are gone, and others start")
+                if not (found_no_room or self.stopped or self._counted):
+                    self.attempts.append([])
+                self._counted = False
                 self._end_group()
                 self.workers_gone_s = self.workers_gone_s or self.clock()
             case GroupStarted():
@@ -152,7 +158,8 @@ class Status:
             case NotFiniteAt(images):
                 self.not_finite.add(images)
             case WorkerFailed(error):
-                self.attempts = self.attempts or [[]]  # a worker may fail before its group asks
+                if not self.attempts:  # a worker may fail before its group asks
+                    self.attempts, self._counted = [[]], True
                 self.attempts[-1].append(message)
                 self.lines.append(f"a worker failed: {error.message}")
                 self.last_error = error.message
@@ -166,6 +173,7 @@ class Status:
     def _start_asked(self, asked: StartAsked) -> None:
         self._end_group()
         self.attempts.append([])
+        self._counted = True
         self.stopped, self.grows, self.nodes, self._no_room = False, False, asked.nodes, False
         if self.workers not in (0, asked.workers):
             self.lines.append(f"training goes on with {asked.workers} instead of {self.workers} workers")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ folder = ScratchFolder("run-a")
 print(folder.path, flush=True)
 sys.stdin.read()
 """
+
+READ = "import sys; from pipeline.storage import files; files.read_at_most(sys.argv[1], 1000)"
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +59,19 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_has_is_kept
     again = ScratchFolder("run-c")
     assert not left.exists(), "whichever run it belonged to"
     assert {path for path in temporary.iterdir() if path.is_dir()} == {foreign, other.path, mine.path, again.path}
+
+
+def test_what_a_process_left_that_was_killed_while_it_read_is_deleted(temporary: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/manifest.json"
+        process = subprocess.Popen([sys.executable, "-c", READ, url])
+        connection, _ = server.accept()
+        with connection:
+            process.kill()
+            process.wait()
+    assert list(temporary.iterdir()), "it waited for an answer"
+    mine = ScratchFolder("run-a")
+    assert list(temporary.iterdir()) == [mine.path]
 
 
 def test_a_link_is_not_followed(temporary: Path) -> None:

@@ -100,6 +100,25 @@ def test_a_group_that_was_lost_counts_as_a_failure() -> None:
     assert next_start(status.attempts, 1).refusal is None
 
 
+def test_groups_that_are_lost_before_they_ask_count_as_failures() -> None:
+    status = Status()
+    for _ in range(2):
+        status.apply(GroupLost(found_no_room=False))
+    assert next_start([*status.attempts, []], 1).refusal is not None
+    assert next_start([*status.attempts, []], 2).refusal is None
+    status.apply(LOST)  # of a group that has not asked either
+    status.apply(GroupLost(found_no_room=False))
+    assert next_start([*status.attempts, []], 2).refusal is not None
+
+
+def test_a_group_that_is_lost_while_it_leaves_has_not_failed() -> None:
+    status = status_of_a_group_on("a", "b")
+    status.apply(leaves("b"))
+    status.apply(Stopped())
+    status.apply(GroupLost(found_no_room=False))
+    assert next_start([*status.attempts, []], 0).refusal is None
+
+
 def test_a_group_that_found_no_room_has_not_failed() -> None:
     status = Status()
     for _ in range(2):
