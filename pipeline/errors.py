@@ -7,6 +7,7 @@
     │   └── LastingFault          3  the same, until a person corrects the cause; waiting does not help
     ├── Diverged                  1  training gives values that are not finite, and repeating it does not help
     ├── CorruptError              1  stored bytes differ from their manifest, or a record is not valid
+    ├── BudgetSpent               4  the run has reached its budget; its last complete checkpoint is kept
     └── InterruptedRun          130  the user stopped the run; its last complete checkpoint is kept
 
 The message says what is wrong and where. The remedy says what to do. The user sees nothing else.
@@ -91,6 +92,10 @@ class Diverged(SaganError):
 
 class CorruptError(SaganError):
     pass
+
+
+class BudgetSpent(SaganError):
+    exit_code = 4
 
 
 class InterruptedRun(SaganError):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run, study_dry_run
 from pipeline.config.job_file import load_job, row_job, trial_job
+from pipeline.config.run_method import complete_model, method_of
 from pipeline.config.schema import EvaluateJob, Job, PackJob, StudyJob, TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.runs.spending import Spending, shown_amount
 
 if TYPE_CHECKING:
     from pipeline.collection.manifest import Collection
     from pipeline.evaluation.self_test import Finding
+    from pipeline.runs.json_records import RunState
     from pipeline.training.shared_types import Evaluation
 
 
@@ -71,16 +76,29 @@ def dry_run_job(job: Job) -> dict[str, Any]:
     where that does not fit the job or does not exist.
     """
     if isinstance(job, TuneJob):
-        trial = dry_run_job(trial_job(job, job.example))
-        return {"name": job.name, "kind": "tune", "trials": job.search.trials, "trial": trial}
+        base = trial_job(job, job.example)
+        collection = _collection(base)
+        spending = _sweep_spending(job, base, collection)
+        return {
+            "name": job.name,
+            "kind": "tune",
+            "trials": job.search.trials,
+            **spending.model_dump(),
+            "notes": _notes(spending),
+            "trial": _train_dry_run(base, collection),
+        }
     if isinstance(job, StudyJob):
         jobs = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
-        rows = {row: _dry_run(of_row, _collection(of_row)) for row, of_row in jobs.items()}
-        return study_dry_run(job, rows, _ended_runs(job))
+        collections = {row: _collection(of_row) for row, of_row in jobs.items()}
+        rows = {row: _dry_run(of_row, collections[row]) for row, of_row in jobs.items()}
+        spending = _study_spending(job, collections)
+        return study_dry_run(job, rows, _ended_runs(job), {**spending.model_dump(), "notes": _notes(spending)})
     if isinstance(job, TrainJob):
         collection = _collection(job)
-        plan = _dry_run(job, collection)
-        return {**plan.to_dict(), **_start(job, plan, collection)}
+        plan = _train_dry_run(job, collection)
+        spending = _spending([(job.train.kimg, _recorded_state(job, collection))], job)
+        notes = [*plan["notes"], *_notes(spending, job.budget_hours)]
+        return {**plan, **spending.model_dump(), "budget_hours": job.budget_hours, "notes": notes}
     return job.model_dump(mode="json")
 
 
@@ -129,6 +147,12 @@ def _collection(job: TrainJob) -> Collection | None:
         return None
 
 
+def _train_dry_run(job: TrainJob, collection: Collection | None) -> dict[str, Any]:
+    """Return the dry run of a training job with what it starts from, but without device hours. Raises UsageError."""
+    plan = _dry_run(job, collection)
+    return {**plan.to_dict(), **_start(job, plan, collection)}
+
+
 def _start(job: TrainJob, plan: DryRun, collection: Collection | None) -> dict[str, Any]:
     """Return what a job with `init` takes from where, and a note where that cannot be read. Raises UsageError."""
     from pipeline.tracking.init_source import describe, find_init
@@ -158,6 +182,79 @@ def _facts_of(collection: Collection, job: TrainJob) -> CollectionFacts:
     return CollectionFacts(
         collection.resolution, collection.num_classes, collection.size(job.data.split), len(sizes), fetches
     )
+
+
+def _sweep_spending(sweep: TuneJob, base: TrainJob, collection: Collection | None) -> Spending:
+    """Return what the trials of a sweep have spent and are expected to spend, if no more of them is stopped early."""
+    from pipeline.runs.stored_run import StoredSweep
+    from pipeline.tuning.draw_points import read_records, to_start
+
+    records = []
+    with suppress(SaganError):
+        records = read_records(sweep, StoredSweep.of(base, sweep.name))
+    runs: list[tuple[float, RunState | None]] = [(base.train.kimg, None) for _ in to_start(sweep, records)]
+    for record in records:
+        trial = trial_job(sweep, record.trial.point).model_copy(update={"name": record.trial.name})
+        kimg = record.trial.kimg if record.ended else trial.train.kimg
+        runs.append((kimg, _recorded_state(trial, collection)))
+    return _spending(runs, base)
+
+
+def _study_spending(study: StudyJob, collections: Mapping[str, Collection | None]) -> Spending:
+    """Return what the runs of a study have spent and are expected to spend, given the collection of each row."""
+    parts = []
+    for row, collection in collections.items():
+        jobs = [row_job(study, row, seed) for seed in study.seeds]
+        parts.append(_spending([(job.train.kimg, _recorded_state(job, collection)) for job in jobs], jobs[0]))
+    return Spending.total(parts)
+
+
+def _spending(runs: Sequence[tuple[float, RunState | None]], job: TrainJob) -> Spending:
+    """Return what runs of one job have spent and are expected to spend.
+
+    The expectation is known where at least one of the runs has measured how long an image takes.
+
+    Args:
+        runs: (length of a run in thousands of images, its status) of each run. The status is None for a new run.
+        job: The job of the runs, for its price.
+    """
+    measured = [state.device_s_per_image for _, state in runs if state and state.device_s_per_image is not None]
+    device_s_per_image = statistics.fmean(measured) if measured else None
+    parts = []
+    for kimg, state in runs:
+        hours, images = (state.device_hours, state.images) if state else (0.0, 0)
+        left = max(0.0, 1000 * kimg - images)
+        parts.append(Spending.of(hours, left, device_s_per_image, job.resources.price_per_device_hour))
+    return Spending.total(parts)
+
+
+def _recorded_state(job: TrainJob, collection: Collection | None) -> RunState | None:
+    """Return the status of the job's run; None where no run of this name and method can be read."""
+    from pipeline.runs.stored_run import StoredRun
+
+    if collection is None:
+        return None
+    stored = StoredRun.of(job)
+    try:
+        record, state = stored.record(), stored.state()
+        if record is None or state is None:
+            return None
+        complete = complete_model(job, collection.resolution, collection.num_classes)
+        method = method_of(complete, collection.digest, record.init.sha256 if record.init else None)
+    except SaganError:
+        return None
+    hours = max(record.device_hours, state.device_hours)
+    return state.model_copy(update={"device_hours": hours}) if record.method == method else None
+
+
+def _notes(spending: Spending, budget_hours: float | None = None) -> list[str]:
+    """Return what a person should know about what a job will spend."""
+    expected = spending.expected_device_hours
+    if expected is None:
+        return ["the device hours are unknown: no run of this name and method has measured how long an image takes"]
+    if budget_hours is not None and expected > budget_hours:
+        return [f"the budget, {shown_amount(budget_hours)} device hours, will be spent before train.kimg"]
+    return []
 
 
 def _ended_runs(study: StudyJob) -> int | None:

@@ -51,6 +51,7 @@ RUN = (
         f"{_gauge('sagan_checkpoint_interval_images')}",
     ),
     Panel("Workers", _gauge("sagan_workers")),
+    Panel("Device hours", _gauge("sagan_device_hours")),
     Panel(
         "Time that a rank works in a step",
         _gauge("sagan_rank_step_seconds", "rank", "process"),

@@ -118,13 +118,16 @@ def dry_run(job: TrainJob, collection: CollectionFacts | None) -> DryRun:
     )
 
 
-def study_dry_run(study: StudyJob, rows: Mapping[str, DryRun], ended: int | None) -> dict[str, Any]:
+def study_dry_run(
+    study: StudyJob, rows: Mapping[str, DryRun], ended: int | None, spending: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the dry run of a study: its totals, the facts that all rows share, and those in which rows differ.
 
     Args:
         study: The study.
         rows: The dry run of one run of each row, by name of the row.
         ended: Number of runs that have ended; None where their storage cannot be read.
+        spending: What the runs have spent and are expected to spend, and notes about it.
     """
     facts = {row: {key: value for key, value in run.to_dict().items() if key != "name"} for row, run in rows.items()}
     first = next(iter(facts.values()))
@@ -139,6 +142,7 @@ def study_dry_run(study: StudyJob, rows: Mapping[str, DryRun], ended: int | None
         "seeds": seeds,
         "kimg": seeds * images / 1000,
         "nominal_exaflop": seeds * gflop / 1e9,
+        **spending,
         "run": shared,
         "rows": {
             row: {key: value for key, value in of_row.items() if key not in shared} or "no difference"

@@ -249,6 +249,11 @@ class EvaluateSection(Section):
         return self
 
     @property
+    def all_gpus(self) -> float:
+        """Number of GPUs that all evaluation processes hold together."""
+        return self.workers * self.gpus
+
+    @property
     def extractor_is_file(self) -> bool:
         """Whether `extractor` is a file and not a name."""
         return _is_file(self.extractor)
@@ -297,10 +302,24 @@ class ResourcesSection(Section):
     """Device of the workers. `auto` gives each worker a GPU where the cluster has GPUs, else CPUs."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """Number of CPUs per worker. Rounded down, but at least 1, it is also the worker's OMP_NUM_THREADS."""
+    price_per_device_hour: float | None = Field(None, ge=1e-6, le=1e9)
+    """Price of a device for an hour, in a currency of your choice. A cost is a number of device hours times this price.
+    Default: no costs are shown."""
     env: dict[str, str] = {}
     """Environment variables of the workers, set before they start, for example for NCCL or the allocator. Ray's
     dashboard shows them, except URLs with a password and names with SECRET, TOKEN, PASSW, CREDENTIAL, KEY or AUTH. The
     workers set those themselves."""
+
+
+class BudgetSection(Section):
+    """Limit of what a run spends. A run that reaches it writes a checkpoint and ends before `train.kimg`. The same
+    command with a larger budget continues the run. A budget is not part of the method."""
+
+    hours: float | None = Field(None, gt=0, le=1e9)
+    """Device hours over all drivers of the run: hours of each worker, and of each GPU that scores checkpoints. Default:
+    no limit."""
+    cost: float | None = Field(None, gt=0, le=1e12)
+    """Cost of these device hours. It needs `resources.price_per_device_hour`. Default: no limit."""
 
 
 class TrainJob(Section):
@@ -323,6 +342,7 @@ class TrainJob(Section):
     evaluate: EvaluateSection = EvaluateSection()
     track: TrackSection = TrackSection()
     resources: ResourcesSection = ResourcesSection()
+    budget: BudgetSection = BudgetSection()
 
     @model_validator(mode="after")
     def _fits(self) -> TrainJob:
@@ -335,6 +355,8 @@ class TrainJob(Section):
             raise ValueError(
                 f"train.min_workers is {self.train.min_workers}, which is more than train.workers, {self.train.workers}"
             )
+        if self.budget.cost is not None and self.resources.price_per_device_hour is None:
+            raise ValueError("budget.cost needs resources.price_per_device_hour, the price of a device for an hour")
         own = f"{self.checkpoint.root.rstrip('/')}/{self.name}"
         if self.init is not None and f"{self.init.source}/".startswith(f"{own}/"):
             raise ValueError(f"init.source {self.init.source} belongs to this run; give the new run another name")
@@ -347,6 +369,16 @@ class TrainJob(Section):
         for workers in range(self.train.least_workers, self.train.workers + 1):
             passes(self.train.batch, workers, groups, self.train.micro_batch)  # raises where it is impossible
         return self
+
+    @property
+    def budget_hours(self) -> float | None:
+        """Device hours at which the run ends: those of `budget.hours` or of `budget.cost`, whichever are fewer.
+
+        None without a budget.
+        """
+        price, cost = self.resources.price_per_device_hour, self.budget.cost
+        limits = [self.budget.hours, cost / price if cost is not None and price is not None else None]
+        return min((hours for hours in limits if hours is not None), default=None)
 
     @property
     def registry_name(self) -> str:

@@ -16,6 +16,7 @@ from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.json_records import RunRecord, ScoreRecord, TrainSummary
 from pipeline.runs.score_protocol import ScoreProtocol
+from pipeline.runs.spending import Spending
 from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep, open_folder
 from pipeline.storage import files
 from pipeline.tracking.open_model import is_checkpoint, load_checkpoint, model_of_state, open_model
@@ -36,6 +37,8 @@ class RunOfPage:
     record: RunRecord
     summary: TrainSummary | None
     scores: list[ScoreRecord]
+    spending: Spending | None
+    """What the run has spent; None where no driver has said it."""
     logged: dict[str, float]
     """Last metrics that were logged before the newest checkpoint."""
     checkpoint: StoredCheckpoint
@@ -174,12 +177,13 @@ def _of_run(stored: StoredRun) -> Subject:
     complete = {checkpoint.name for checkpoint in checkpoints}
     best = best_score(score for score in scores if score.checkpoint in complete)
     chosen = stored.checkpoint(best.checkpoint) if best else checkpoints[-1]
-    point = checkpoints[-1].last_point()
+    point, summary = checkpoints[-1].last_point(), stored.summary()
     run = RunOfPage(
         stored=stored,
         record=record,
-        summary=stored.summary(),
+        summary=summary,
         scores=scores,
+        spending=summary.spending if summary else stored.spending(),
         logged=point.metrics if point else {},
         checkpoint=chosen,
         git_commit=chosen.facts().git_commit,

@@ -14,7 +14,9 @@ from pipeline.report import html_elements as html
 from pipeline.report.html_elements import Html, Section, element, joined
 from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
 from pipeline.report.stored_picture import stored_picture
+from pipeline.runs.json_records import StudySummary, SweepSummary
 from pipeline.runs.score_protocol import Score
+from pipeline.runs.spending import shown_amount
 from pipeline.runs.stored_run import StoredStudy, StoredSweep
 from pipeline.storage import files
 from pipeline.study import show_tables
@@ -87,7 +89,7 @@ def _sweep(sweep: StoredSweep) -> Section:
     picture = html.picture(stored_picture(sweep.picture_url, PLANE_WIDTH), alt, PLANE_BYTES, class_="plane")
     text = (
         f"The sweep ran {summary.trials} trials. {summary.stopped_early} of them were stopped early. "
-        f"The best trial, {summary.best.name}, is shown below."
+        f"{_spent(summary)} The best trial, {summary.best.name}, is shown below."
     )
     table = html.table(["trial", *space, metric, "kimg", "outcome"], rows, "trials, the best first")
     return Section(f"Sweep {summary.name}", joined([element("p", text), picture, table]))
@@ -98,7 +100,8 @@ def _study(study: StoredStudy) -> Section:
     summary, record = study.summary(), study.tables()
     if summary is None or record is None:
         raise CorruptError(f"{study.url} lacks the tables of its study", "run the study again")
-    content = [element("p", f"The study has {summary.runs} runs. {summary.diverged} of them diverged.")]
+    text = f"The study has {summary.runs} runs. {summary.diverged} of them diverged. {_spent(summary)}"
+    content = [element("p", text)]
     for table in record.tables:
         rows = [show_tables.cells(row) for row in table.rows]
         content.append(html.table(show_tables.head(table), rows, f"{table.key}, by row"))
@@ -108,6 +111,12 @@ def _study(study: StoredStudy) -> Section:
     if summary.shown:
         content.append(element("p", f"Below is {summary.shown}, a run of the reference row."))
     return Section(f"Study {summary.name}", joined(content))
+
+
+def _spent(summary: SweepSummary | StudySummary) -> str:
+    """Return what the runs of a sweep or a study have spent, as a sentence."""
+    cost = "" if summary.cost is None else f", which cost {shown_amount(summary.cost)}"
+    return f"The runs held {shown_amount(summary.device_hours)} device hours{cost}."
 
 
 def _summary(subjects: Sequence[Subject]) -> Section:
@@ -133,6 +142,7 @@ def _facts(subject: Subject) -> dict[str, object]:
         "trained": f"{summary.images / 1000:g} kimg" if summary else "not ended yet",
         "checkpoint shown": run.checkpoint.name,
         "commit": run.git_commit,
+        **(run.spending.rows() if run.spending else {}),
     }
     if summary is not None:
         registered = summary.registered

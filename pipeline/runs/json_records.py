@@ -11,6 +11,7 @@ from pipeline.config.run_method import completed
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.errors import CorruptError, shown_url
 from pipeline.runs.score_protocol import Score, ScoreProtocol
+from pipeline.runs.spending import Amount, Spending
 from pipeline.storage import files, validate_json
 from pipeline.storage.validate_json import PlainName, Sha256, Size
 
@@ -133,6 +134,8 @@ class RunRecord(Record):
     """Number of worker-group starts."""
     images_lost: Size = 0
     """Number of images that were trained on and were in no checkpoint when workers died."""
+    device_hours: Amount = 0.0
+    """Device hours that the run had held at the newest start or checkpoint, over all drivers."""
     data: RecordedData
     evaluate: RecordedEvaluation
     init: RecordedInit | None = None
@@ -162,9 +165,10 @@ class Wait(BaseModel):
 
 
 class RunState(Record):
-    """`status.json` of a training run: what its driver knew when it wrote the file. No other part of the run reads it.
+    """`status.json` of a training run: what its driver knew when it wrote the file.
 
-    The file is replaced while the run trains, at most every two seconds.
+    The file is replaced while the run trains, at most every two seconds and at least every 30 seconds. The next driver
+    reads what the run has spent, and nothing else that decides about the run.
     """
 
     owner: Size
@@ -179,12 +183,24 @@ class RunState(Record):
     waits: list[Wait] = []
     restarts: Size = 0
     images_lost: Size = 0
+    device_hours: Amount = 0.0
+    """Device hours that the run has held, over all drivers."""
+    device_s_per_image: Amount | None = None
+    """Device seconds that an image took, over the logs of the last driver that logged; None before the first log."""
+    price_per_device_hour: Amount | None = None
+    budget_hours: Amount | None = None
+    """Device hours at which the run ends; None without a budget."""
     last_error: str | None = None
     """Last error of a worker or of a driver."""
     last_error_s: Seconds | None = None
     """Unix time of the last error."""
     time_s: Seconds
     """Unix time at which the driver knew this."""
+
+    def spending(self, recorded_hours: float = 0.0) -> Spending:
+        """Return what the run has spent. `recorded_hours`, those of `run.json`, count where they are more."""
+        hours, left = max(self.device_hours, recorded_hours), max(0.0, 1000 * self.kimg - self.images)
+        return Spending.of(hours, left, self.device_s_per_image, self.price_per_device_hour)
 
 
 class SweepRecord(Record):
@@ -277,6 +293,16 @@ class TrainSummary(RunScores):
     """Name of the last checkpoint from which workers resumed; None where none did."""
     restarts: Size
     images_lost: Size
+    device_hours: Amount = 0.0
+    """Device hours that the run has held, over all drivers."""
+    cost: Amount | None = None
+    """Cost of these device hours; None without a price."""
+
+    @property
+    def spending(self) -> Spending:
+        """What the run has spent. Nothing more is expected."""
+        hours, cost = self.device_hours, self.cost
+        return Spending(device_hours=hours, expected_device_hours=hours, cost=cost, expected_cost=cost)
 
 
 class Trial(BaseModel):
@@ -328,6 +354,10 @@ class SweepSummary(RunScores):
     mlflow_run_id: str
     picture: str
     """Path or URL of the picture of the score over the space."""
+    device_hours: Amount = 0.0
+    """Device hours of all trials."""
+    cost: Amount | None = None
+    """Cost of these device hours; None without a price."""
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -400,6 +430,10 @@ class StudyRowResult(BaseModel):
     difference_interval: Interval | None
     """Paired bootstrap interval of the difference; None for fewer than two pairs."""
     published: PublishedValue | None
+    device_hours: Amount = 0.0
+    """Device hours of the row's runs."""
+    cost: Amount | None = None
+    """Cost of these device hours; None where a run has no price."""
 
 
 class StudyTable(BaseModel):
@@ -448,3 +482,7 @@ class StudySummary(Record):
     """Path of the tables as CSV."""
     picture: str
     """Path of the picture of the scores over the length of the runs."""
+    device_hours: Amount = 0.0
+    """Device hours of all runs."""
+    cost: Amount | None = None
+    """Cost of these device hours; None without a price."""

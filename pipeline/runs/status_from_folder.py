@@ -12,6 +12,7 @@ from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.json_records import ScoreRecord, Wait
 from pipeline.runs.owner import OwnerSeen, look_at_owner
+from pipeline.runs.spending import Spending, shown_amount
 from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep, open_folder
 from pipeline.storage import file_sets, files
 
@@ -59,6 +60,10 @@ class RunView(BaseModel):
     waits: list[Wait]
     restarts: int
     images_lost: int
+    spending: Spending | None
+    """What the run has spent; None where no driver has said it."""
+    budget_hours: float | None
+    """Device hours at which the run ends; None without a budget."""
     driver: OwnerSeen | None
     """The newest driver; None where the run has had none."""
     last_error: str | None
@@ -82,6 +87,8 @@ class RunView(BaseModel):
             "waiting": [wait.line for wait in self.waits],
             "restarts": self.restarts,
             "images lost": self.images_lost,
+            **(self.spending.rows() if self.spending else {}),
+            "budget": None if self.budget_hours is None else f"{shown_amount(self.budget_hours)} device hours",
             "driver": driver and f"process {driver.pid} on {driver.host}, {life}; last sign {_shown(driver.age_s)} ago",
             "last error": self.last_error and f"{self.last_error} ({_shown(self.last_error_age_s or 0.0)} ago)",
             "written": None if self.said_s is None else f"{_shown(self.said_s)} ago",
@@ -103,6 +110,8 @@ class SweepView(BaseModel):
     name: str
     state: Literal["finished", "not finished"]
     trials: list[TrialView]
+    spending: Spending
+    """What the trials have spent."""
 
     def rows(self) -> dict[str, Any]:
         """Return the view for people, by title."""
@@ -111,7 +120,7 @@ class SweepView(BaseModel):
             + ("" if trial.score is None else f", score {trial.score:.4g}")
             for trial in self.trials
         }
-        return {"sweep": self.name, "state": self.state, **trials}
+        return {"sweep": self.name, "state": self.state, **self.spending.rows(), **trials}
 
 
 class StudyView(BaseModel):
@@ -129,6 +138,8 @@ class StudyView(BaseModel):
     """Name of the first run that has not ended; None where all have ended."""
     table: str | None
     """URL of the tables as CSV; None before they are written."""
+    spending: Spending
+    """What the runs have spent."""
 
     def rows(self) -> dict[str, Any]:
         """Return the view for people, by title."""
@@ -138,6 +149,7 @@ class StudyView(BaseModel):
             "runs": f"{self.ended} of {self.runs} have ended",
             "diverged": self.diverged,
             "next run": self.next_run,
+            **self.spending.rows(),
             "table": self.table,
         }
 
@@ -182,6 +194,8 @@ def _run(stored: StoredRun) -> RunView:
         waits=told.waits if told and state in ("starting", "training", "scoring") else [],
         restarts=max(told.restarts if told else 0, record.starts - 1, 0),
         images_lost=max(told.images_lost if told else 0, record.images_lost),
+        spending=told and told.spending(record.device_hours),
+        budget_hours=told and told.budget_hours,
         driver=owner,
         last_error=told and told.last_error,
         last_error_age_s=_age_s(told.last_error_s if told else None),
@@ -195,7 +209,8 @@ def _sweep(stored: StoredSweep) -> SweepView:
         for trial in (record.trial for record in stored.trial_records())
     ]
     state: Literal["finished", "not finished"] = "not finished" if stored.summary() is None else "finished"
-    return SweepView(name=stored.name, state=state, trials=trials)
+    spending = Spending.total(stored.trial(trial.name).spending() for trial in trials).so_far  # trials may end early
+    return SweepView(name=stored.name, state=state, trials=trials, spending=spending)
 
 
 def _study(stored: StoredStudy) -> StudyView:
@@ -210,6 +225,7 @@ def _study(stored: StoredStudy) -> StudyView:
         diverged=list(record.diverged),
         next_run=left[0] if left else None,
         table=shown_url(stored.table_url) if summary else None,
+        spending=Spending.total(stored.run(name).spending() for name in record.runs),
     )
 
 

@@ -20,6 +20,7 @@ from pipeline.runs.json_records import (
     TrainSummary,
     TrialRecord,
 )
+from pipeline.runs.spending import Spending
 from pipeline.storage import files, validate_json
 
 
@@ -62,6 +63,11 @@ class StoredRun:
 
     def write_state(self, state: RunState) -> None:
         state.write(self._state_url)
+
+    def spending(self) -> Spending | None:
+        """Return what the run has spent; None where no driver has told it. Raises CorruptError, EnvironmentFault."""
+        record, state = self.record(), self.state()
+        return None if record is None or state is None else state.spending(record.device_hours)
 
     @property
     def _state_url(self) -> str:

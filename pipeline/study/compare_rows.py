@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import CompareSection, Published, StudyJob
 from pipeline.runs.json_records import Interval, PublishedValue, StudyRowResult, StudyTable
 from pipeline.runs.score_protocol import Score, ScoreProtocol
+from pipeline.runs.spending import Spending
 from pipeline.study.bootstrap import mean_interval
 
 Values = dict[int, float]
@@ -24,6 +25,7 @@ class Outcome:
     seed: int
     score: Score | None
     diverged: bool = False
+    spending: Spending | None = None
 
 
 def tables_of(study: StudyJob, outcomes: Sequence[Outcome], higher_is_better: Mapping[str, bool]) -> list[StudyTable]:
@@ -71,6 +73,7 @@ def _results(
     published = {row: value for row, given in study.rows.items() for value in given.published if value.metric == metric}
     results = []
     for row, of_row in values.items():
+        spending = Spending.total(outcome.spending for outcome in outcomes if outcome.row == row)
         theirs = {} if row == compare.reference else values.get(compare.reference, {})
         differences = [value - theirs[seed] for seed, value in of_row.items() if seed in theirs]
         interval = mean_interval(list(of_row.values()), compare.confidence)
@@ -87,6 +90,8 @@ def _results(
                 pairs=len(differences),
                 difference_interval=difference_interval,
                 published=_published(row, published, compare, interval, difference_interval),
+                device_hours=spending.device_hours,
+                cost=spending.cost,
             )
         )
     return results

@@ -20,6 +20,7 @@ from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.json_records import StudyRecord, StudySummary, StudyTable, StudyTables
 from pipeline.runs.owner import claim
 from pipeline.runs.score_protocol import Score
+from pipeline.runs.spending import Spending
 from pipeline.runs.stored_run import StoredRun, StoredStudy
 from pipeline.storage import files
 from pipeline.study.compare_rows import Outcome, tables_of
@@ -228,6 +229,7 @@ def _conclude(
     files.upload(table, stored.table_url)
     stored.write_tables(StudyTables(tables=tables))
     print_tables(tables)
+    spending = Spending.total(outcome.spending for outcome in outcomes).so_far
     ended = [(run, run.stored.summary()) for run in runs]
     shown = [run.job.name for run, summary in ended if run.row == study.compare.reference and summary is not None]
     summary = StudySummary(
@@ -239,10 +241,12 @@ def _conclude(
         mlflow_run_id=record.mlflow_run_id,
         table=str(table),
         picture=str(picture),
+        device_hours=spending.device_hours,
+        cost=spending.cost,
     )
     (folder / "summary.json").write_text(summary.model_dump_json(indent=1))
     stored.write_summary(summary)
-    _track(job, record.mlflow_run_id, tables, [picture, table, text])
+    _track(job, record.mlflow_run_id, tables, spending, [picture, table, text])
     return summary
 
 
@@ -258,11 +262,11 @@ def outcome_of(study: StudyJob, run: RowRun, diverged: bool) -> Outcome:
     elif not diverged:
         records = run.stored.scores()
         score = max(records, key=lambda record: (record.images, record.time_ms)).score if records else None
-    return Outcome(run.row, run.seed, score if score and score.values else None, diverged)
+    return Outcome(run.row, run.seed, score if score and score.values else None, diverged, run.stored.spending())
 
 
-def _track(job: TrainJob, run_id: str, tables: Sequence[StudyTable], paths: Sequence[Path]) -> None:
-    """Send the means of the rows and the files to the study's MLflow run.
+def _track(job: TrainJob, run_id: str, tables: Sequence[StudyTable], spending: Spending, paths: Sequence[Path]) -> None:
+    """Send the means of the rows, what the study has spent, and the files to the study's MLflow run.
 
     The means are tags and not metrics, because they change when the study gets more seeds.
     """
@@ -273,6 +277,8 @@ def _track(job: TrainJob, run_id: str, tables: Sequence[StudyTable], paths: Sequ
             for name, value in values.items():
                 if value is not None:
                     tracker.tag(f"{table.key}/{row.row}/{name}", f"{value:.6g}")
+    for key, text in spending.tags().items():
+        tracker.tag(key, text)
     for path in paths:
         tracker.log_file(path)
     tracker.close(timeout_s=60)

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from pipeline.errors import printable
 from pipeline.runs.json_records import Interval, StudyRowResult, StudyTable
+from pipeline.runs.spending import shown_amount
 
 NONE = "–"
-_WIDTH = 150
+_WIDTH = 170
 
 COLUMNS = (
     "metric",
@@ -38,6 +39,8 @@ COLUMNS = (
     "published_difference_held",
     "source",
     "published_protocol",
+    "device_hours",
+    "cost",
 )
 """Columns of the CSV file."""
 
@@ -74,6 +77,8 @@ def as_csv(tables: Sequence[StudyTable]) -> str:
                     "published_difference_held": published and published.difference_held,
                     "source": published and published.source,
                     "published_protocol": published and published.protocol,
+                    "device_hours": row.device_hours,
+                    "cost": row.cost,
                 }
             )
     return text.getvalue()
@@ -95,7 +100,8 @@ def print_tables(tables: Sequence[StudyTable]) -> None:
 def head(table: StudyTable) -> list[str]:
     """Return the titles of the columns for people."""
     interval = f"{table.confidence * 100:g} % interval"
-    return ["row", "n", "mean", "sd", interval, "published", f"minus {table.reference}", interval, "published"]
+    difference, costs = f"minus {table.reference}", ["device hours", "cost"]
+    return ["row", "n", "mean", "sd", interval, "published", difference, interval, "published", *costs]
 
 
 def cells(row: StudyRowResult) -> list[str]:
@@ -111,6 +117,8 @@ def cells(row: StudyRowResult) -> list[str]:
         _number(row.difference, "+"),
         _interval(row.difference_interval, "+"),
         _held(published.difference, published.difference_held, "+") if published else NONE,
+        shown_amount(row.device_hours),
+        NONE if row.cost is None else shown_amount(row.cost),
     ]
 
 

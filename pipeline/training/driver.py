@@ -18,9 +18,10 @@ from pipeline.compute.devices import uses_gpu
 from pipeline.compute.mailbox import Mailbox, Question
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.schema import TrainJob
-from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun, SaganError
+from pipeline.errors import BudgetSpent, CorruptError, EnvironmentFault, InterruptedRun, SaganError
 from pipeline.runs.json_records import RunScores, TrainSummary
 from pipeline.runs.owner import LostRun
+from pipeline.runs.spending import HOUR_S, Spending, shown_amount
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.training import worker_group
 from pipeline.training.find_or_start import find_or_start, owned
@@ -64,7 +65,8 @@ def train(
         asked_to_stop: Returns whether the run must stop as after a signal. It is called several times a second.
 
     Raises UsageError, also where another driver trains this run, EnvironmentFault or SaganError. Raises InterruptedRun
-    after SIGINT, SIGTERM or `asked_to_stop`; the checkpoint after the current step is written first.
+    after SIGINT, SIGTERM or `asked_to_stop`, and BudgetSpent where the budget of the run is spent; the checkpoint after
+    the current step is written first.
     """
     with contextlib.ExitStack() as held:
         run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)))
@@ -73,19 +75,23 @@ def train(
         told = held.enter_context(StatusFile(run, evaluation.higher_is_better(run.job)))
         status = "FAILED"
         try:
+            if _reaches_budget(run.job, run.record.device_hours):
+                raise _budget_spent(run, run.record.device_hours)
             snapshot = _train(run, evaluation, on_score, asked_to_stop, told)
-            told.score(snapshot.images)
+            told.score(snapshot)
             scores = RunScores()
             if final:
                 scores = evaluation.finalise(run.job, run.mlflow_run_id)
             else:
                 evaluation.score_due(run.job, run.mlflow_run_id)
+            snapshot.notice_scoring(run.job.evaluate.all_gpus)
+            told.score(snapshot)
             summary = _summary(run, snapshot, scores)
             _write_summary(run, summary)
             if on_end is not None:
                 on_end(run.job, run.mlflow_run_id)
             status = "FINISHED"
-        except (InterruptedRun, KeyboardInterrupt):
+        except (InterruptedRun, BudgetSpent, KeyboardInterrupt):
             status = "KILLED"
             raise
         except LostRun:
@@ -132,13 +138,18 @@ def _train(
     beside = worker_group.require_room(job)
     if not beside:
         print("the cluster has no room to score beside training: training waits for each score", flush=True)
-    status = Status(images=run.reached, starts=run.record.starts, images_lost=run.record.images_lost)
+    status = Status(
+        images=run.reached,
+        starts=run.record.starts,
+        images_lost=run.record.images_lost,
+        earlier_device_s=HOUR_S * run.record.device_hours,
+    )
     mailbox, housekeeping = Mailbox(), Housekeeping(run)
     scoring = Scoring.of(run, mailbox.sender, evaluation)
     scores = ScoringBeside(scoring) if beside else None
     in_line = None if beside else scoring.in_line(uses_gpu(job.resources.device))
     workers = _Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))
-    here, ends = this_node(), False
+    here, ends, spent = this_node(), False, False
     with (
         _signals() as signals,
         Console(job) as console,
@@ -156,11 +167,17 @@ def _train(
             status.apply(NodesLeave(nodes.leaving))
             if training and room.grown(status.groups, status.workers):
                 status.apply(RoomForMore())
-            ends = bool(signals) or here in status.leaving
+            if training and not spent and _reaches_budget(job, status.device_hours):
+                spent = True
+                status.lines.append("the budget is spent: training stops after this step and writes a checkpoint")
+            ends = bool(signals) or here in status.leaving or spent
             _receive(mailbox, status, job, ends)
             if training:
                 status.notice_silence(worker_group.shown(job))
                 status.notice_stragglers()
+            else:
+                status.notice_end()
+            status.notice_scoring(job.evaluate.all_gpus if scores is not None and scores.scores_now else 0.0)
             console.show(status)
             told.follow(status)
             for images, _, value in status.scores[known:]:
@@ -189,6 +206,8 @@ def _train(
         )
     if status.failure is not None:
         raise status.failure
+    if spent and status.images < 1000 * job.train.kimg:
+        raise _budget_spent(run, status.device_hours)
     if ends and status.images < 1000 * job.train.kimg:
         raise EnvironmentFault(
             f"the node of the driver will be taken away; training stopped at {status.images / 1000:.1f} kimg, and "
@@ -234,6 +253,26 @@ def _receive(mailbox: Mailbox, status: Status, job: TrainJob, ends: bool) -> Non
     mailbox.ask_to_stop(ends or status.must_restart)
 
 
+def _reaches_budget(job: TrainJob, device_hours: float) -> bool:
+    return job.budget_hours is not None and device_hours >= job.budget_hours
+
+
+def _budget_spent(run: TrainingRun, device_hours: float) -> BudgetSpent:
+    """Return the error that ends a run which has held `device_hours`, at least those of its budget."""
+    job, budget = run.job, run.job.budget
+    key, value = ("hours", budget.hours) if budget.hours == job.budget_hours else ("cost", budget.cost)
+    assert value is not None, "the run has a budget"
+    cost = Spending.of(device_hours, 0, None, job.resources.price_per_device_hour).cost
+    costs = "" if cost is None else f", which cost {shown_amount(cost)}"
+    reached = max((checkpoint.images for checkpoint in run.stored.checkpoints()), default=0)
+    return BudgetSpent(
+        f"the budget of {job.name} is spent: budget.{key} is {value:g}, and the run has held "
+        f"{shown_amount(device_hours)} device hours{costs}; it has reached {reached / 1000:.1f} of {job.train.kimg:g} "
+        f"kimg, and {_newest_checkpoint(run)}",
+        f"to go on, run the same command with a larger budget, such as budget.{key}={2 * value:g}",
+    )
+
+
 def _newest_checkpoint(run: TrainingRun) -> str:
     """Return a clause for messages that names the newest complete checkpoint."""
     newest = run.stored.checkpoints()[-1:]
@@ -248,20 +287,24 @@ class Housekeeping:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
+        self._counted = 0  # checkpoints up to which the record counts device hours
         self._kept = 0  # checkpoints and scores for which retention was applied
         self._again_at = -math.inf
 
     def follow(self, seen: Status) -> None:
-        """Write the record after a start of the workers. Delete checkpoints after a new checkpoint or a new score."""
-        run, known = self._run, len(seen.uploaded) + len(seen.scores)
+        """Write the record after a start of the workers or a new checkpoint. Delete checkpoints after a new checkpoint
+        or a new score.
+        """
+        run, uploaded = self._run, len(seen.uploaded)
+        known = uploaded + len(seen.scores)
         if time.monotonic() < self._again_at:
             return
         try:
-            if seen.starts > run.record.starts:
-                counts = {"starts": seen.starts, "images_lost": seen.images_lost}
+            if seen.starts > run.record.starts or uploaded > self._counted:
+                counts = {"starts": seen.starts, "images_lost": seen.images_lost, "device_hours": seen.device_hours}
                 record = run.record.model_copy(update=counts)
                 run.stored.write_record(record)
-                run.record = record
+                run.record, self._counted = record, uploaded
             if known > self._kept:
                 delete_superfluous_checkpoints(run.job)
                 self._kept = known
@@ -328,6 +371,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _summary(run: TrainingRun, seen: Status, scores: RunScores) -> TrainSummary:
+    spending = Spending.of(seen.device_hours, 0, None, run.job.resources.price_per_device_hour)
     return TrainSummary(
         name=run.job.name,
         images=seen.images,
@@ -337,6 +381,8 @@ def _summary(run: TrainingRun, seen: Status, scores: RunScores) -> TrainSummary:
         resumed_from=seen.resumed_from,
         restarts=max(0, seen.starts - 1),
         images_lost=seen.images_lost,
+        device_hours=spending.device_hours,
+        cost=spending.cost,
         **dict(scores),
     )
 

@@ -81,6 +81,8 @@ def find_or_start(
     if ended := ended_run(job, stored, method):  # by the driver that this one has waited for
         return ended
     record = _own_record(job, stored, method)
+    if record is not None:
+        record = _with_newest_hours(record, stored)
     first = _first_state(job, collection, stored, init) if init and not stored.checkpoints() else None
     try:
         record = start_tracking(job, stored, record, method, parent, init)
@@ -159,6 +161,7 @@ def start_tracking(
         earlier_mlflow_run_ids=earlier,
         starts=record.starts if record else 0,
         images_lost=record.images_lost if record else 0,
+        device_hours=record.device_hours if record else 0.0,
         data=RecordedData.of(job.data),
         evaluate=RecordedEvaluation.of(job.evaluate),
         init=init,
@@ -232,6 +235,14 @@ def _own_record(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> Run
         "give this run another name (name=…), set the keys back to resume the existing run, "
         "or delete the existing run and start over with --fresh",
     )
+
+
+def _with_newest_hours(record: RunRecord, stored: StoredRun) -> RunRecord:
+    """Return the record with the device hours of `status.json`, which are newer where a driver died."""
+    with contextlib.suppress(CorruptError):  # then those of the newest checkpoint count
+        if (spending := stored.spending()) is not None:
+            return record.model_copy(update={"device_hours": spending.device_hours})
+    return record
 
 
 def _require_own_checkpoints(stored: StoredRun, method_digest: str) -> None:

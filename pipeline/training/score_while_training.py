@@ -73,6 +73,11 @@ class ScoringBeside:
         self._said = False  # that it waits for room
         self._tries = 0
 
+    @property
+    def scores_now(self) -> bool:
+        """Whether the process of a task runs, and holds what it needs."""
+        return self._task is not None and self._has_room
+
     def follow(self, to_score: list[str]) -> bool:
         """Take new names of checkpoints, and start and end tasks. The call does not wait.
 

@@ -6,7 +6,7 @@ The MLflow runs of the trials are children of the sweep's MLflow run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.compute.resources import fits, node_resources, require_resources, 
 from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.errors import CorruptError, EnvironmentFault, SaganError, UsageError, printable
+from pipeline.errors import BudgetSpent, CorruptError, EnvironmentFault, SaganError, UsageError, printable
 from pipeline.runs.json_records import (
     STOPPED_EARLY,
     RecordedInit,
@@ -31,6 +31,7 @@ from pipeline.runs.json_records import (
     SweepTrials,
     Trial,
 )
+from pipeline.runs.spending import Spending
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.init_source import find_init, pin_source
@@ -128,7 +129,7 @@ def run_trial(
         ray_tune.report(score, images / 1000, higher_is_better)
 
     try:
-        with stopped_by(sweep, job.name):
+        with stopped_by(sweep, job.name), suppress(BudgetSpent):  # such a trial ends like one that is stopped early
             train(
                 job,
                 evaluation,
@@ -140,6 +141,8 @@ def run_trial(
         for last in StoredRun.of(job).scores()[-1:]:
             if last.images > reported[-1]:  # it was computed by an earlier driver, or when training had ended
                 report(last.images, last.score.value)
+        if len(reported) == 1:
+            report(0, None)  # the budget was spent before the first score, and Ray Tune needs a result
     except EnvironmentFault:
         raise  # the values of the point are not the cause, so the trial does not end and can be resumed
     except SaganError as error:
@@ -238,6 +241,7 @@ def _conclude(
     picture, table = local / "plane.png", local / "trials.json"
     draw_plane(trials, sweep.search.initial_points, scores.score.metric, picture)
     files.upload(picture, stored.picture_url)
+    spending = Spending.total(stored.trial(trial.name).spending() for trial in trials).so_far
     record = SweepTrials(trials=trials)
     table.write_text(record.model_dump_json(indent=1))
     stored.write_trials(record)
@@ -249,6 +253,8 @@ def _conclude(
         best=ranked[0],
         mlflow_run_id=run_id,
         picture=str(picture),
+        device_hours=spending.device_hours,
+        cost=spending.cost,
         **dict(scores),
     )
     (local / "summary.json").write_text(summary.model_dump_json(indent=1))
@@ -256,6 +262,8 @@ def _conclude(
     tracker = MlflowRun(tracking_uri(base), run_id)
     for path in (picture, table):
         tracker.log_file(path)
+    for key, text in spending.tags().items():
+        tracker.tag(key, text)
     tracker.close(timeout_s=60)
     tracker.finish("FINISHED")
     return summary

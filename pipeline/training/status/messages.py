@@ -106,6 +106,8 @@ class StartAsked:
     nodes: frozenset[str]
     workers: int
     """Number of workers in the group."""
+    age_s: float = 0.0
+    """Seconds since the process of rank 0 began, for which the group has held its devices."""
 
 
 @dataclass(frozen=True)

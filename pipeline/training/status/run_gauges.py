@@ -31,6 +31,7 @@ GAUGES = {
     "sagan_checkpoint_interval_images": GaugeKind("Images between two checkpoints."),
     "sagan_restarts": GaugeKind("Number of restarts of the workers, over all drivers."),
     "sagan_images_lost": GaugeKind("Images that were trained on again after a failure."),
+    "sagan_device_hours": GaugeKind("Device hours that the run has held, over all drivers."),
     "sagan_workers": GaugeKind("Number of workers in the present group; 0 while none trains."),
     "sagan_waiting_since_seconds": GaugeKind("Unix time since which a part waits; 0 while it does not.", ("who",)),
     "sagan_rank_step_seconds": GaugeKind("Time that a rank works in a step.", ("rank", "process")),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import SaganError
 from pipeline.runs.json_records import Wait
+from pipeline.runs.spending import HOUR_S
 from pipeline.training.status import slow_ranks
 from pipeline.training.status.messages import (
     Alive,
@@ -64,6 +65,12 @@ class Status:
         slow_since_s: Unix time since which a rank takes twice as long as the others, by rank; inf once it is noted.
         last_error: The last error of a worker.
         workers_gone_s: Unix time since which there are no workers, in seconds; None while there are.
+        earlier_device_s: Device seconds of all groups before the present one, over all drivers.
+        held_since_s: Unix time since which the present group, or the last one, holds its devices.
+        scoring_device_s: Device seconds of the GPUs that scored checkpoints for this driver, beside the workers and
+            after them.
+        logged_images: Number of images between the logs of this driver's groups.
+        logged_device_s: Device seconds between these logs.
         clock: Returns the Unix time in seconds.
     """
 
@@ -92,12 +99,19 @@ class Status:
     last_error: str | None = None
     clock: Callable[[], float] = time.time
     workers_gone_s: float | None = None
+    earlier_device_s: float = 0.0
+    held_since_s: float = 0.0
+    scoring_device_s: float = 0.0
+    logged_images: int = 0
+    logged_device_s: float = 0.0
+    _logged: tuple[int, float] = (0, 0.0)  # position of the last log, or of the group's start, and train_seconds there
+    _scoring_seen_s: float = 0.0  # Unix time up to which `scoring_device_s` counts
     _cut_off: bool = False  # whether a node of the group before left without a complete checkpoint
     _counted: bool = False  # whether `attempts` has the group that the driver started last
     _no_room: bool = False  # whether it was said that the workers have found no room in time
 
     def __post_init__(self) -> None:
-        self.workers_gone_s = self.clock()
+        self.workers_gone_s = self._scoring_seen_s = self.clock()
 
     @property
     def must_move(self) -> bool:
@@ -108,6 +122,20 @@ class Status:
     def must_restart(self) -> bool:
         """Whether the worker group must write a checkpoint and end, so that another one starts."""
         return self.must_move or self.grows
+
+    @property
+    def device_hours(self) -> float:
+        """Device hours that the run has held, over all drivers.
+
+        A group holds a device for each worker, from the beginning of its processes until it is gone. Waiting for room
+        does not count.
+        """
+        return (self._workers_device_s() + self.scoring_device_s) / HOUR_S
+
+    @property
+    def device_s_per_image(self) -> float | None:
+        """Mean device seconds that an image took between the logs of this driver; None before there are any."""
+        return self.logged_device_s / self.logged_images if self.logged_images else None
 
     def apply(self, message: Message) -> None:
         """Change the status as a message says."""
@@ -134,6 +162,9 @@ class Status:
             case GroupStarted():
                 self._group_started(message)
             case Logged(images, metrics, train_seconds):
+                self.logged_images += images - self._logged[0]
+                self.logged_device_s += self.workers * (train_seconds - self._logged[1])
+                self._logged = images, train_seconds
                 self.images, self.metrics, self.train_seconds = images, metrics, train_seconds
             case Stepped(images):
                 self.images = max(self.images, images)
@@ -170,7 +201,14 @@ class Status:
             case Failed(error):
                 self.failure = error
 
+    def _workers_device_s(self) -> float:
+        until = self.clock() if self.workers_gone_s is None else self.workers_gone_s
+        return self.earlier_device_s + self.workers * max(0.0, until - self.held_since_s)
+
     def _start_asked(self, asked: StartAsked) -> None:
+        now = self.clock()
+        self.earlier_device_s = self._workers_device_s()
+        self.held_since_s = max(now - asked.age_s, now if self.workers_gone_s is None else self.workers_gone_s)
         self._end_group()
         self.attempts.append([])
         self._counted = True
@@ -212,6 +250,16 @@ class Status:
             self.workers_gone_s = last if now - last > slow_ranks.SILENT_S else None
         if self.workers_gone_s is not None and now - self.workers_gone_s > slow_ranks.SILENT_S:
             self._waits("the run", workers, "Ray starts them when the cluster has room", self.workers_gone_s)
+
+    def notice_scoring(self, gpus: float) -> None:
+        """Note that checkpoints were scored on this number of GPUs since the last call."""
+        now = self.clock()
+        self.scoring_device_s += gpus * max(0.0, now - self._scoring_seen_s)
+        self._scoring_seen_s = now
+
+    def notice_end(self) -> None:
+        """Note that Ray Train has returned, so that there are no workers."""
+        self.workers_gone_s = self.workers_gone_s or self.clock()
 
     def notice_stragglers(self) -> None:
         """Note, once for each worker group, a rank that has held the others up for a while."""
@@ -267,3 +315,4 @@ class Status:
                 f"started over, because no checkpoint was complete; the run had reached {self.images / 1000:.1f} kimg"
             )
         self.images, self.train_seconds = now.images, now.train_seconds
+        self._logged = now.images, now.train_seconds

@@ -1,6 +1,6 @@
 """Says what a run is doing to people who do not see its driver's console.
 
-It does so in `status.json`, in a tag of MLflow and in the gauges that Prometheus reads.
+It does so in `status.json`, in tags of MLflow and in the gauges that Prometheus reads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun, shown_url
+from pipeline.errors import BudgetSpent, CorruptError, EnvironmentFault, InterruptedRun, shown_url
 from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.json_records import RunState
 from pipeline.runs.owner import LostRun
@@ -49,6 +49,10 @@ class StatusFile:
             kimg=run.job.train.kimg,
             restarts=max(0, run.record.starts - 1),
             images_lost=run.record.images_lost,
+            device_hours=run.record.device_hours,
+            device_s_per_image=before and before.device_s_per_image,
+            price_per_device_hour=run.job.resources.price_per_device_hour,
+            budget_hours=run.job.budget_hours,
             last_error=before and before.last_error,
             last_error_s=before and before.last_error_s,
             time_s=time.time(),
@@ -69,7 +73,7 @@ class StatusFile:
     ) -> None:
         if error is None:
             self._change(state="finished", waits=[])
-        elif isinstance(error, InterruptedRun | KeyboardInterrupt):
+        elif isinstance(error, InterruptedRun | BudgetSpent | KeyboardInterrupt):
             self._change(state="stopped", waits=[])
         else:
             self._change(state="failed", waits=[], **_error(_first_line(error)))
@@ -87,13 +91,15 @@ class StatusFile:
             waits=list(now.waits.values()),
             restarts=max(0, now.starts - 1),
             images_lost=now.images_lost,
+            device_hours=now.device_hours,
+            device_s_per_image=now.device_s_per_image or self._state.device_s_per_image,
             **(_error(now.last_error) if now.last_error and now.last_error != self._state.last_error else {}),
         )
         self._set_gauges(now)
 
-    def score(self, images: int) -> None:
+    def score(self, now: Status) -> None:
         """Show that training has ended and that the last scores are computed."""
-        self._change(state="scoring", images=images, waits=[])
+        self._change(state="scoring", images=now.images, waits=[], device_hours=now.device_hours)
 
     def _set_gauges(self, now: Status) -> None:
         gauges, job = self._gauges, self._run.job
@@ -102,6 +108,7 @@ class StatusFile:
         gauges.set("sagan_checkpoint_interval_images", 1000 * job.checkpoint.kimg)
         gauges.set("sagan_restarts", max(0, now.starts - 1))
         gauges.set("sagan_images_lost", now.images_lost)
+        gauges.set("sagan_device_hours", now.device_hours)
         gauges.set("sagan_workers", now.workers if now.nodes else 0)
         for name, value in now.metrics.items():
             gauges.set("sagan_metric", value, metric=name)
@@ -127,7 +134,7 @@ class StatusFile:
             self._changed.set()
 
     def _write_until_the_end(self) -> None:
-        tagged = None
+        tagged: dict[str, str] = {}
         while True:
             last = self._ended.is_set()
             self._changed.clear()
@@ -139,10 +146,10 @@ class StatusFile:
                 self._changed.set()  # written later
             except LostRun:
                 return  # the file is the other driver's
-            waiting = "; ".join(wait.line for wait in state.waits)[:_LONGEST_TAG] or "no"
-            if waiting != tagged:
-                self._tracker.tag(WAITING, waiting)
-                tagged = waiting
+            for key, value in _tags(state).items():
+                if tagged.get(key) != value:
+                    self._tracker.tag(key, value)
+                    tagged[key] = value
             if last:
                 return
             if not self._ended.wait(NEWS_S):
@@ -151,7 +158,13 @@ class StatusFile:
 
 def _news(state: RunState) -> dict[str, Any]:
     """Return what is written soon after it has changed."""
-    return state.model_dump(exclude={"images", "images_per_s", "time_s"})
+    return state.model_dump(exclude={"images", "images_per_s", "device_hours", "device_s_per_image", "time_s"})
+
+
+def _tags(state: RunState) -> dict[str, str]:
+    """Return the tags that tell people who look at MLflow what the run waits for and what it has spent."""
+    waiting = "; ".join(wait.line for wait in state.waits)[:_LONGEST_TAG] or "no"
+    return {WAITING: waiting, **state.spending().tags()}
 
 
 def _stored_state(run: TrainingRun) -> RunState | None:

@@ -1,8 +1,17 @@
-"""Shares of a worker's time, for the log."""
+"""A worker's time: shares of it for the log, and the age of its process."""
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
+
+
+def process_age_s() -> float:
+    """Return the seconds since this process began, as Linux counts them."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # from the third field on
+    began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 is the start of the process since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began_s
 
 
 class TimeShares:

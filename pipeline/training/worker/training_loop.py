@@ -49,7 +49,7 @@ from pipeline.training.worker.actions_after_step import Actions, actions_after_s
 from pipeline.training.worker.checkpoint_upload import CheckpointUpload
 from pipeline.training.worker.finite_check import FiniteCheck, NotFinite, diverged, first_not_finite
 from pipeline.training.worker.own_time import OwnTime
-from pipeline.training.worker.time_shares import TimeShares
+from pipeline.training.worker.time_shares import TimeShares, process_age_s
 from pipeline.training.worker.watchdog import Watchdog
 from sagan import spectral_norm
 from sagan.attention import SelfAttention
@@ -136,7 +136,7 @@ class Worker:
         start: Start | None = None
         nodes = self._from_all(self.node)
         if self.is_rank0:
-            start = self.driver.ask(messages.StartAsked(frozenset(nodes), len(nodes)))
+            start = self.driver.ask(messages.StartAsked(frozenset(nodes), len(nodes), process_age_s()))
             if start.pause_s and start.refusal is None:
                 pause = f"it ends {start.pause_s:.0f} s after its beginning"
                 self.driver.send(messages.Waits("the start", "the end of a pause after failures in a row", pause))

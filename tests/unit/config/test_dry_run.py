@@ -9,9 +9,11 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config.dry_run import CollectionFacts, dry_run
-from pipeline.config.job_file import load_job, row_job
-from pipeline.config.run_method import digest_of, method_of
+from pipeline.config.job_file import load_job, parse_overrides, row_job, trial_job
+from pipeline.config.run_method import complete_model, digest_of, method_of
 from pipeline.errors import UsageError
+from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord, RunState, Trial, TrialRecord
+from pipeline.runs.stored_run import StoredRun, StoredSweep
 from tests.shipped_jobs import JOBS, STUDIES, shipped
 
 SHIPPED = shipped()
@@ -28,6 +30,11 @@ def run_dry(*arguments, width=200):
     done = CliRunner().invoke(cli.app, ["run", *map(str, arguments), "--dry-run"], env={"COLUMNS": str(width)})
     assert done.exit_code == 0, done.output
     return done.output
+
+
+def dried(*arguments):
+    """The JSON of a dry run."""
+    return json.loads(run_dry(*arguments, "--json"))
 
 
 def planned(name, *more):
@@ -167,7 +174,7 @@ def test_uneven_worlds_are_noted():
 def test_the_command_shows_one_note_per_line():
     overrides = ("data.train=nowhere", "train.workers=3")
     notes = planned("imagenet128", *overrides)["notes"]
-    assert len(notes) == 3
+    assert len(notes) == 4
     rows = [line.split(maxsplit=1) for line in run_dry(JOBS / "imagenet128.yaml", *overrides, width=400).splitlines()]
     assert [value.strip() for key, *values in filter(None, rows) if key == "notes" for value in values] == notes
 
@@ -175,3 +182,87 @@ def test_the_command_shows_one_note_per_line():
 def test_intervals_shorter_than_a_step_give_one_score_and_one_checkpoint_a_step():
     plan = dry_run(imagenet(**{"train.kimg": 1, "evaluate.kimg": 1e-320, "checkpoint.kimg": 1e-320}), IMAGENET)
     assert plan.evaluations == plan.checkpoints == plan.steps
+
+
+UNKNOWN = "the device hours are unknown: no run of this name and method has measured how long an image takes"
+
+
+def told(job, collection, root, hours, images, device_s_per_image, **method):
+    """Leave a run that has held `hours` device hours and has reached the position `images`."""
+    complete = complete_model(job, collection.resolution, collection.num_classes)
+    record = RunRecord(
+        name=job.name,
+        method=method_of(complete, collection.digest) | method,
+        mlflow_run_id="0",
+        data=RecordedData.of(job.data),
+        evaluate=RecordedEvaluation.of(job.evaluate),
+        device_hours=hours,
+    )
+    stored = StoredRun(f"{root}/{job.name}")
+    stored.write_record(record)
+    state = {"owner": 1, "state": "stopped", "images": images, "kimg": job.train.kimg, "time_s": 1.0}
+    stored.write_state(RunState(**state, device_hours=hours, device_s_per_image=device_s_per_image))
+
+
+def test_device_hours_and_cost_are_those_of_a_run_that_has_measured_its_speed(packed, tmp_path):
+    keys = [f"data.train={packed.url}", f"checkpoint.root={tmp_path}", "train.kimg=7.2", "train.batch=16"]
+    keys.append("resources.price_per_device_hour=2")
+    path = JOBS / "cifar10.yaml"
+    plan = dried(path, *keys)
+    assert (plan["device_hours"], plan["expected_device_hours"], plan["cost"]) == (0, None, 0)
+    assert UNKNOWN in plan["notes"]
+
+    job = load_job(path, parse_overrides(keys))
+    told(job, packed, tmp_path, 3.0, 3600, 2.0, **{"optim.lr_d": 0.5})
+    assert dried(path, *keys)["expected_device_hours"] is None, "a run of another method has another speed"
+
+    told(job, packed, tmp_path, 3.0, 3600, 2.0)
+    plan = dried(path, *keys, "budget.hours=4")
+    assert (plan["device_hours"], plan["expected_device_hours"]) == (3, 5)
+    assert (plan["cost"], plan["expected_cost"], plan["budget_hours"]) == (6, 10, 4)
+    assert UNKNOWN not in plan["notes"]
+    assert "the budget, 4.00 device hours, will be spent before train.kimg" in plan["notes"]
+    assert dried(path, *keys, "train.kimg=10.8", "budget.hours=8")["expected_device_hours"] == 7
+
+
+def test_device_hours_of_a_study_are_known_when_each_row_has_a_run(packed, tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        f"kind: train\nname: base\ndata: {{train: {packed.url}}}\ntrain: {{kimg: 3.6, batch: 16}}\n"
+        f"checkpoint: {{root: {tmp_path}}}\nresources: {{price_per_device_hour: 10}}\n"
+    )
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "kind: study\nname: s\nbase: base.yaml\nseeds: [0, 1]\nrows: {a: {}, b: {overrides: {model.attention: []}}}\n"
+        "compare: {metrics: [fid], reference: a}\n"
+    )
+    study = load_job(path)
+    told(row_job(study, "a", 0), packed, tmp_path, 1.0, 3600, 1.0)
+    plan = dried(path)
+    assert (plan["device_hours"], plan["expected_device_hours"], plan["cost"]) == (1, None, 10)
+    assert plan["notes"] == [UNKNOWN]
+
+    told(row_job(study, "b", 1), packed, tmp_path, 0.5, 1800, 2.0)
+    plan = dried(path)
+    assert plan["expected_device_hours"] == 1 + 1 + 1.5 + 2, "a run with another seed takes as long"
+    assert (plan["device_hours"], plan["expected_cost"], plan["notes"]) == (1.5, 55, [])
+
+
+def test_device_hours_of_a_sweep_are_known_when_a_trial_has_measured_them(packed, tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        f"kind: train\nname: base\ndata: {{train: {packed.url}}}\ntrain: {{kimg: 3.6, batch: 16}}\n"
+        f"checkpoint: {{root: {tmp_path}}}\n"
+    )
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "kind: tune\nname: s\nbase: base.yaml\nspace: {optim.lr_d: {choice: [1.0e-4, 4.0e-4]}}\nsearch: {trials: 4}\n"
+    )
+    assert dried(path)["notes"] == [UNKNOWN]
+    sweep = load_job(path)
+    for number, (kimg, ended) in enumerate([(1.8, True), (0.9, False)]):
+        trial = Trial(name=f"s-{number}", point={"optim.lr_d": 1e-4}, score=None, kimg=kimg, outcome="stopped early")
+        StoredSweep(f"{tmp_path}/s").write_trial_record(TrialRecord(number=number, ended=ended, trial=trial))
+        job = trial_job(sweep, trial.point).model_copy(update={"name": trial.name})
+        told(job, packed, tmp_path, 1.0, int(1000 * kimg), 2.0)
+    plan = dried(path)
+    assert (plan["device_hours"], plan["cost"]) == (2, None)
+    assert plan["expected_device_hours"] == 1 + (1 + 1.5) + 2 + 2, "a trial that was stopped early needs no more"

@@ -33,6 +33,21 @@ def job(tmp_path):
     return write
 
 
+@pytest.mark.parametrize(
+    ("budget", "hours"),
+    [
+        ("{}", None),
+        ("{hours: 12}", 12),
+        ("{cost: 100}", 40),
+        ("{hours: 12, cost: 100}", 12),
+        ("{hours: 50, cost: 100}", 40),
+    ],
+)
+def test_a_budget_is_a_number_of_device_hours(job, budget, hours):
+    text = f"{TRAIN}resources: {{price_per_device_hour: 2.5}}\nbudget: {budget}\n"
+    assert load_job(job(text)).budget_hours == hours
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_job_is_valid_and_executable(path):
     assert load_job(path).name == path.stem
@@ -57,6 +72,9 @@ def test_every_shipped_job_is_valid_and_executable(path):
             "a batch of 16 on 3 workers cannot be split into passes",
         ),
         (TRAIN + "optim: {lr_d: -1}\n", "job.yaml:7: optim.lr_d is -1"),
+        (TRAIN + "budget: {cost: 100}\n", "budget.cost needs resources.price_per_device_hour"),
+        (TRAIN + "budget: {hours: 0}\n", "job.yaml:7: budget.hours is 0: input should be greater than 0"),
+        (TRAIN + "resources: {price_per_device_hour: -2}\n", "job.yaml:7: resources.price_per_device_hour is -2"),
         (TRAIN + "model: {resolution: 64, channels_d: 2}\n", "job.yaml:7: model.channels_d 2 gives 2 channels at"),
         (
             TRAIN.replace("somewhere", "x, pack: {source: y, resolution: 64}") + "model: {channels_d: 2}\n",

@@ -44,6 +44,12 @@ def test_a_new_key_makes_another_method_and_its_default_leaves_the_digests_of_ol
     assert digest_of(method_of(imagenet(**{key: value}), COLLECTION)) != digest_of(older)
 
 
+def test_price_and_budget_are_not_part_of_a_method():
+    priced = imagenet(**{"resources.price_per_device_hour": 2.5, "budget.cost": 1000, "budget.hours": 300})
+    assert digest_of(method_of(priced, COLLECTION)) == digest_of(method_of(imagenet(), COLLECTION))
+    assert priced.budget_hours == 300
+
+
 def test_the_start_is_part_of_a_method_that_has_one():
     plain = method_of(imagenet(), COLLECTION)
     assert not any(key.startswith("init") for key in plain), "the digests of runs without it stay as they are"

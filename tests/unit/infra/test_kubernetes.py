@@ -393,6 +393,7 @@ def test_the_documents_name_existing_folders():
         (3, True),  # the GPU nodes of a new head come later than the head
         (1, False),
         (2, False),
+        (4, False),  # a new driver has no more budget
     ],
 )
 def test_a_job_is_submitted_again_where_a_new_driver_may_succeed(exit_code, again):

@@ -55,6 +55,7 @@ RECORDS: tuple[Record, ...] = (
         mlflow_run_id="0",
         starts=2,
         images_lost=64,
+        device_hours=1.5,
         data=RecordedData.of(DataSection(train="/images")),
         evaluate=RecordedEvaluation.of(EvaluateSection(extractor="classifier")),
     ),

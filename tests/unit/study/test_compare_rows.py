@@ -11,6 +11,7 @@ import pytest
 from pipeline.config.schema import StudyJob
 from pipeline.runs.json_records import StudyTable
 from pipeline.runs.score_protocol import Score
+from pipeline.runs.spending import Spending
 from pipeline.study.compare_rows import Outcome, tables_of
 from pipeline.study.show_tables import COLUMNS, as_csv, as_text, cells, head
 from tests.unit.score_protocol import PROTOCOL
@@ -90,6 +91,16 @@ def test_a_row_of_which_all_runs_diverged_is_in_the_table() -> None:
     row = table.rows[1]
     assert (row.row, row.values, row.diverged, row.mean, row.difference) == ("d-only", {}, 2, None, None)
     assert cells(row)[:3] == ["d-only", "0, 2 diverged", "–"]
+
+
+def test_a_row_has_the_device_hours_and_the_cost_of_all_its_runs() -> None:
+    spent = [Outcome("none", seed, None, seed == 1, Spending.of(1.5, 0, None, 2.0)) for seed in range(2)]
+    (table,) = tables(study({"none": {}, "other": {}}), *spent, outcome("other", 0, 10.0))
+    row, other = table.rows
+    assert (row.device_hours, row.cost) == (3.0, 6.0)
+    assert cells(row)[-2:] == ["3.00", "6.00"]
+    assert cells(other)[-2:] == ["0", "–"], "no driver has said anything of it"
+    assert [line["cost"] for line in csv.DictReader(io.StringIO(as_csv([table])))] == ["6.0", ""]
 
 
 def test_values_that_are_not_finite_are_no_scores() -> None:

@@ -1,4 +1,4 @@
-"""A worker group that loses a node has not failed where there was notice."""
+"""What the driver makes of messages: whether a group that loses a node has failed, and what the run has spent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pipeline.compute.cluster import LeavingNode
 from pipeline.errors import SaganError
 from pipeline.training.restart_budget import next_start
 from pipeline.training.status.messages import (
+    Alive,
     GroupLost,
     GroupStarted,
+    Logged,
     NodesLeave,
     RoomForMore,
     StartAsked,
@@ -157,3 +159,91 @@ def test_a_complete_checkpoint_on_a_leaving_node_loses_nothing_and_nothing_is_sa
     status.apply(GroupStarted(64, "000000000064-0", 0.0))
     assert status.images_lost == 0
     assert not any("was complete" in line for line in status.lines)
+
+
+class Clock:
+    """A Unix time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def group_of(workers: int, age_s: float) -> StartAsked:
+    return StartAsked(frozenset({"a"}), workers, age_s)
+
+
+def seconds(status: Status) -> float:
+    """Device seconds of the run, to the millisecond."""
+    return round(3600 * status.device_hours, 3)
+
+
+def test_workers_hold_their_devices_from_the_start_of_their_processes_until_they_are_gone() -> None:
+    clock = Clock()
+    status = Status(clock=clock, earlier_device_s=50.0)
+    clock.now_s += 600  # the cluster has no room
+    assert seconds(status) == 50, "an earlier driver's"
+    status.apply(group_of(4, age_s=10.0))
+    assert seconds(status) == 50 + 4 * 10
+    clock.now_s += 100
+    assert seconds(status) == 50 + 4 * 110
+    status.apply(Stopped())
+    clock.now_s += 600
+    assert seconds(status) == 50 + 4 * 110
+    status.apply(group_of(2, age_s=20.0))  # as many as fit
+    clock.now_s += 5
+    assert seconds(status) == 50 + 4 * 110 + 2 * 25
+    status.notice_end()
+    clock.now_s += 600
+    assert seconds(status) == 50 + 4 * 110 + 2 * 25
+
+
+def test_a_group_that_died_without_a_message_held_its_devices_until_the_next_one() -> None:
+    clock = Clock()
+    status = Status(clock=clock)
+    clock.now_s += 60
+    status.apply(group_of(2, age_s=500.0))  # the process is older than the driver
+    assert seconds(status) == 2 * 60
+    clock.now_s += 30
+    status.apply(group_of(2, age_s=8.0))
+    assert seconds(status) == 2 * 90, "nothing counts twice"
+    status.apply(LOST)
+    clock.now_s += 15
+    status.apply(group_of(2, age_s=8.0))
+    assert seconds(status) == 2 * 98, "between the failure and the next start no device is held"
+
+
+def test_the_workers_of_a_silent_group_are_counted_up_to_their_last_sign() -> None:
+    clock = Clock()
+    status = Status(clock=clock)
+    status.apply(group_of(2, age_s=0.0))
+    clock.now_s += 10
+    status.apply(Alive(0, "process 1 on a", 0, 0.0))
+    clock.now_s += 100
+    status.notice_silence("2 workers")
+    assert seconds(status) == 2 * 10
+
+
+def test_gpus_that_score_count_while_they_score() -> None:
+    clock = Clock()
+    status = Status(clock=clock)
+    for gpus in (0.0, 2.0, 2.0, 0.0):
+        clock.now_s += 10
+        status.notice_scoring(gpus)
+    assert seconds(status) == 2 * 20
+
+
+def test_the_time_of_an_image_is_that_between_logs_on_all_workers() -> None:
+    status = Status()
+    assert status.device_s_per_image is None
+    status.apply(group_of(4, age_s=0.0))
+    status.apply(GroupStarted(1000, "000000001000-0", 300.0))
+    assert status.device_s_per_image is None
+    status.apply(Logged(1400, {}, 310.0))
+    assert status.device_s_per_image == 4 * 10 / 400
+    status.apply(group_of(2, age_s=0.0))
+    status.apply(GroupStarted(1200, "000000001200-0", 305.0))
+    status.apply(Logged(1300, {}, 310.0))
+    assert status.device_s_per_image == (4 * 10 + 2 * 5) / 500

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.collection.manifest import Collection
 from pipeline.config.schema import TrainJob
-from pipeline.errors import InterruptedRun, SaganError, UsageError
+from pipeline.errors import BudgetSpent, InterruptedRun, SaganError, UsageError
 from pipeline.job_runner import _evaluation
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import client
-from pipeline.training.driver import find_or_start, owned
+from pipeline.training.driver import find_or_start, owned, train
 from pipeline.training.shared_types import TrainingRun
 from pipeline.training.status import status_file
 from pipeline.training.status.messages import GroupStarted, Logged, StartAsked, Stepped, Waits, WentOn, WorkerFailed
@@ -37,7 +37,9 @@ from tests.unit.training.test_lost_mlflow_run import job_in
 from tests.unit.training.test_status_file import driving, training
 folder = Path(sys.argv[2])
 with driving(job_in(Collection.open(sys.argv[1]), folder, folder / "runs")) as (run, told):
-    told.follow(training())
+    now = training()
+    now.earlier_device_s = 7200
+    told.follow(now)
     while (state := run.stored.state()) is None or state.state != "training":
         pass
     os._exit(1)
@@ -101,8 +103,15 @@ def test_a_run_is_shown_from_its_start_to_its_end(job: TrainJob) -> None:
         assert (seen["kimg"], seen["total_kimg"], seen["checkpoint"], seen["score"]) == (0, 1, None, None)
         assert seen["driver"]["alive"]
         now = training()
+        now.earlier_device_s = 1800
         told.follow(now)
         seen = until(job, "state", "training")
+        spending = seen["spending"]
+        assert spending["device_hours"] == pytest.approx(0.5, abs=0.1)
+        assert spending["expected_device_hours"] - spending["device_hours"] == pytest.approx(
+            (1000 - 32) * 2 / 16 / 3600
+        )
+        assert spending["cost"] is None
         assert (seen["kimg"], seen["images_per_s"], seen["restarts"], seen["waits"]) == (0.032, 8, 0, [])
 
         now.apply(Waits("checkpoint x", "storage: it is away", "it is sent again in 5 s"))
@@ -122,7 +131,8 @@ def test_a_run_is_shown_from_its_start_to_its_end(job: TrainJob) -> None:
         seen = until(job, "restarts", 1)
         assert seen["last_error"] == "the disk is gone"
         assert seen["checkpoint"]["name"] == checkpoint.name
-        told.score(1000)
+        now.apply(Stepped(1000))
+        told.score(now)
         until(job, "state", "scoring")
     seen = status(StoredRun.of(job).url)
     assert (seen["state"], seen["kimg"], seen["driver"]["alive"]) == ("finished", 1, False)
@@ -161,11 +171,50 @@ def test_how_a_run_ended_is_kept(job: TrainJob, error: SaganError, state: str, m
         assert until(job, "state", "starting")["last_error"] == message, "an earlier driver's"
 
 
+def test_what_a_run_spends_has_a_price_and_a_budget(job: TrainJob) -> None:
+    keys = {"resources": {"price_per_device_hour": 4.0}, "budget": {"cost": 10.0}}
+    job = TrainJob.model_validate({**job.model_dump(by_alias=True), **keys})
+    now = training()
+    now.earlier_device_s = 3 * 3600
+    with driving(job) as (run, told):
+        told.follow(now)
+    seen = status(StoredRun.of(job).url)
+    assert seen["budget_hours"] == 2.5
+    assert seen["spending"]["cost"] == pytest.approx(12, abs=0.5)
+    said = words(StoredRun.of(job).url)
+    assert "budget 2.50 device hours" in said
+    assert "cost 12.0" in said
+    tags = client(run.tracking_uri).get_run(run.mlflow_run_id).data.tags
+    assert float(tags["device_hours"]) == pytest.approx(3, abs=0.1)
+    assert float(tags["expected_cost"]) > float(tags["cost"]) == pytest.approx(12, abs=0.5)
+
+
+def test_a_run_without_budget_left_starts_no_worker_and_says_how_it_goes_on(job: TrainJob) -> None:
+    keys = {"resources": {"price_per_device_hour": 4.0}, "budget": {"cost": 10.0}}
+    job = TrainJob.model_validate({**job.model_dump(by_alias=True), **keys})
+    now = training()
+    now.earlier_device_s = 3 * 3600
+    with driving(job) as (run, told):
+        told.follow(now)
+    checkpoint = commit_checkpoint(job, 32)
+    with pytest.raises(BudgetSpent) as caught:
+        train(job, _evaluation())
+    error = caught.value
+    for text in ("budget.cost is 10", "3.0", "cost 12.0", "0.0 of 1 kimg", checkpoint.name):
+        assert text in error.message
+    assert error.remedy == "to go on, run the same command with a larger budget, such as budget.cost=20"
+    assert error.exit_code == 4
+    assert status(StoredRun.of(job).url)["state"] == "stopped"
+    assert client(run.tracking_uri).get_run(run.mlflow_run_id).info.status == "KILLED"
+
+
 def test_a_driver_that_was_killed_is_said_to_be_dead(job: TrainJob, packed: Collection, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", START, packed.url, str(tmp_path)])
     seen = status(StoredRun.of(job).url)
     assert (seen["state"], seen["kimg"]) == ("driver died", 0.032)
     assert not seen["driver"]["alive"]
+    assert seen["spending"]["device_hours"] >= 2
+    assert start_run(job).record.device_hours == seen["spending"]["device_hours"], "the next driver goes on from there"
 
 
 def test_a_run_of_older_code_and_a_run_that_is_not_there(job: TrainJob) -> None:
