@@ -78,14 +78,16 @@ def dry_run_job(job: Job) -> dict[str, Any]:
     if isinstance(job, TuneJob):
         base = trial_job(job, job.example)
         collection = _collection(base)
+        trial = _train_dry_run(base, collection)
         spending = _sweep_spending(job, base, collection)
         return {
             "name": job.name,
             "kind": "tune",
             "trials": job.search.trials,
+            **_population(job, trial["images"]),
             **spending.model_dump(),
             "notes": _notes(spending),
-            "trial": _train_dry_run(base, collection),
+            "trial": trial,
         }
     if isinstance(job, StudyJob):
         jobs = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
@@ -100,6 +102,24 @@ def dry_run_job(job: Job) -> dict[str, Any]:
         notes = [*plan["notes"], *_notes(spending, job.budget_hours)]
         return {**plan, **spending.model_dump(), "budget_hours": job.budget_hours, "notes": notes}
     return job.model_dump(mode="json")
+
+
+def _population(sweep: TuneJob, images: int) -> dict[str, Any]:
+    """Return what population-based training of a sweep does, given the images of one member; empty without it."""
+    if sweep.pbt is None:
+        return {}
+    from pipeline.tuning.exploit_explore import generation_ends, replaced_members
+
+    members, kimg = sweep.search.trials, trial_job(sweep, sweep.example).train.kimg
+    generations = len(generation_ends(kimg, sweep.pbt.interval_kimg))
+    clones = replaced_members(members, sweep.pbt.fraction)
+    return {
+        "generations": generations,
+        "kimg_per_generation": sweep.pbt.interval_kimg,
+        "clones_per_generation": clones,
+        "runs": members + clones * (generations - 1),
+        "images": members * images,
+    }
 
 
 def _connect_workers(job: EvaluateJob) -> None:
@@ -166,7 +186,10 @@ def _start(job: TrainJob, plan: DryRun, collection: Collection | None) -> dict[s
         return {"notes": (*plan.notes, f"init.source cannot be read, and may not fit: {fault.message}")}
     assert init is not None
     where = {"from": describe(init)["init"], "sha256": init.sha256}
-    return {"init": {**where, "taken": init.taken, "not_taken": init.skipped}}
+    start: dict[str, Any] = {"init": {**where, "taken": init.taken, "not_taken": init.skipped}}
+    if job.init.keep_position:
+        start["notes"] = (*plan.notes, "the run goes on at the position of init.source; the figures count from 0")
+    return start
 
 
 def _dry_run(job: TrainJob, collection: Collection | None) -> DryRun:

@@ -55,11 +55,13 @@ class Choice:
         networks: one network, or all that the source has.
         optimizers: whether the moments of Adam are taken, for the networks that are taken.
         ema: whether the moving average is taken. None takes it where the source has one and the new run uses it.
+        keep_position: whether the new state is at the position of the source, and not at position 0.
     """
 
     networks: Literal["all"] | Network = "all"
     optimizers: bool = False
     ema: bool | None = None
+    keep_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class WarmStart:
             where the classes are the same.
         optimizers: whether the moments of Adam are taken.
         ema: whether the moving average is taken.
+        images: position of the new state.
         taken: one line for each part that is taken.
         skipped: one line for each part of the source that is not taken, or of the new state that starts anew.
     """
@@ -86,6 +89,7 @@ class WarmStart:
     rows: tuple[int | None, ...] | None
     optimizers: bool
     ema: bool
+    images: int
     taken: tuple[str, ...]
     skipped: tuple[str, ...]
 
@@ -109,15 +113,19 @@ class WarmStart:
         _require_same_structure(source, model, networks)
         if choice.optimizers and not source.images:
             raise ValueError("the source has no moments of Adam: it is not the state of a run after its first step")
+        if choice.keep_position and not source.images:
+            raise ValueError("the source has no position: it is not the state of a run after its first step")
         has_ema = not source.finished and "generator" in networks
         if choice.ema and not has_ema:
             raise ValueError("no moving average can be taken: it needs a training state and its generator")
-        if choice.ema and optim.ema_start_kimg:
+        images = source.images if choice.keep_position else 0
+        starts_anew = images < 1000 * optim.ema_start_kimg
+        if choice.ema and starts_anew:
             raise ValueError(
                 f"optim.ema_start_kimg is {optim.ema_start_kimg:g}: until then the moving average is a copy of the "
                 "weights, and one that is taken would be lost"
             )
-        ema = has_ema and not optim.ema_start_kimg if choice.ema is None else choice.ema
+        ema = has_ema and not starts_anew if choice.ema is None else choice.ema
         rows = _rows(source, model, class_names)
         taken, skipped = [], []
         for network in _ADAM:
@@ -136,11 +144,14 @@ class WarmStart:
         (taken if choice.optimizers else skipped).append(moments if choice.optimizers else "moments of Adam: new")
         if rows is not None and (left := sorted(set(range(len(source.class_names))) - set(rows))):
             skipped.append(f"classes that only the source has: {_listed([source.class_names[i] for i in left])}")
-        skipped.append("position, seed, order of images, latents and labels: the run has its own")
-        return cls(source, model, optim, networks, rows, choice.optimizers, ema, tuple(taken), tuple(skipped))
+        if choice.keep_position:
+            taken.append(f"position: {images / 1000:g} kimg")
+        own = "seed, order of images, latents and labels: the run has its own"
+        skipped.append(own if choice.keep_position else f"position, {own}")
+        return cls(source, model, optim, networks, rows, choice.optimizers, ema, images, tuple(taken), tuple(skipped))
 
     def state(self, tensors: Mapping[str, Tensor], seed: int) -> TrainState:
-        """Return the new state, on the host and at position 0.
+        """Return the new state, on the host.
 
         Spectral norm divides a new class table by the table's own σ. u and v of such a layer, and those of a finished
         generator, are converged on the weights. All other vectors are taken.
@@ -172,6 +183,7 @@ class WarmStart:
         if not self.ema:
             new |= {f"ema.{name}": new[f"generator.{name}"] for name in state.ema}
         state.assign(new)
+        state.images = self.images
         for layer in stale:
             spectral_norm.warm_up(layer, _ITERATIONS)
         return state

@@ -76,6 +76,7 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
         base = trial_job(job, {})  # a wrong key is found now and not in the first trial
         for key in job.space:
             _require_known(base, key, f"{path}: space")
+        _check_generations(job, base, path)
     if isinstance(job, StudyJob):
         job = _with_absolute_bases(job, path.parent)
         _check_rows(job, path)
@@ -91,6 +92,20 @@ def trial_job(sweep: TuneJob, point: Mapping[str, Any]) -> TrainJob:
     if not isinstance(job, TrainJob):
         raise ConfigError(f"{sweep.base} is a job of kind: {job.kind}", "the base of a sweep must be of kind: train")
     return job
+
+
+def _check_generations(sweep: TuneJob, base: TrainJob, path: Path) -> None:
+    """Raise ConfigError where the generations of a population are too short or too long."""
+    if sweep.pbt is None:
+        return
+    interval, kimg = sweep.pbt.interval_kimg, base.train.kimg
+    step = base.train.batch * base.optim.n_dis
+    if not step <= 1000 * interval <= 1000 * kimg / 2:
+        raise ConfigError(
+            f"{path}: schedule.pbt.interval_kimg is {interval:g}; it must be at least a step, {step / 1000:g}, and at "
+            f"most half of train.kimg, {kimg / 2:g}",
+            "give another interval, or another length of the trials (overrides.train.kimg)",
+        )
 
 
 def row_job(study: StudyJob, row: str, seed: int) -> TrainJob:

@@ -74,7 +74,8 @@ def sweep_method_of(
 ) -> dict[str, Any]:
     """Return the method of a sweep, by dotted key: its space, its overrides and the method of its base job.
 
-    The number of trials is not part of it, because a larger number continues a sweep.
+    The number of trials is not part of it, because a larger number continues a sweep. The size of a population is, and
+    so is all that decides about it.
 
     Args:
         sweep: The sweep job.
@@ -88,6 +89,9 @@ def sweep_method_of(
         **{f"overrides.{key}": value for key, value in sweep.overrides.items()},
         **{f"space.{key}": choice.model_dump(exclude_none=True) for key, choice in sweep.space.items()},
     }
+    if sweep.pbt is not None:
+        method |= {f"schedule.pbt.{key}": value for key, value in sweep.pbt.model_dump().items()}
+        method |= {"search.trials": sweep.search.trials, "search.seed": sweep.search.seed}
     return json.loads(json.dumps(method))
 
 

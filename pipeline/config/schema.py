@@ -292,7 +292,11 @@ class InitSection(Section):
     """Whether to take the moments of Adam for these networks. They are in the checkpoints of a run."""
     ema: bool | None = None
     """Whether to take the moving average of the generator's weights. Without it, the moving average starts as a copy of
-    the weights. Default: it is taken where the source has one and `optim.ema_start_kimg` is 0."""
+    the weights. Default: it is taken where the source has one and the run does not begin before
+    `optim.ema_start_kimg`."""
+    keep_position: bool = False
+    """Whether the run goes on at the position of the source, which must be a checkpoint. `train.kimg` and all other
+    positions then count the images of the source too. Default: the run begins at position 0."""
 
 
 class ResourcesSection(Section):
@@ -463,27 +467,57 @@ class SearchSection(Section):
 
     trials: int = Field(12, ge=1)
     """Number of trials. A larger number adds trials to a sweep that exists. The number is ignored where the space has a
-    grid: each combination of the grids is then tried once."""
+    grid: each combination of the grids is then tried once. With `schedule.pbt`, it is the size of the population, which
+    does not change."""
     max_concurrent: int = Field(2, ge=1)
     """Greatest number of trials that run at the same time. The cluster must be able to hold them. While other jobs use
     it, fewer run."""
     algorithm: Literal["optuna", "random"] = "optuna"
-    """Search algorithm: `optuna` is Optuna's TPE, `random` draws points at random. A space with a grid always uses
-    `random`."""
+    """Search algorithm: `optuna` is Optuna's TPE, `random` draws points at random. A space with a grid and
+    `schedule.pbt` always use `random`."""
     initial_points: list[dict[str, Any]] = []
     """Points that are tried first, by dotted key: [{optim.lr_d: 4.0e-4, optim.lr_g: 1.0e-4}]. They must be in the
     space. Keys that a point lacks are drawn."""
     seed: int = Field(0, ge=0)
-    """Seed of the search algorithm."""
+    """Seed of the search algorithm and of the decisions of `schedule.pbt`."""
+
+
+class PbtSection(Section):
+    """Population-based training (Jaderberg et al. 2017). `search.trials` is the size of the population.
+
+    Every member trains for a generation. Then each of the worst members ends, and a clone of one of the best members
+    takes its place. The clone starts from the checkpoint at the end of the generation, at a point near that of its
+    parent. Every member trains to `train.kimg` of the base job in this way."""
+
+    interval_kimg: float = Field(gt=0)
+    """Length of a generation, in thousands of images. The last generation ends at `train.kimg` and may be longer."""
+    fraction: float = Field(0.2, gt=0, le=0.5)
+    """Fraction of the population that is replaced after a generation, and fraction that is cloned. At least one member
+    is replaced. A member without a score is always replaced."""
+    resample: float = Field(0.25, ge=0, le=1)
+    """Probability with which a value of a clone is drawn anew from the space. Otherwise, a number is multiplied by one
+    of `factors`, and a value of a list is replaced by one of its neighbours in the list."""
+    factors: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.8, 1.2)
+    """The two factors. A product outside the space becomes the nearest bound."""
 
 
 class ScheduleSection(Section):
-    """The scheduler ASHA (Li et al. 2020), which stops the worse trials early, at positions called rungs."""
+    """How the trials of a sweep depend on each other: by ASHA (`grace_kimg`) or by population-based training (`pbt`).
 
-    grace_kimg: float = Field(gt=0)
-    """Position of the first rung, in thousands of images. No trial is stopped before it."""
+    ASHA (Li et al. 2020) stops the worse trials early, at positions called rungs."""
+
+    grace_kimg: float | None = Field(None, gt=0)
+    """ASHA: position of the first rung, in thousands of images. No trial is stopped before it."""
     reduction: int = Field(3, ge=2)
-    """Reduction factor: at each rung one in this many trials continues."""
+    """ASHA: reduction factor. At each rung one in this many trials continues."""
+    pbt: PbtSection | None = None
+    """Population-based training."""
+
+    @model_validator(mode="after")
+    def _one(self) -> ScheduleSection:
+        if (self.grace_kimg is None) == (self.pbt is None):
+            raise ValueError("give either grace_kimg, for ASHA, or pbt")
+        return self
 
 
 class TuneJob(Section):
@@ -501,7 +535,7 @@ class TuneJob(Section):
     """Values to search, by dotted key of the base job: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}}."""
     search: SearchSection = SearchSection()
     schedule: ScheduleSection | None = None
-    """When trials are stopped early. Default: every trial runs to its end."""
+    """When trials are stopped early, or cloned. Default: every trial runs to its end."""
 
     @model_validator(mode="after")
     def _in_the_space(self) -> TuneJob:
@@ -511,6 +545,24 @@ class TuneJob(Section):
             except ValueError as error:
                 raise ValueError(f"search.initial_points.{i}: {error}") from None
         return self
+
+    @model_validator(mode="after")
+    def _is_a_population(self) -> TuneJob:
+        if self.pbt is None:
+            return self
+        if self.search.trials < 2:
+            raise ValueError(f"search.trials is {self.search.trials}; a population has at least 2 members")
+        for key, choice in self.space.items():
+            if not key.startswith("optim.") or key == "optim.n_dis":
+                raise ValueError(f"space.{key}: with schedule.pbt, the space has only keys of optim, without n_dis")
+            if choice.grid is not None:
+                raise ValueError(f"space.{key}: with schedule.pbt, give `choice` instead of `grid`")
+        return self
+
+    @property
+    def pbt(self) -> PbtSection | None:
+        """Population-based training; None for another sweep."""
+        return None if self.schedule is None else self.schedule.pbt
 
     def point_of(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return a point, or a part of one, with values as the space has them. Raises ValueError that names the key."""

@@ -81,17 +81,26 @@ def _sweep(sweep: StoredSweep) -> Section:
         raise CorruptError(f"{sweep.url} lacks the scores or the trials of its sweep", "run the sweep again")
     metric = summary.score.metric
     space = list(summary.best.point)
+    trials = best_first(record.trials, summary.score.higher_is_better)
     rows = [
         [trial.name, *(trial.point.get(key) for key in space), trial.score, trial.kimg, trial.outcome]
-        for trial in best_first(record.trials, summary.score.higher_is_better)
+        for trial in trials
     ]
+    columns = ["trial", *space, metric, "kimg", "outcome"]
+    if any(trial.parent for trial in trials):
+        columns += ["clone of", "since generation"]
+        parents = [trial.parent for trial in trials]
+        rows = [
+            [*row, *([parent.run, parent.generation] if parent else [None, 0])]
+            for row, parent in zip(rows, parents, strict=True)
+        ]
     alt = f"{metric} of every trial over {' and '.join(space)}"
     picture = html.picture(stored_picture(sweep.picture_url, PLANE_WIDTH), alt, PLANE_BYTES, class_="plane")
     text = (
         f"The sweep ran {summary.trials} trials. {summary.stopped_early} of them were stopped early. "
         f"{_spent(summary)} The best trial, {summary.best.name}, is shown below."
     )
-    table = html.table(["trial", *space, metric, "kimg", "outcome"], rows, "trials, the best first")
+    table = html.table(columns, rows, "trials, the best first")
     return Section(f"Sweep {summary.name}", joined([element("p", text), picture, table]))
 
 

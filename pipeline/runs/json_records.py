@@ -305,6 +305,19 @@ class TrainSummary(RunScores):
         return Spending(device_hours=hours, expected_device_hours=hours, cost=cost, expected_cost=cost)
 
 
+class Lineage(BaseModel):
+    """Where a clone in a population comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: PlainName
+    """Name of the run that was cloned."""
+    checkpoint: PlainName
+    """Name of the checkpoint of this run from which the clone started."""
+    generation: Size = Field(ge=1)
+    """Number of the generation in which the clone began, from 0."""
+
+
 class Trial(BaseModel):
     """Result of one trial of a sweep."""
 
@@ -320,10 +333,14 @@ class Trial(BaseModel):
     """Position of the last report."""
     outcome: str
     """`running`, `finished`, `stopped early`, or the reason of the failure."""
+    parent: Lineage | None = None
+    """What the trial was cloned from; None where it was not cloned."""
 
 
 class TrialRecord(Record):
     """`trials/<name>.json` of a sweep. It is written when the trial starts, and again when it ends.
+
+    In a population, it is also written at the end of each generation of the trial.
 
     A later driver needs only these records to continue the search.
     """
@@ -333,6 +350,31 @@ class TrialRecord(Record):
     ended: bool = Field(strict=True)
     """Whether the trial has a result. A trial that has not ended is resumed by the next driver, also after an error."""
     trial: Trial
+
+
+class Member(BaseModel):
+    """One trial of a population in one generation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: PlainName
+    """Name of the trial's run."""
+    point: dict[str, Any]
+    """Value of each key of the sweep's space."""
+    parent: Lineage | None
+    """What the trial was cloned from, in this generation or an earlier one; None where it was not cloned."""
+
+
+class GenerationRecord(Record):
+    """`generations/<number>.json` of a sweep: the population in one generation.
+
+    It is written once, before a member of the generation trains. It is the decision about which trials go on and which
+    are cloned.
+    """
+
+    number: Size
+    """Number of the generation, from 0."""
+    members: list[Member] = Field(min_length=2, max_length=100_000)
 
 
 class SweepTrials(Record):

@@ -8,6 +8,7 @@ from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints
 from pipeline.runs.json_records import (
+    GenerationRecord,
     RunRecord,
     RunState,
     ScoreRecord,
@@ -195,6 +196,27 @@ class StoredSweep:
 
     def write_trial_record(self, record: TrialRecord) -> None:
         record.write(self.trial_url(record.trial.name))
+
+    def generation_url(self, number: int) -> str:
+        """Return the URL of the record of a generation. It need not exist."""
+        return files.join(self.url, "generations", f"{number:06d}.json")
+
+    def newest_generation(self) -> GenerationRecord | None:
+        """Return the record of the newest generation; None where there is none. Raises CorruptError, EnvironmentFault.
+
+        Only a sweep with a population has such records.
+        """
+        names = [name for name in files.list_names(files.join(self.url, "generations")) if name.endswith(".json")]
+        if not names:
+            return None
+        url = files.join(self.url, "generations", max(names))
+        record = GenerationRecord.read(url)
+        if record is not None and url != self.generation_url(record.number):
+            raise CorruptError(f"{url} is the record of another generation: {record.number}", "delete the file")
+        return record
+
+    def write_generation(self, record: GenerationRecord) -> None:
+        record.write(self.generation_url(record.number))
 
     @property
     def picture_url(self) -> str:

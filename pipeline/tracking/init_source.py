@@ -1,7 +1,7 @@
 """Finds and reads what a new run starts from: a checkpoint, a registered model, or a folder with a model (`init`).
 
-The source is read once, when the run starts. Its state becomes the run's first checkpoint, at position 0, from which
-all workers start. Later starts compare the record of the run with the job and read the source no more.
+The source is read once, when the run starts. Its state becomes the run's first checkpoint, from which all workers
+start. Later starts compare the record of the run with the job and read the source no more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config.schema import InitSection, TrainJob
 from pipeline.errors import CorruptError, UsageError, shown_url
-from pipeline.runs.checkpoints import CHECKPOINT_FACTS, load_state
+from pipeline.runs.checkpoints import CHECKPOINT_FACTS, StoredCheckpoint, load_state
 from pipeline.runs.json_records import RecordedInit
 from pipeline.runs.stored_run import StoredRun, StoredSweep, open_folder
 from pipeline.storage import file_sets, files
@@ -42,12 +42,14 @@ class _Found:
         sha256: digest of its tensors, its configuration and its class names.
         source: what it is.
         read: reads its tensors.
+        train_seconds: seconds of training up to its position.
     """
 
     version: str | None
     sha256: str
     source: Source
     read: Callable[[], dict[str, Tensor]]
+    train_seconds: float = 0.0
 
 
 def find_init(job: TrainJob, class_names: Sequence[str], known: RecordedInit | None) -> RecordedInit | None:
@@ -79,8 +81,8 @@ def find_init(job: TrainJob, class_names: Sequence[str], known: RecordedInit | N
     )
 
 
-def first_state(job: TrainJob, class_names: Sequence[str], init: RecordedInit) -> TrainState:
-    """Read the source, and return the state that the run starts from.
+def first_state(job: TrainJob, class_names: Sequence[str], init: RecordedInit) -> tuple[TrainState, float]:
+    """Read the source. Return the state that the run starts from, and the seconds of training up to its position.
 
     Raises UsageError where the source has changed since `find_init`. Raises CorruptError, EnvironmentFault.
     """
@@ -91,7 +93,8 @@ def first_state(job: TrainJob, class_names: Sequence[str], init: RecordedInit) -
             f"{location(job.init.source, init.version)} has changed since {job.name} began to start from it",
             "give the new run another name (name=…), or start over with --fresh",
         )
-    return _plan(job, class_names, found).state(found.read(), job.seed)
+    state = _plan(job, class_names, found).state(found.read(), job.seed)
+    return state, found.train_seconds if state.images else 0.0
 
 
 def pin_source(job: TrainJob, init: RecordedInit | None) -> TrainJob:
@@ -125,14 +128,17 @@ def describe(init: RecordedInit) -> dict[str, str]:
 def _plan(job: TrainJob, class_names: Sequence[str], found: _Found) -> WarmStart:
     """Decide what the job takes. Raises UsageError where the source does not fit."""
     assert job.init is not None
-    choice = Choice(job.init.networks, job.init.optimizers, job.init.ema)
+    choice = Choice(job.init.networks, job.init.optimizers, job.init.ema, job.init.keep_position)
     try:
-        return WarmStart.plan(found.source, job.model, job.optim, class_names, choice)
+        start = WarmStart.plan(found.source, job.model, job.optim, class_names, choice)
+        if start.images >= 1000 * job.train.kimg:
+            raise ValueError(f"it is at {start.images / 1000:g} kimg, and the run would end at {job.train.kimg:g} kimg")
+        return start
     except ValueError as error:
         raise UsageError(
             f"{job.name} cannot start from {location(job.init.source, found.version)}: {error}",
             "set the keys of model to the values of the source, take other parts of it (init.networks, "
-            "init.optimizers, init.ema), or give another init.source",
+            "init.optimizers, init.ema, init.keep_position), or give another init.source",
         ) from None
 
 
@@ -186,8 +192,9 @@ def _state(url: str, version: str | None) -> _Found:
             reason = str(error).replace(f"{folder}/", "")
             raise CorruptError(f"{url} is not a checkpoint of this version: {reason}", "give another source") from error
         names = class_names_of(folder, url, facts.model)
+        train_seconds = StoredCheckpoint(str(folder)).facts().train_seconds
     source = Source(facts.model, names, images=facts.images)
-    return _Found(version, _digest(manifest, _STATE_FILES, url), source, read)
+    return _Found(version, _digest(manifest, _STATE_FILES, url), source, read, train_seconds)
 
 
 def _model(folder: Path, url: str, version: str | None) -> _Found:

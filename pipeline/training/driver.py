@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ def train(
     evaluation: Evaluation,
     *,
     parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    kept: Collection[str] = (),
     on_score: Callable[[int, float | None], None] | None = None,
     final: bool = True,
     on_end: Callable[[TrainJob, str], None] | None = None,
@@ -57,6 +59,8 @@ def train(
     Args:
         evaluation: Computes the scores.
         parent: Id of the MLflow run of the sweep, if this run is a trial.
+        tags: More tags of the MLflow run, by key.
+        kept: Names of checkpoints that must be kept, because other runs start from them.
         on_score: Called with (position in images, value) after each score. The value is None where the model generates
             images that are not finite.
         final: Whether to compute a final score at the end and to register the best model. False for a trial, because a
@@ -69,7 +73,7 @@ def train(
     the current step is written first.
     """
     with contextlib.ExitStack() as held:
-        run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)))
+        run = find_or_start(job, evaluation, parent, lambda stored: held.enter_context(owned(stored)), tags)
         if run.summary is not None:
             return run.summary
         told = held.enter_context(StatusFile(run, evaluation.higher_is_better(run.job)))
@@ -77,7 +81,7 @@ def train(
         try:
             if _reaches_budget(run.job, run.record.device_hours):
                 raise _budget_spent(run, run.record.device_hours)
-            snapshot = _train(run, evaluation, on_score, asked_to_stop, told)
+            snapshot = _train(run, evaluation, kept, on_score, asked_to_stop, told)
             told.score(snapshot)
             scores = RunScores()
             if final:
@@ -123,6 +127,7 @@ def finish_tracking(run: TrainingRun, status: str) -> None:
 def _train(
     run: TrainingRun,
     evaluation: Evaluation,
+    kept: Collection[str],
     on_score: Callable[[int, float | None], None] | None,
     asked_to_stop: Callable[[], bool],
     told: StatusFile,
@@ -144,7 +149,7 @@ def _train(
         images_lost=run.record.images_lost,
         earlier_device_s=HOUR_S * run.record.device_hours,
     )
-    mailbox, housekeeping = Mailbox(), Housekeeping(run)
+    mailbox, housekeeping = Mailbox(), Housekeeping(run, kept)
     scoring = Scoring.of(run, mailbox.sender, evaluation)
     scores = ScoringBeside(scoring) if beside else None
     in_line = None if beside else scoring.in_line(uses_gpu(job.resources.device))
@@ -283,12 +288,16 @@ class Housekeeping:
     """Keeps the run's record up to date and applies retention while the run trains.
 
     A fault of storage does not end training. It is shown, and the work is done later.
+
+    Args:
+        run: The run.
+        kept: Names of checkpoints that are kept whatever their age.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
-        self._run = run
+    def __init__(self, run: TrainingRun, kept: Collection[str] = ()) -> None:
+        self._run, self._kept = run, kept
         self._counted = 0  # checkpoints up to which the record counts device hours
-        self._kept = 0  # checkpoints and scores for which retention was applied
+        self._applied = 0  # checkpoints and scores for which retention was applied
         self._again_at = -math.inf
 
     def follow(self, seen: Status) -> None:
@@ -305,9 +314,9 @@ class Housekeeping:
                 record = run.record.model_copy(update=counts)
                 run.stored.write_record(record)
                 run.record, self._counted = record, uploaded
-            if known > self._kept:
-                delete_superfluous_checkpoints(run.job)
-                self._kept = known
+            if known > self._applied:
+                delete_superfluous_checkpoints(run.job, self._kept)
+                self._applied = known
         except (EnvironmentFault, CorruptError) as error:
             self._again_at = time.monotonic() + HOUSEKEEPING_PAUSE_S
             print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.collection.manifest import MANIFEST, Collection
@@ -58,12 +58,16 @@ def complete_job(job: TrainJob) -> TrainJob:
 
 
 def find_or_start(
-    job: TrainJob, evaluation: Evaluation, parent: str | None, own: Callable[[StoredRun], Ownership]
+    job: TrainJob,
+    evaluation: Evaluation,
+    parent: str | None,
+    own: Callable[[StoredRun], Ownership],
+    tags: Mapping[str, str] | None = None,
 ) -> TrainingRun:
     """Check the job before any worker starts, then find the run of this name or start it in MLflow.
 
     `own` becomes the owner of a run that has not ended, before anything of it is changed. A job with `init` gets its
-    first checkpoint here.
+    first checkpoint here. `parent` and `tags` are those of `start_tracking`.
 
     A run that exists resumes where MLflow does not answer. Raises UsageError, EnvironmentFault or CorruptError.
     """
@@ -85,7 +89,7 @@ def find_or_start(
         record = _with_newest_hours(record, stored)
     first = _first_state(job, collection, stored, init) if init and not stored.checkpoints() else None
     try:
-        record = start_tracking(job, stored, record, method, parent, init)
+        record = start_tracking(job, stored, record, method, parent, init, tags)
         reached = last_step(uri, record.mlflow_run_id, "loss_d")
     except EnvironmentFault as fault:
         if record is None or isinstance(fault, LastingFault):
@@ -94,7 +98,7 @@ def find_or_start(
         reached = max((checkpoint.images for checkpoint in stored.checkpoints()), default=0)
     if first is not None:
         owner.require()
-        _write_first_checkpoint(first, stored, collection, digest_of(method))
+        _write_first_checkpoint(*first, stored, collection, digest_of(method))
     return TrainingRun(job, stored, uri, record, owner, reached, None)
 
 
@@ -117,6 +121,7 @@ def start_tracking(
     method: dict[str, Any],
     parent: str | None,
     init: RecordedInit | None,
+    tags: Mapping[str, str] | None = None,
 ) -> RunRecord:
     """Start the MLflow run of a training run or resume it, write the run's record and return it.
 
@@ -129,6 +134,7 @@ def start_tracking(
         method: Method of the job.
         parent: Id of the MLflow run of the sweep, if the run is a trial.
         init: What the run starts from; None for new weights.
+        tags: More tags of the MLflow run, by key.
 
     Raises EnvironmentFault.
     """
@@ -144,6 +150,7 @@ def start_tracking(
             "collection": shown_url(job.data.train),
             SOURCE_COMMIT: git_commit(),
             **(describe(init) if init else {}),
+            **(tags or {}),
         },
         artifacts=job.track.artifacts or artifact_location(job),
         parent=parent,
@@ -170,26 +177,30 @@ def start_tracking(
     return record
 
 
-def _first_state(job: TrainJob, collection: Collection, stored: StoredRun, init: RecordedInit) -> TrainState:
-    """Return the state that a run starts from, and print what it takes from where.
+def _first_state(
+    job: TrainJob, collection: Collection, stored: StoredRun, init: RecordedInit
+) -> tuple[TrainState, float]:
+    """Return the state that a run starts from, and its seconds of training. Print what the run takes from where.
 
     Raises UsageError, EnvironmentFault. Raises CorruptError also where a value of the source is not finite.
     """
-    state, where = first_state(job, collection.class_names, init), describe(init)["init"]
+    (state, train_seconds), where = first_state(job, collection.class_names, init), describe(init)["init"]
     if tensor := first_not_finite(state):
         raise CorruptError(f"{job.name} cannot start from {where}: {tensor} is not finite", "give another init.source")
     print(f"{stored.name} starts from {where}", flush=True)
     for title, lines in (("taken", init.taken), ("not taken", init.skipped)):
         for line in lines:
             print(f"  {title}: {line}", flush=True)
-    return state
+    return state, train_seconds
 
 
-def _write_first_checkpoint(state: TrainState, stored: StoredRun, collection: Collection, method_digest: str) -> None:
-    """Write the checkpoint at position 0, from which all workers start. Raises EnvironmentFault."""
+def _write_first_checkpoint(
+    state: TrainState, train_seconds: float, stored: StoredRun, collection: Collection, method_digest: str
+) -> None:
+    """Write the checkpoint from which all workers start. Raises EnvironmentFault."""
     facts = CheckpointFacts(
-        images=0,
-        train_seconds=0.0,
+        images=state.images,
+        train_seconds=train_seconds,
         to_score=False,
         collection_digest=collection.digest,
         class_names=collection.class_names,

@@ -17,13 +17,15 @@ from pipeline.tracking.mlflow_run import tracking_uri
 log = logging.getLogger(__name__)
 
 
-def delete_superfluous_checkpoints(job: TrainJob) -> None:
+def delete_superfluous_checkpoints(job: TrainJob, kept: Collection[str] = ()) -> None:
     """Delete the checkpoints that the job's run need not keep, and unfinished checkpoints of killed workers.
+
+    Checkpoints with names in `kept` are kept too.
 
     Raises EnvironmentFault, CorruptError.
     """
     run = StoredRun.of(job)
-    kept_no_more = superfluous(run.checkpoints(), job.checkpoint.keep, protected(job))
+    kept_no_more = superfluous(run.checkpoints(), job.checkpoint.keep, protected(job) | set(kept))
     for checkpoint in [*kept_no_more, *abandoned_checkpoints(run.checkpoints_url)]:
         file_sets.remove_set(checkpoint.url)
 

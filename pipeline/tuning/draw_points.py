@@ -39,17 +39,25 @@ def read_records(sweep: TuneJob, stored: StoredSweep) -> list[TrialRecord]:
     records = []
     for record in stored.trial_records():
         trial = record.trial
-        try:
-            point = sweep.point_of(trial.point)
-            if missing := sorted(sweep.space.keys() - point.keys()):
-                raise ValueError(f"{missing[0]} is missing")
-        except ValueError as error:
-            raise CorruptError(
-                f"{stored.trial_url(trial.name)} has a point that is not in the space of {sweep.name}: {error}",
-                "delete the file; the trial is then run again",
-            ) from error
+        point = checked_point(
+            sweep, trial.point, stored.trial_url(trial.name), "delete the file; the trial is then run again"
+        )
         records.append(record.model_copy(update={"trial": trial.model_copy(update={"point": point})}))
     return records
+
+
+def checked_point(sweep: TuneJob, given: Point, url: str, remedy: str) -> Point:
+    """Return a point that was read at `url`, with values as the space has them.
+
+    Raises CorruptError with `remedy` where it is not a point of the sweep's space.
+    """
+    try:
+        point = sweep.point_of(given)
+        if missing := sorted(sweep.space.keys() - point.keys()):
+            raise ValueError(f"{missing[0]} is missing")
+    except ValueError as error:
+        raise CorruptError(f"{url} has a point that is not in the space of {sweep.name}: {error}", remedy) from error
+    return point
 
 
 def to_resume(sweep: TuneJob, records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -124,7 +132,7 @@ def _draw(sweep: TuneJob, records: Sequence[TrialRecord], key: list[int], higher
     space = {key: choice for key, choice in sweep.space.items() if choice.grid is None}
     distributions = {key: _distribution(choice) for key, choice in space.items()}
     seed = int(np.random.SeedSequence([sweep.search.seed, *key]).generate_state(1)[0])
-    learns = sweep.search.algorithm == "optuna" and not _grids(sweep)
+    learns = sweep.search.algorithm == "optuna" and not _grids(sweep) and sweep.pbt is None
     sampler = optuna.samplers.TPESampler(seed=seed) if learns else optuna.samplers.RandomSampler(seed=seed)
     study = optuna.create_study(sampler=sampler, direction="maximize" if higher_is_better else "minimize")
     for record in records if learns else ():

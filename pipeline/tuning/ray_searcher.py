@@ -1,110 +1,77 @@
-"""The searcher of a sweep for Ray Tune. It takes its trials from the records in storage, and records every trial."""
+"""The searcher of a sweep for Ray Tune. It takes its trials from the plan of the sweep."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ray.tune.search import Searcher
 
-from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.errors import EnvironmentFault, InterruptedRun, printable, shown_url
-from pipeline.runs.json_records import FINISHED, STOPPED_EARLY, Trial, TrialRecord
-from pipeline.runs.stored_run import StoredSweep
-from pipeline.tuning.draw_points import start, to_resume, to_start
+from pipeline.errors import CorruptError, EnvironmentFault, printable, shown_url
+from pipeline.runs.json_records import Trial
+from pipeline.tuning.trial_plan import TrialPlan, TrialResult
 
 
 class RecordedSearcher(Searcher):
-    """Gives Ray Tune the trials that the sweep still runs, and records when each of them starts and ends.
+    """Gives Ray Tune the trials of a plan, and tells the plan when each of them ends.
 
     Args:
-        sweep: The sweep job.
-        base: Base job of the trials.
-        stored: Folder of the sweep.
-        records: Records of the trials so far.
-        higher_is_better: Direction of the score.
+        plan: Trials that the sweep still runs.
         may_start: Returns whether another trial may start beside a number of running trials.
     """
 
-    def __init__(
-        self,
-        sweep: TuneJob,
-        base: TrainJob,
-        stored: StoredSweep,
-        records: Sequence[TrialRecord],
-        higher_is_better: bool,
-        may_start: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, plan: TrialPlan, may_start: Callable[[int], bool]) -> None:
         super().__init__()
-        self._sweep, self._base, self._stored, self._higher_is_better = sweep, base, stored, higher_is_better
-        self._may_start = may_start
-        self._records = {record.trial.name: record for record in records}
-        self._to_resume = deque(to_resume(sweep, records))
+        self._plan, self._may_start = plan, may_start
         self._names: dict[str, str] = {}  # names of the runs of this driver's trials, by the id that Ray Tune gave them
         self._running: set[str] = set()  # these ids
-        self._fault: EnvironmentFault | None = None
+        self._fault: EnvironmentFault | CorruptError | None = None
 
     def suggest(self, trial_id: str) -> Any:
-        """Return what a trial needs: the name of its run and its point.
+        """Return the values of a `TrialStart` by name.
 
-        Returns None where a trial must wait; Ray Tune then asks again. Raises EnvironmentFault.
+        Returns None where a trial must wait; Ray Tune then asks again. Raises EnvironmentFault, CorruptError.
         """
         if self._fault is not None:
             raise self._fault
-        records = list(self._records.values())
-        if not self._to_resume and not to_start(self._sweep, records):
+        if not self._plan.left:
             return Searcher.FINISHED
-        if not self._may_start(len(self._running)):
+        if self._plan.waits or not self._may_start(len(self._running)):
             return None
-        if self._to_resume:
-            record = self._to_resume.popleft()
-        else:
-            record = start(self._sweep, records, f"{self._sweep.name}-{trial_id}", self._higher_is_better)
-            self._write(record)  # before the trial starts, since its run would have no owner without a record
-        self._names[trial_id] = record.trial.name
+        start = self._plan.start(trial_id)
+        self._names[trial_id] = start.run
         self._running.add(trial_id)
-        print(f"trial {record.trial.name} starts at {record.trial.point}", flush=True)
-        return {"run": record.trial.name, "point": record.trial.point}
+        print(f"trial {start.run} starts at {start.point}", flush=True)
+        return asdict(start)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record the end of a trial. Ray Tune also calls this where a trial failed or was interrupted."""
         self._running.discard(trial_id)
+        name = self._names[trial_id]
         if error or not result or not result.get("done"):
+            self._plan.give_up(name)
             return
-        kimg = float(result.get("kimg", 0.0))
-        outcome = result.get("failure") or (FINISHED if kimg >= self._base.train.kimg else STOPPED_EARLY)
-        record = self._records[self._names[trial_id]]
+        last = TrialResult(result.get("score"), float(result.get("kimg", 0.0)), result.get("failure"))
         try:
-            self._write(_with(record, ended=True, score=result.get("score"), kimg=kimg, outcome=outcome))
-        except EnvironmentFault as fault:
+            self._plan.end(name, last)
+        except (EnvironmentFault, CorruptError) as fault:
             self._fault = fault  # Ray Tune would take an exception for a failure of the trial
-            return
-        print(f"trial {record.trial.name} has ended at {kimg:g} kimg: {outcome}", flush=True)
 
     def conclude(self, results: Any) -> list[Trial]:
         """Return the trials of the sweep, given the results of Ray Tune.
 
-        Raises EnvironmentFault where a trial could not be recorded, and InterruptedRun where a trial has no end.
+        Raises EnvironmentFault and CorruptError where a trial could not be recorded, and what the plan raises.
         """
         if self._fault is not None:
             raise self._fault
-        failed = set()
+        failed = {}
         for result in results:
             if result.error is not None:
-                record = self._records[self._names[result.metrics["trial_id"]]]
                 reason = printable(shown_url(str(result.error).strip().splitlines()[-1]))
                 score, kimg = result.metrics.get("score"), float(result.metrics.get("kimg", 0.0))
-                self._write(_with(record, ended=False, score=score, kimg=kimg, outcome=f"failed: {reason}"))
-                failed.add(record.trial.name)
-        mine = [self._records[name] for name in self._names.values()]
-        if running := [record for record in mine if not record.ended and record.trial.name not in failed]:
-            raise InterruptedRun(
-                f"the sweep {self._sweep.name} was stopped; {len(running)} of its trials had not ended",
-                "run the same command again to resume",
-            )
-        records = sorted(self._records.values(), key=lambda record: record.number)
-        return [record.trial for record in records if record.ended or record.trial.name in failed]
+                failed[self._names[result.metrics["trial_id"]]] = TrialResult(score, kimg, reason)
+        return self._plan.conclude(self._names.values(), failed)
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing. Ray Tune's own state is not used."""
@@ -112,11 +79,3 @@ class RecordedSearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing. Ray Tune pickles its searcher at the start, and the copy is never read."""
         return {}
-
-    def _write(self, record: TrialRecord) -> None:
-        self._records[record.trial.name] = record
-        self._stored.write_trial_record(record)
-
-
-def _with(record: TrialRecord, *, ended: bool, **changes: Any) -> TrialRecord:
-    return record.model_copy(update={"ended": ended, "trial": record.trial.model_copy(update=changes)})

@@ -1,4 +1,4 @@
-"""Ray Tune: it runs the trials of a sweep, and its scheduler stops the worse ones early."""
+"""Ray Tune: it runs the trials of a sweep, and its scheduler ASHA stops the worse ones early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pipeline.config.schema import TrainJob, TuneJob
 from pipeline.runs.json_records import Trial, TrialRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.storage import files
-from pipeline.tuning.draw_points import ranked, read_records, to_resume, to_start
+from pipeline.tuning.draw_points import ranked, read_records
+from pipeline.tuning.population import Population
+from pipeline.tuning.trial_plan import IndependentTrials, TrialPlan
 
 TRIAL_CPUS = 0.01  # reserved for the function that drives a trial; its Ray Train workers reserve their own CPUs
 
@@ -56,7 +58,7 @@ def search(
     Args:
         sweep: The sweep job.
         base: Base job of the trials.
-        run_trial: Function that runs one trial, given the name of its run ("run") and its point ("point").
+        run_trial: Function that runs one trial, given the values of its `TrialStart` by name.
         stored: Folder of the sweep.
         higher_is_better: Direction of the score.
         may_start: Returns whether another trial may start beside a number of running trials.
@@ -64,12 +66,15 @@ def search(
     Raises CorruptError, EnvironmentFault. Raises InterruptedRun where the search was stopped.
     """
     records = read_records(sweep, stored)
-    resumed, started = len(to_resume(sweep, records)), len(to_start(sweep, records))
-    if records:
-        ended = sum(record.ended for record in records)
-        print(f"sweep {sweep.name}: {ended} trials have ended, {resumed} go on, {started} are new", flush=True)
-    if not resumed + started:
-        return [record.trial for record in records if record.ended]
+    plan: TrialPlan = (
+        IndependentTrials(sweep, base, stored, records, higher_is_better)
+        if sweep.pbt is None
+        else Population(sweep, base, stored, records, higher_is_better)
+    )
+    if plan.line:
+        print(f"sweep {sweep.name}: {plan.line}", flush=True)
+    if not plan.left:
+        return plan.conclude([], {})
 
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
@@ -78,12 +83,12 @@ def search(
 
     # Ray Tune would end normally after SIGINT, and would say that its own state resumes the sweep.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    searcher = RecordedSearcher(sweep, base, stored, records, higher_is_better, may_start)
+    searcher = RecordedSearcher(plan, may_start)
     with files.temporary_folder("sweep") as folder:
         tuner = Tuner(
             tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),
             tune_config=TuneConfig(
-                num_samples=resumed + started,
+                num_samples=plan.left,
                 max_concurrent_trials=sweep.search.max_concurrent,
                 search_alg=searcher,
                 scheduler=make_scheduler(sweep, base, stored, records, higher_is_better),
@@ -102,10 +107,10 @@ def search(
 def make_scheduler(
     sweep: TuneJob, base: TrainJob, stored: StoredSweep, records: Iterable[TrialRecord], higher_is_better: bool
 ) -> Any:
-    """Return ASHA, which knows the scores of the trials that have ended already; None without a schedule."""
+    """Return ASHA, which knows the scores of the trials that have ended already; None for a sweep without ASHA."""
     from ray.tune.schedulers import ASHAScheduler
 
-    if sweep.schedule is None:
+    if sweep.schedule is None or sweep.schedule.grace_kimg is None:
         return None
     scheduler = ASHAScheduler(
         metric=_RANKED,

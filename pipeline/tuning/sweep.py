@@ -41,8 +41,10 @@ from pipeline.training.driver import train
 from pipeline.training.find_or_start import artifact_location, complete_job, pack_if_missing, start_tracking
 from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
+from pipeline.tuning.population import lineage_tags
 from pipeline.tuning.stop_trials import stopped_by, stops_trials
 from pipeline.tuning.sweep_picture import draw_plane
+from pipeline.tuning.trial_plan import TrialStart
 from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 
 
@@ -50,7 +52,7 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
     """Run the trials, register the model of the best trial, draw the plane and return the summary.
 
     The same command resumes a sweep whose driver died. Trials that ended are kept; the others resume. A larger
-    `search.trials` adds trials to a sweep.
+    `search.trials` adds trials to a sweep without `schedule.pbt`.
 
     Args:
         sweep: The sweep job.
@@ -86,16 +88,16 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
         return _conclude(sweep, base, stored, evaluation, run_id, trials)
 
 
-def job_of_trial(base: TrainJob, name: str, point: Mapping[str, Any]) -> TrainJob:
-    """Return the job of one trial: the base job with the values of `point`.
+def job_of_trial(base: TrainJob, name: str, values: Mapping[str, Any]) -> TrainJob:
+    """Return the job of one trial: the base job with other values by dotted key, such as those of its point.
 
     The trial registers no model, because the best trial is known only after all trials. `base` must be the job that the
     driver completed, because a trial runs in another folder with another environment.
     """
-    values = base.model_dump(mode="json", by_alias=True)
-    for key, value in {**point, "name": name, "track.register": False}.items():
-        override(values, key, value)
-    job = parse_job(values, name)
+    job_values = base.model_dump(mode="json", by_alias=True)
+    for key, value in {**values, "name": name, "track.register": False}.items():
+        override(job_values, key, value)
+    job = parse_job(job_values, name)
     assert isinstance(job, TrainJob)
     return job
 
@@ -112,7 +114,7 @@ def run_trial(
     """Train one trial inside Ray Tune and report each score.
 
     Args:
-        trial: Name of the trial's run ("run") and its point ("point").
+        trial: Values of its `TrialStart` by name.
         base: Base job of the trials.
         evaluation: Computes the scores.
         parent: Id of the MLflow run of the sweep.
@@ -121,7 +123,8 @@ def run_trial(
 
     Raises EnvironmentFault. Other errors of training are reported as the failure of the trial.
     """
-    job = job_of_trial(base, trial["run"], trial["point"])
+    start = TrialStart(**trial)
+    job = job_of_trial(base, start.run, {**start.point, **start.values})
     reported = [-1]
 
     def report(images: int, score: float | None) -> None:
@@ -134,6 +137,8 @@ def run_trial(
                 job,
                 evaluation,
                 parent=parent,
+                tags=start.tags,
+                kept=start.kept,
                 on_score=report,
                 final=False,
                 asked_to_stop=lambda: sweep.exchange(None),
@@ -287,7 +292,8 @@ def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Tria
             f"delete {StoredSweep.of(base, sweep.name).trial_url(best.name)}; the trial is then run again",
         )
     # The trial may have ended under another tracker.
-    record = start_tracking(job, stored, record, record.method, run_id, record.init)
+    tags = lineage_tags(best.parent) if sweep.pbt else {}
+    record = start_tracking(job, stored, record, record.method, run_id, record.init, tags)
     scores = evaluation.finalise(job.model_copy(update={"track": track}), record.mlflow_run_id)
     MlflowRun(tracking_uri(base), record.mlflow_run_id).finish("FINISHED")
     return scores
@@ -295,6 +301,8 @@ def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Tria
 
 def _print_table(sweep: TuneJob, trials: list[Trial]) -> None:
     table = Table(title=f"{sweep.name}: {len(trials)} trials", title_justify="left")
+    for column in ("trial", "clone of") if sweep.pbt else ():
+        table.add_column(column)
     for key in sweep.space:
         table.add_column(key, justify="right")
     for column in ("score", "kimg", ""):
@@ -302,5 +310,7 @@ def _print_table(sweep: TuneJob, trials: list[Trial]) -> None:
     for trial in trials:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.point.values()]
         score = "–" if trial.score is None else f"{trial.score:.4g}"
-        table.add_row(*values, score, f"{trial.kimg:.1f}", escape(printable(trial.outcome)))
+        names = [trial.name, trial.parent.run if trial.parent else ""] if sweep.pbt else []
+        short = [escape(name.removeprefix(f"{sweep.name}-")) for name in names]
+        table.add_row(*short, *values, score, f"{trial.kimg:.1f}", escape(printable(trial.outcome)))
     Console(width=100).print(table)

@@ -13,7 +13,8 @@ def draw_plane(trials: Sequence[Trial], marked: Sequence[Mapping[str, Any]], sco
     """Write a PNG of the trials that have a score.
 
     Each trial is a dot at its values of the first two keys of the space. The colour of the dot is the score, and its
-    size is the length of the trial. With one key, the vertical axis is the score.
+    size is the length of the trial. With one key, the vertical axis is the score. An arrow leads from a trial to each
+    of its clones.
 
     Args:
         trials: Trials, of which at least one has a score.
@@ -35,6 +36,11 @@ def draw_plane(trials: Sequence[Trial], marked: Sequence[Mapping[str, Any]], sco
     sizes = [40 + 160 * trial.kimg / longest for trial, _ in scored]
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     points = axes.scatter(xs, ys, c=scores, s=sizes, cmap="viridis_r", edgecolors="black", linewidths=0.5, zorder=3)
+    places = {trial.name: xy for (trial, _), xy in zip(scored, zip(xs, ys, strict=True), strict=True)}
+    for trial, _ in scored:
+        if trial.parent is not None and trial.parent.run in places:
+            arrow = {"arrowstyle": "->", "color": "tab:gray", "shrinkA": 6, "shrinkB": 6}
+            axes.annotate("", places[trial.name], places[trial.parent.run], arrowprops=arrow)
     for x, y, score in zip(xs, ys, scores, strict=True):
         axes.annotate(f"{score:.3g}", (x, y), textcoords="offset points", xytext=(9, 3), fontsize=8)
     for point in marked:
@@ -45,7 +51,8 @@ def draw_plane(trials: Sequence[Trial], marked: Sequence[Mapping[str, Any]], sco
     axes.set_yscale("log")
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1] if len(names) > 1 else score_name)
-    axes.set_title(f"{score_name} (size: kimg, ring: initial point)")
+    clones = ", arrow: clone" if any(trial.parent for trial in trials) else ""
+    axes.set_title(f"{score_name} (size: kimg, ring: initial point{clones})")
     axes.grid(alpha=0.3, which="both")
     axes.margins(0.15)
     figure.colorbar(points, label=score_name)

@@ -170,6 +170,49 @@ def test_a_sweep_is_checked_down_to_the_keys_of_its_space(job, tmp_path):
         load_job(sweep)
 
 
+POPULATION = """\
+kind: tune
+name: s
+base: job.yaml
+overrides: {train.kimg: 8, train.batch: 16}
+space: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}, optim.beta1: {choice: [0.0, 0.5]}}
+search: {trials: 5}
+schedule: {pbt: {interval_kimg: 2}}
+"""
+
+
+def test_a_population_has_the_defaults_of_the_paper(job, tmp_path):
+    job(TRAIN)
+    (tmp_path / "sweep.yaml").write_text(POPULATION)
+    pbt = load_job(tmp_path / "sweep.yaml").pbt
+    assert (pbt.interval_kimg, pbt.fraction, pbt.factors) == (2, 0.2, (0.8, 1.2))
+    given = load_job(tmp_path / "sweep.yaml", {"schedule.pbt": {"interval_kimg": 4, "factors": [0.5, 2]}}).pbt
+    assert (given.interval_kimg, given.factors) == (4, (0.5, 2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"schedule.grace_kimg": 2}, "sweep.yaml:7: schedule: give either grace_kimg, for ASHA, or pbt"),
+        ({"schedule": {}}, "give either grace_kimg, for ASHA, or pbt"),
+        ({"schedule.pbt.fraction": 0.6}, "schedule.pbt.fraction is 0.6"),
+        ({"schedule.pbt.factors": [0.0, 1.2]}, "schedule.pbt.factors.0 is 0.0"),
+        ({"schedule.pbt.interval_kimg": 5}, "interval_kimg is 5; it must be at least a step, 0.016, and at most half"),
+        ({"schedule.pbt.interval_kimg": 0.01}, "interval_kimg is 0.01; it must be at least a step, 0.016"),
+        ({"search.trials": 1}, "search.trials is 1; a population has at least 2 members"),
+        ({"space": {"seed": {"choice": [0, 1]}}}, "space.seed: with schedule.pbt, the space has only keys of optim"),
+        ({"space": {"optim.n_dis": {"choice": [1, 2]}}}, "space.optim.n_dis: with schedule.pbt, the space has only"),
+        ({"space": {"optim.lr_d": {"grid": [1e-4, 1e-3]}}}, "space.optim.lr_d: with schedule.pbt, give `choice`"),
+    ],
+)
+def test_a_population_that_cannot_be_is_refused_at_load(job, tmp_path, overrides, problem):
+    job(TRAIN)
+    (tmp_path / "sweep.yaml").write_text(POPULATION)
+    with pytest.raises(ConfigError) as caught:
+        load_job(tmp_path / "sweep.yaml", overrides)
+    assert problem in caught.value.message
+
+
 STUDY = """\
 kind: study
 name: s

@@ -22,6 +22,7 @@ from pipeline.report import html_elements as html
 from pipeline.report import write_report
 from pipeline.report.runs_and_models import Reader
 from pipeline.runs.json_records import (
+    Lineage,
     StudyRecord,
     SweepRecord,
     SweepSummary,
@@ -130,6 +131,35 @@ def test_a_sweep_brings_its_table_its_plane_and_its_best_trial(written: Written,
     assert "diverged &lt;early&gt;" in text
     assert "2 trials. 0 of them were stopped early" in text
     assert "Attention" in text
+
+
+def test_a_population_brings_its_lineage(written: Written, run: Run, tmp_path: Path) -> None:
+    best = run("sweep-g1m0")
+    sweep = StoredSweep(str(tmp_path / "runs" / "sweep"))
+    assert sweep.trial("sweep-g1m0").url == best
+    sweep.write_record(SweepRecord(name="sweep", mlflow_run_id="0", method={}))
+    lineage = Lineage(run="sweep-g0m1", checkpoint="000000002000-0", generation=1)
+    rates = {"sweep-g0m1": 4e-4, "sweep-g0m0": 2e-4}
+    trials = [
+        Trial(name=name, point={"optim.lr_d": lr}, score=14.0, kimg=1, outcome="stopped early")
+        for name, lr in rates.items()
+    ]
+    clone = Trial(name="sweep-g1m0", point={"optim.lr_d": 3e-4}, score=12.5, kimg=2, outcome="finished", parent=lineage)
+    sweep.write_trials(SweepTrials(trials=[*trials, clone]))
+    summary = SweepSummary(
+        name="sweep",
+        trials=3,
+        stopped_early=2,
+        best=clone,
+        mlflow_run_id="0",
+        picture=sweep.picture_url,
+        score=Score.of(PROTOCOL, "fd_pixels", False, {"fd_pixels": 12.5}),
+    )
+    sweep.write_summary(summary)
+    draw_plane([*trials, clone], [], "fd_pixels", Path(sweep.picture_url))
+    text = written([sweep.url])
+    assert "clone of</th>" in text
+    assert re.search(r"sweep-g1m0</th>.*?<td>sweep-g0m1</td><td>1</td></tr>", text, re.DOTALL)
 
 
 def test_a_study_brings_its_tables_its_picture_and_a_run_of_its_reference_row(

@@ -11,6 +11,9 @@ from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints, load_state
 from pipeline.runs.json_records import (
     CheckpointFacts,
+    GenerationRecord,
+    Lineage,
+    Member,
     Record,
     RecordedData,
     RecordedEvaluation,
@@ -39,6 +42,7 @@ FACTS = CheckpointFacts(
     method_digest="ef" * 32,
     git_commit="unknown",
 )
+LINEAGE = Lineage(run="sweep-a", checkpoint="000000002000-0", generation=1)
 TRIAL = Trial(name="sweep-a", point={"optim.lr_d": 4e-4}, score=12.5, kimg=2.0, outcome="finished")
 CONCLUSION: dict[str, Any] = {
     "score": SCORE,
@@ -74,6 +78,11 @@ RECORDS: tuple[Record, ...] = (
         **CONCLUSION,
     ),
     TrialRecord(number=0, ended=True, trial=TRIAL),
+    TrialRecord(number=1, ended=False, trial=TRIAL.model_copy(update={"parent": LINEAGE})),
+    GenerationRecord(
+        number=1,
+        members=[Member(name="sweep-a", point={}, parent=None), Member(name="sweep-b", point={}, parent=LINEAGE)],
+    ),
     SweepTrials(trials=[TRIAL, Trial(name="sweep-b", point={}, score=None, kimg=0.0, outcome="diverged")]),
     SweepSummary(
         name="sweep", trials=2, stopped_early=0, best=TRIAL, mlflow_run_id="0", picture="plane.png", **CONCLUSION
@@ -148,6 +157,11 @@ def test_names_of_checkpoints_and_trials_lead_nowhere_else(name: str) -> None:
     trials["trials"][0]["name"] = name
     with pytest.raises(CorruptError, match=r"trials\.0\.name"):
         SweepTrials.parse(json.dumps(trials).encode(), "trials.json")
+    for field in ("run", "checkpoint"):
+        trials = SweepTrials(trials=[TRIAL.model_copy(update={"parent": LINEAGE})]).to_dict()
+        trials["trials"][0]["parent"][field] = name
+        with pytest.raises(CorruptError, match=rf"trials\.0\.parent\.{field}"):
+            SweepTrials.parse(json.dumps(trials).encode(), "trials.json")
 
 
 @pytest.mark.parametrize("data", [b"{", b"[1]", b'{"step": 1, "time_ms": 1, "metrics": {"loss": "low"}}\n'])

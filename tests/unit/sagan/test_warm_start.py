@@ -72,6 +72,23 @@ def test_without_moments_the_optimisers_are_new_and_the_networks_are_not(earlier
     assert "moments of Adam: new" in plan.skipped
 
 
+def test_a_state_at_the_position_of_its_source_goes_on_as_the_source_does(earlier):
+    optim = replace(OPTIM, ema_start_kimg=earlier.images / 1000)
+    choice = Choice(optimizers=True, keep_position=True)
+    new, plan = start(earlier, choice, optim=optim)
+    assert same(new, earlier)
+    assert new.images == plan.images == earlier.images > 0
+    assert {"moving average", f"position: {earlier.images / 1000:g} kimg"} <= set(plan.taken)
+    assert not any("position" in line for line in plan.skipped)
+    late, plan = start(earlier, choice, optim=replace(OPTIM, ema_start_kimg=1.0))
+    assert not plan.ema, "the moving average is still a copy of the weights there"
+    assert late.images == earlier.images
+    plan = WarmStart.plan(source_of(earlier), earlier.model, OPTIM, NAMES, choice)
+    assert run(plan.state(tensors_of(earlier), earlier.seed), 2) == run(trained(), 2), "as the source with its seed"
+    faster, _ = start(earlier, choice, optim=replace(OPTIM, lr_d=1e-2))
+    assert same(faster, earlier), "only the steps differ"
+
+
 @pytest.mark.parametrize(
     ("choice", "optim"), [(Choice(ema=False), OPTIM), (Choice(), replace(OPTIM, ema_start_kimg=1.0))]
 )
@@ -243,6 +260,8 @@ def test_a_discriminator_that_is_not_taken_may_differ():
         (Source(CONFIG, NAMES, finished=True), Choice(ema=True), OPTIM, "no moving average"),
         (Source(CONFIG, NAMES, images=8), Choice("discriminator", ema=True), OPTIM, "no moving average"),
         (Source(CONFIG, NAMES, images=8), Choice(ema=True), replace(OPTIM, ema_start_kimg=2.0), "ema_start_kimg is 2"),
+        (Source(CONFIG, NAMES), Choice(keep_position=True), OPTIM, "the source has no position"),
+        (Source(CONFIG, NAMES, finished=True), Choice(keep_position=True), OPTIM, "the source has no position"),
     ],
 )
 def test_what_the_source_does_not_have_is_refused(source, choice, optim, problem):

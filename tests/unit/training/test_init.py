@@ -163,6 +163,28 @@ def test_a_run_starts_from_the_newest_checkpoint_of_another_run(
     assert "position" in mlflow.tags["init_skipped"]
 
 
+def test_a_run_goes_on_at_the_position_of_its_source(place: Place, tmp_path: Path) -> None:
+    source = place.source.checkpoints()[-1]
+    job = place.job({"source": source.url, "optimizers": True, "keep_position": True})
+    start_run(job)
+    (checkpoint,) = StoredRun.of(job).checkpoints()
+    state = load_state(files.local_path(checkpoint.url), checkpoint.url)
+    assert same(state, trained(2))
+    assert (state.images, checkpoint.images) == (source.images, source.images)
+    assert state.images > 0
+    assert checkpoint.facts().train_seconds == source.facts().train_seconds > 0
+    record = StoredRun.of(job).record()
+    assert record is not None
+    assert record.method["init.keep_position"] is True
+    _, printed, _ = dry_run(place.values({"source": source.url, "keep_position": True}), tmp_path)
+    assert "goes on at the position of init.source" in json.loads(printed)["notes"][-1]
+
+    short = place.job({"source": source.url, "keep_position": True})
+    ended = short.model_copy(update={"train": short.train.model_copy(update={"kimg": source.images / 1000})})
+    with pytest.raises(UsageError, match=r"it is at \S+ kimg, and the run would end at"):
+        start_run(ended)
+
+
 def test_a_checkpoint_and_its_copy_elsewhere_are_the_same_start(place: Place, tmp_path: Path) -> None:
     older = place.source.checkpoints()[0]
     pulled = tmp_path / "pulled"

@@ -106,6 +106,20 @@ def test_a_key_that_joins_the_method_later_refuses_no_older_run(
 # --- the driver's housekeeping ---------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_from_which_another_run_starts_is_kept(packed: Collection, tmp_path: Path) -> None:
+    job = job_in(packed, tmp_path, tmp_path / "runs")
+    job = job.model_copy(
+        update={"checkpoint": job.checkpoint.model_copy(update={"keep": 1}),
+                "track": job.track.model_copy(update={"register_model": False})}
+    )  # fmt: skip
+    run = start_run(job)
+    old, cloned, new = (commit_checkpoint(job, images, to_score=False) for images in (16, 32, 48))
+    Housekeeping(run, [cloned.name]).follow(Status(uploaded=[old.name, cloned.name, new.name]))
+    assert run.stored.checkpoints() == [cloned, new]
+    Housekeeping(run).follow(Status(uploaded=[new.name]))
+    assert run.stored.checkpoints() == [new]
+
+
 @pytest.fixture
 def proxy(s3: TestS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     with fault_proxy(s3.url) as proxy:

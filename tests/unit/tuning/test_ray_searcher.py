@@ -19,6 +19,7 @@ from pipeline.runs.stored_run import StoredSweep
 from pipeline.tuning.draw_points import read_records
 from pipeline.tuning.ray_searcher import RecordedSearcher
 from pipeline.tuning.ray_tune import make_scheduler, search
+from pipeline.tuning.trial_plan import IndependentTrials
 from tests.unit.runs.test_json_records import PROTOCOL
 
 BASE = TrainJob.model_validate({"name": "base", "data": {"train": "/images"}, "train": {"kimg": 8, "batch": 16}})
@@ -50,7 +51,7 @@ def room(running: int) -> bool:
 def driver(stored: StoredSweep, trials: int, may_start: Callable[[int], bool] = room) -> RecordedSearcher:
     """The searcher of a driver that finds the sweep in storage."""
     job = sweep(trials)
-    return RecordedSearcher(job, BASE, stored, read_records(job, stored), False, may_start)
+    return RecordedSearcher(IndependentTrials(job, BASE, stored, read_records(job, stored), False), may_start)
 
 
 def ended(kimg: float, score: float | None, **values: Any) -> dict[str, Any]:
