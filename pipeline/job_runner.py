@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run, study_dry_run
-from pipeline.config.job_file import load_job, row_job, trial_job
+from pipeline.config.job_file import load_job, row_job, row_sweep, trial_job
 from pipeline.config.schema import EvaluateJob, Job, PackJob, StudyJob, TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
 
@@ -76,7 +76,7 @@ def dry_run_job(job: Job) -> dict[str, Any]:
     if isinstance(job, StudyJob):
         jobs = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
         rows = {row: _dry_run(of_row, _collection(of_row)) for row, of_row in jobs.items()}
-        return study_dry_run(job, rows, _ended_runs(job))
+        return study_dry_run(job, rows, _ended_runs(job), _tuning(job))
     if isinstance(job, TrainJob):
         collection = _collection(job)
         plan = _dry_run(job, collection)
@@ -158,6 +158,18 @@ def _facts_of(collection: Collection, job: TrainJob) -> CollectionFacts:
     return CollectionFacts(
         collection.resolution, collection.num_classes, collection.size(job.data.split), len(sizes), fetches
     )
+
+
+def _tuning(study: StudyJob) -> dict[str, tuple[int, DryRun]]:
+    """Return the number of trials of each row that is tuned, and the dry run of one trial, by name of the row."""
+    from pipeline.tuning.draw_points import to_start
+
+    tuning = {}
+    for row in study.rows:
+        if sweep := row_sweep(study, row):
+            trial = trial_job(sweep, sweep.example)
+            tuning[row] = len(to_start(sweep, [])), _dry_run(trial, _collection(trial))
+    return tuning
 
 
 def _ended_runs(study: StudyJob) -> int | None:
