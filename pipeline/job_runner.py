@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run, study_dry_run
-from pipeline.config.job_file import load_job, row_job, trial_job
+from pipeline.config.job_file import load_job, row_job, row_sweep, trial_job
 from pipeline.config.run_method import complete_model, method_of
 from pipeline.config.schema import EvaluateJob, Job, PackJob, StudyJob, TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
@@ -94,7 +94,9 @@ def dry_run_job(job: Job) -> dict[str, Any]:
         collections = {row: _collection(of_row) for row, of_row in jobs.items()}
         rows = {row: _dry_run(of_row, collections[row]) for row, of_row in jobs.items()}
         spending = _study_spending(job, collections)
-        return study_dry_run(job, rows, _ended_runs(job), {**spending.model_dump(), "notes": _notes(spending)})
+        return study_dry_run(
+            job, rows, _ended_runs(job), _tuning(job), {**spending.model_dump(), "notes": _notes(spending)}
+        )
     if isinstance(job, TrainJob):
         collection = _collection(job)
         plan = _train_dry_run(job, collection)
@@ -278,6 +280,18 @@ def _notes(spending: Spending, budget_hours: float | None = None) -> list[str]:
     if budget_hours is not None and expected > budget_hours:
         return [f"the budget, {shown_amount(budget_hours)} device hours, will be spent before train.kimg"]
     return []
+
+
+def _tuning(study: StudyJob) -> dict[str, tuple[int, DryRun]]:
+    """Return the number of trials of each row that is tuned, and the dry run of one trial, by name of the row."""
+    from pipeline.tuning.draw_points import to_start
+
+    tuning = {}
+    for row in study.rows:
+        if sweep := row_sweep(study, row):
+            trial = trial_job(sweep, sweep.example)
+            tuning[row] = len(to_start(sweep, [])), _dry_run(trial, _collection(trial))
+    return tuning
 
 
 def _ended_runs(study: StudyJob) -> int | None:

@@ -87,11 +87,11 @@ class BackgroundTask:
 
         return bool(ray.wait([self._values], timeout=0)[0])
 
-    def is_done(self) -> bool:
-        """Return whether the call has ended. The call does not wait."""
+    def is_done(self, timeout_s: float = 0.0) -> bool:
+        """Return whether the call has ended, after at most `timeout_s` seconds of waiting."""
         import ray
 
-        return bool(ray.wait([self._values.completed()], timeout=0)[0])
+        return bool(ray.wait([self._values.completed()], timeout=timeout_s)[0])
 
     def result(self) -> Any:
         """Wait for the call and return its result. Raises the exceptions of the function, and Ray's where it died."""

@@ -119,7 +119,11 @@ def dry_run(job: TrainJob, collection: CollectionFacts | None) -> DryRun:
 
 
 def study_dry_run(
-    study: StudyJob, rows: Mapping[str, DryRun], ended: int | None, spending: Mapping[str, Any]
+    study: StudyJob,
+    rows: Mapping[str, DryRun],
+    ended: int | None,
+    tuning: Mapping[str, tuple[int, DryRun]],
+    spending: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the dry run of a study: its totals, the facts that all rows share, and those in which rows differ.
 
@@ -127,6 +131,8 @@ def study_dry_run(
         study: The study.
         rows: The dry run of one run of each row, by name of the row.
         ended: Number of runs that have ended; None where their storage cannot be read.
+        tuning: Number of trials of each row that is tuned, and the dry run of one of them, by name of the row. A trial
+            may be stopped early.
         spending: What the runs have spent and are expected to spend, and notes about it.
     """
     facts = {row: {key: value for key, value in run.to_dict().items() if key != "name"} for row, run in rows.items()}
@@ -142,12 +148,23 @@ def study_dry_run(
         "seeds": seeds,
         "kimg": seeds * images / 1000,
         "nominal_exaflop": seeds * gflop / 1e9,
+        "tuning": _tuning_totals(tuning) if tuning else None,
         **spending,
         "run": shared,
         "rows": {
             row: {key: value for key, value in of_row.items() if key not in shared} or "no difference"
             for row, of_row in facts.items()
         },
+    }
+
+
+def _tuning_totals(tuning: Mapping[str, tuple[int, DryRun]]) -> dict[str, Any]:
+    """Return what the sweeps of a study cost at most, beside its runs."""
+    gflop = sum(trials * run.images * run.step_gflop_per_image for trials, run in tuning.values())
+    return {
+        "trials": sum(trials for trials, _ in tuning.values()),
+        "most_kimg": sum(trials * run.images for trials, run in tuning.values()) / 1000,
+        "most_nominal_exaflop": gflop / 1e9,
     }
 
 

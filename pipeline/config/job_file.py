@@ -108,19 +108,58 @@ def _check_generations(sweep: TuneJob, base: TrainJob, path: Path) -> None:
         )
 
 
-def row_job(study: StudyJob, row: str, seed: int) -> TrainJob:
+def row_job(study: StudyJob, row: str, seed: int, settled: Mapping[str, Any] | None = None) -> TrainJob:
     """Return the job of one run of a study: the row's base with the overrides of the study and of the row.
 
     The run registers no model unless an override says so, because a study compares methods. Raises ConfigError.
+
+    Args:
+        study: The study.
+        row: Name of the row.
+        seed: Seed of the run.
+        settled: Values that the study has found for the row, by dotted key. They win over all overrides.
     """
-    given = study.rows[row]
-    base, kimg = given.base or study.base, given.kimg or study.kimg
-    values = {"track.register": False, **study.overrides, **given.overrides}
+    base, kimg = study.rows[row].base or study.base, study.rows[row].kimg or study.kimg
+    values = {**_row_overrides(study, row), **(settled or {})}
     values |= {"name": f"{study.name}-{row}-{seed}", "seed": seed} | ({"train.kimg": kimg} if kimg else {})
     job = load_job(base, values)
     if not isinstance(job, TrainJob):
         raise ConfigError(f"{base} is a job of kind: {job.kind}", "the base of a row must be of kind: train")
     return job
+
+
+def row_sweep(study: StudyJob, row: str, settled: Mapping[str, Any] | None = None) -> TuneJob | None:
+    """Return the sweep that tunes a row, named STUDY-ROW-tune; None where the row is not tuned. Raises ConfigError.
+
+    Args:
+        study: The study.
+        row: Name of the row.
+        settled: Values that the study has found for the row before, by dotted key.
+    """
+    tuning = study.tuning(row)
+    if tuning is None:
+        return None
+    kimg = tuning.kimg or study.rows[row].kimg or study.kimg
+    values = {
+        "kind": "tune",
+        "name": f"{study.name}-{row}-tune",
+        "base": study.rows[row].base or study.base,
+        "overrides": {
+            **_row_overrides(study, row),
+            **(settled or {}),
+            "seed": tuning.seed,
+            **({"train.kimg": kimg} if kimg else {}),
+        },
+        **tuning.model_dump(mode="json", include={"search", "schedule"}),
+        "space": {key: choice.model_dump(mode="json", exclude_none=True) for key, choice in tuning.space.items()},
+    }
+    sweep = parse_job(values, f"the sweep of {row}")
+    assert isinstance(sweep, TuneJob)
+    return sweep
+
+
+def _row_overrides(study: StudyJob, row: str) -> dict[str, Any]:
+    return {"track.register": False, **study.overrides, **study.rows[row].overrides}
 
 
 def _with_absolute_bases(study: StudyJob, folder: Path) -> StudyJob:
@@ -138,6 +177,10 @@ def _check_rows(study: StudyJob, path: Path) -> None:
     for row in study.rows:
         try:
             job, *_ = (row_job(study, row, seed) for seed in study.seeds)
+            if sweep := row_sweep(study, row):
+                for key in sweep.space:
+                    _require_known(job, key, "tune.space")
+                trial_job(sweep, sweep.example)
         except ConfigError as error:
             raise ConfigError(f"{path}: rows.{row}: {error.message}", error.remedy) from None
         places[row] = (job.checkpoint.root, job.track.uri, job.track.experiment)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -462,6 +463,28 @@ class Choice(Section):
         raise ValueError(f"{given!r} is not one of {values}")
 
 
+def point_in(space: Mapping[str, Choice], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a point, or a part of one, with values as a space has them. Raises ValueError that names the key."""
+    point = {}
+    for key, value in given.items():
+        if key not in space:
+            raise ValueError(f"{key} is not a key of the space")
+        try:
+            point[key] = space[key].value_of(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return point
+
+
+def _require_in_space(space: Mapping[str, Choice], points: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where an initial point is not in a space."""
+    for i, point in enumerate(points):
+        try:
+            point_in(space, point)
+        except ValueError as error:
+            raise ValueError(f"search.initial_points.{i}: {error}") from None
+
+
 class SearchSection(Section):
     """Number of trials, and the algorithm that chooses their points."""
 
@@ -539,11 +562,7 @@ class TuneJob(Section):
 
     @model_validator(mode="after")
     def _in_the_space(self) -> TuneJob:
-        for i, point in enumerate(self.search.initial_points):
-            try:
-                self.point_of(point)
-            except ValueError as error:
-                raise ValueError(f"search.initial_points.{i}: {error}") from None
+        _require_in_space(self.space, self.search.initial_points)
         return self
 
     @model_validator(mode="after")
@@ -566,15 +585,7 @@ class TuneJob(Section):
 
     def point_of(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return a point, or a part of one, with values as the space has them. Raises ValueError that names the key."""
-        point = {}
-        for key, value in given.items():
-            if key not in self.space:
-                raise ValueError(f"{key} is not a key of the space")
-            try:
-                point[key] = self.space[key].value_of(value)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
-        return point
+        return point_in(self.space, given)
 
     @property
     def example(self) -> dict[str, Any]:
@@ -598,6 +609,26 @@ class Published(Section):
 _OF_THE_STUDY = {"name": "rows", "seed": "seeds", "train.kimg": "kimg"}  # keys of a run and the keys that set them
 
 
+class StudyTuning(Section):
+    """Nuisance parameters of a row, such as learning rates. A sweep chooses them before the runs of the row."""
+
+    space: dict[str, Choice] = Field(min_length=1)
+    """Values to search, by dotted key of the row's job: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}}."""
+    search: SearchSection = SearchSection()
+    schedule: ScheduleSection | None = None
+    """When trials are stopped early. Default: every trial runs to its end."""
+    kimg: float | None = Field(None, gt=0, le=1e9)
+    """Length of each trial, in thousands of images. Default: the length of the row's runs."""
+    seed: int = Field(1000, ge=0)
+    """Seed of the trials. It must not be one of `seeds`: the runs of the table do not repeat the trials that chose."""
+
+    @model_validator(mode="after")
+    def _in_the_space(self) -> StudyTuning:
+        _require_free(self.space, "tune.space")
+        _require_in_space(self.space, self.search.initial_points)
+        return self
+
+
 class StudyRow(Section):
     """One row of a study: a training job, and what is published about it."""
 
@@ -608,6 +639,8 @@ class StudyRow(Section):
     the study."""
     kimg: float | None = Field(None, gt=0, le=1e9)
     """Length of each run, in thousands of images. Default: `kimg` of the study."""
+    tune: StudyTuning | None = None
+    """Parameters that a sweep chooses for this row. Default: `tune` of the study."""
     published: list[Published] = []
     """Published values, at most one for each metric. The table shows them beside the row's own values."""
 
@@ -641,6 +674,11 @@ class StudyJob(Section):
     """Length of each run, in thousands of images. Default: `train.kimg` of the row's job."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     """Seeds of the runs of each row. More seeds continue a study."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Greatest number of runs that train at the same time. Default: as many as fit into the cluster."""
+    tune: StudyTuning | None = None
+    """Parameters that a sweep chooses for each row, before its runs are trained. The runs get the values of the best
+    trial. Default: the values of the row's job."""
     rows: dict[Name, StudyRow] = Field(min_length=1)
     """Rows of the table, by name. More rows continue a study."""
     compare: CompareSection
@@ -657,6 +695,8 @@ class StudyJob(Section):
         _require_free(self.overrides, "overrides")
         for name, row in self.rows.items():
             _require_free(row.overrides, f"rows.{name}.overrides")
+            if (tuning := self.tuning(name)) and tuning.seed in self.seeds:
+                raise ValueError(f"tune.seed {tuning.seed} is one of seeds; give the trials of {name} another seed")
             metrics = [published.metric for published in row.published]
             if twice := _twice(metrics):
                 raise ValueError(f"rows.{name}.published: {twice[0]} occurs twice")
@@ -664,13 +704,17 @@ class StudyJob(Section):
                 raise ValueError(f"rows.{name}.published: {unknown[0]} is not one of compare.metrics")
         return self
 
+    def tuning(self, row: str) -> StudyTuning | None:
+        """Return how the parameters of a row are chosen; None where its job gives them."""
+        return self.rows[row].tune or self.tune
+
 
 def _twice(values: list[Any]) -> list[Any]:
     """Return the values that occur more than once."""
     return [value for value in values if values.count(value) > 1]
 
 
-def _require_free(overrides: dict[str, Any], key: str) -> None:
+def _require_free(overrides: Mapping[str, Any], key: str) -> None:
     """Raise ValueError where overrides set a key that the study itself sets."""
     for taken, instead in _OF_THE_STUDY.items():
         if taken in overrides:

@@ -14,12 +14,13 @@ from pipeline.report import html_elements as html
 from pipeline.report.html_elements import Html, Section, element, joined
 from pipeline.report.runs_and_models import Reader, RunOfPage, Subject, Subjects
 from pipeline.report.stored_picture import stored_picture
-from pipeline.runs.json_records import StudySummary, SweepSummary
+from pipeline.runs.json_records import RecordedInit, StudySummary, SweepSummary
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.spending import shown_amount
 from pipeline.runs.stored_run import StoredStudy, StoredSweep
 from pipeline.storage import files
 from pipeline.study import show_tables
+from pipeline.tracking.init_source import location
 from pipeline.tuning.sweep import best_first
 from sagan.random import Purpose, draw_latents
 from sagan.trained_model import Model
@@ -30,6 +31,7 @@ PLANE_WIDTH = 1024  # largest width of the picture of a sweep or a study
 ROWS, STEPS = 4, 8  # rows and columns of an interpolation
 SHOWN_CLASSES = 5  # number of the worst classes and of the best classes in the table
 PER_CLASS = 4  # samples of each class in the table
+SHOWN_LINES = 4  # lines about what a run took from its start, or did not take
 SEED = 0
 
 # Largest number of bytes of the page, and of its parts, over all subjects. The rest is for text and tables.
@@ -111,6 +113,11 @@ def _study(study: StoredStudy) -> Section:
         raise CorruptError(f"{study.url} lacks the tables of its study", "run the study again")
     text = f"The study has {summary.runs} runs. {summary.diverged} of them diverged. {_spent(summary)}"
     content = [element("p", text)]
+    for row, point in summary.tuned.items():
+        values = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in point.items()
+        )
+        content.append(element("p", f"A sweep chose for the row {row}: {values}."))
     for table in record.tables:
         rows = [show_tables.cells(row) for row in table.rows]
         content.append(html.table(show_tables.head(table), rows, f"{table.key}, by row"))
@@ -151,6 +158,7 @@ def _facts(subject: Subject) -> dict[str, object]:
         "trained": f"{summary.images / 1000:g} kimg" if summary else "not ended yet",
         "checkpoint shown": run.checkpoint.name,
         "commit": run.git_commit,
+        **(_start(run.record.init) if run.record.init else {}),
         **(run.spending.rows() if run.spending else {}),
     }
     if summary is not None:
@@ -169,6 +177,22 @@ def _facts(subject: Subject) -> dict[str, object]:
 
 
 _SHOWN = ("loss", "gamma")
+
+
+def _start(init: RecordedInit) -> dict[str, object]:
+    """Return what a run started from, and in short what it took and did not take."""
+    return {
+        "started from": location(init.source, init.version),
+        "SHA-256 of the start": init.sha256[:8],
+        "taken": _shortened(init.taken),
+        "not taken": _shortened(init.skipped),
+    }
+
+
+def _shortened(lines: Sequence[str]) -> str | None:
+    """Return the first lines and the number of the others; None without lines."""
+    more = f"; and {len(lines) - SHOWN_LINES} more" if len(lines) > SHOWN_LINES else ""
+    return "; ".join(lines[:SHOWN_LINES]) + more if lines else None
 
 
 def _score(score: Score | None) -> str | None:

@@ -417,6 +417,11 @@ class StudyRecord(Record):
     """Names of the runs, in the order of training."""
     diverged: dict[PlainName, str] = {}
     """Runs whose training diverged, by name, each with the message. They have ended and are not trained again."""
+    init_versions: dict[str, PlainName | None] = {}
+    """Version from which all runs with an `init.source` start, by the source without user, password and query; None for
+    a source without versions. They were found when the study first met the source."""
+    tuned: dict[PlainName, dict[str, Any]] = {}
+    """Values that the sweep of a row chose for its runs, by name of the row and dotted key."""
 
 
 class Interval(BaseModel):
@@ -519,6 +524,8 @@ class StudySummary(Record):
     """Number of images over all runs."""
     shown: PlainName | None
     """Name of a run of the reference row, which the page about the study shows; None where all of them diverged."""
+    tuned: dict[PlainName, dict[str, Any]] = {}
+    """Values that the sweep of a row chose for its runs, by name of the row and dotted key."""
     mlflow_run_id: str
     table: str
     """Path of the tables as CSV."""

@@ -10,13 +10,14 @@ from pydantic import BaseModel
 from pipeline.errors import UsageError, shown_url
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.json_records import ScoreRecord, Wait
+from pipeline.runs.json_records import RunState, ScoreRecord, Wait
 from pipeline.runs.owner import OwnerSeen, look_at_owner
 from pipeline.runs.spending import Spending, shown_amount
 from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep, open_folder
 from pipeline.storage import file_sets, files
 
 State = Literal["starting", "training", "scoring", "finished", "stopped", "failed", "driver died", "unknown"]
+_WORKING = ("starting", "training", "scoring")
 
 
 class CheckpointSeen(BaseModel):
@@ -123,6 +124,23 @@ class SweepView(BaseModel):
         return {"sweep": self.name, "state": self.state, **self.spending.rows(), **trials}
 
 
+class StudyRunView(BaseModel):
+    """A run of a study that has begun and has not ended."""
+
+    name: str
+    state: State
+    kimg: float
+    """Position in thousands of images."""
+    total_kimg: float
+    images_per_s: float | None
+    waits: list[Wait]
+
+    def __str__(self) -> str:
+        speed = "" if self.images_per_s is None else f", {self.images_per_s:.0f} images/s"
+        waits = "".join(f"; {wait.line}" for wait in self.waits)
+        return f"{self.state}, {self.kimg:.1f} of {self.total_kimg:g} kimg{speed}{waits}"
+
+
 class StudyView(BaseModel):
     """What a study is doing, as far as its folder and the folders of its runs say."""
 
@@ -134,8 +152,12 @@ class StudyView(BaseModel):
     """Number of runs that have ended."""
     diverged: list[str]
     """Names of runs that diverged, which have ended."""
+    begun: list[StudyRunView]
+    """Runs that have begun and have not ended."""
     next_run: str | None
-    """Name of the first run that has not ended; None where all have ended."""
+    """Name of the first run that has not begun; None where all have."""
+    tuned: dict[str, dict[str, Any]]
+    """Values that the sweep of a row chose, by row and dotted key."""
     table: str | None
     """URL of the tables as CSV; None before they are written."""
     spending: Spending
@@ -148,7 +170,9 @@ class StudyView(BaseModel):
             "state": self.state,
             "runs": f"{self.ended} of {self.runs} have ended",
             "diverged": self.diverged,
+            **{run.name: str(run) for run in self.begun},
             "next run": self.next_run,
+            **{f"tuned {row}": _shown_point(point) for row, point in self.tuned.items()},
             **self.spending.rows(),
             "table": self.table,
         }
@@ -173,14 +197,7 @@ def _run(stored: StoredRun) -> RunView:
     owner, checkpoints, scores = look_at_owner(stored.owners_url), stored.checkpoints(), stored.scores()
     assert record is not None, "the folder was opened by it"
     newest = checkpoints[-1] if checkpoints else None
-    working = told is not None and told.state in ("starting", "training", "scoring")
-    state: State
-    if told is None:
-        state = "finished" if summary is not None else "unknown"
-    elif owner is not None and owner.alive:
-        state = told.state if told.owner == owner.number else "starting"
-    else:
-        state = "driver died" if working else told.state
+    state: State = ("finished" if summary is not None else "unknown") if told is None else _state(told, owner)
     images = max(told.images if told else 0, newest.images if newest else 0, summary.images if summary else 0)
     return RunView(
         name=record.name,
@@ -191,7 +208,7 @@ def _run(stored: StoredRun) -> RunView:
         checkpoint=newest and _checkpoint(newest),
         score=_score(max(scores, key=lambda score: score.time_ms, default=None)),
         best=_score(best_score(scores)),
-        waits=told.waits if told and state in ("starting", "training", "scoring") else [],
+        waits=told.waits if told and state in _WORKING else [],
         restarts=max(told.restarts if told else 0, record.starts - 1, 0),
         images_lost=max(told.images_lost if told else 0, record.images_lost),
         spending=told and told.spending(record.device_hours),
@@ -201,6 +218,13 @@ def _run(stored: StoredRun) -> RunView:
         last_error_age_s=_age_s(told.last_error_s if told else None),
         said_s=_age_s(told.time_s if told else None),
     )
+
+
+def _state(told: RunState, owner: OwnerSeen | None) -> State:
+    """Return what a run is doing, from what its driver wrote last and from the driver's sign of life."""
+    if owner is not None and owner.alive:
+        return told.state if told.owner == owner.number else "starting"
+    return "driver died" if told.state in _WORKING else told.state
 
 
 def _sweep(stored: StoredSweep) -> SweepView:
@@ -217,15 +241,35 @@ def _study(stored: StoredStudy) -> StudyView:
     record, summary = stored.record(), stored.summary()
     assert record is not None, "the folder was opened by it"
     left = [name for name in record.runs if name not in record.diverged and stored.run(name).summary() is None]
+    begun = [run for name in left if (run := _run_of_study(stored.run(name))) is not None]
+    waiting = [name for name in left if name not in {run.name for run in begun}]
     return StudyView(
         name=record.name,
         state="not finished" if left or summary is None else "finished",
         runs=len(record.runs),
         ended=len(record.runs) - len(left),
         diverged=list(record.diverged),
-        next_run=left[0] if left else None,
+        begun=begun,
+        next_run=waiting[0] if waiting else None,
+        tuned=record.tuned,
         table=shown_url(stored.table_url) if summary else None,
         spending=Spending.total(stored.run(name).spending() for name in record.runs),
+    )
+
+
+def _run_of_study(stored: StoredRun) -> StudyRunView | None:
+    """Return what a run is doing; None where it has not begun."""
+    told = stored.state()
+    if told is None:
+        return None
+    state = _state(told, look_at_owner(stored.owners_url))
+    return StudyRunView(
+        name=stored.name,
+        state=state,
+        kimg=told.images / 1000,
+        total_kimg=told.kimg,
+        images_per_s=told.images_per_s if state in _WORKING else None,
+        waits=told.waits if state in _WORKING else [],
     )
 
 
@@ -243,6 +287,13 @@ def _score(record: ScoreRecord | None) -> ScoreSeen | None:
 def _age_s(time_s: float | None) -> float | None:
     """Return the seconds since a Unix time, by the clock of this machine."""
     return None if time_s is None else max(0.0, time.time() - time_s)
+
+
+def _shown_point(point: dict[str, Any]) -> str:
+    """Return values by key as one line."""
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in point.items()
+    )
 
 
 def _shown(seconds: float) -> str:

@@ -287,6 +287,10 @@ class StoredStudy:
         """Return a run of the study."""
         return StoredRun(files.join(self.url.rpartition("/")[0].rpartition("/")[0], name))
 
+    def sweep(self, name: str) -> StoredSweep:
+        """Return a sweep that tunes a row of the study."""
+        return StoredSweep(self.run(name).url)
+
     def delete(self) -> None:
         """Delete the folder of the study. Its runs are kept."""
         files.delete(self.url)

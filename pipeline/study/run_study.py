@@ -1,41 +1,54 @@
 """A study: rows of jobs, each trained with several seeds. Every run is a training run of its own.
 
-The MLflow runs are children of the study's MLflow run. The runs are trained one after the other: all rows with the
-first seed, then all rows with the second seed. The rows of an interrupted study can therefore be compared.
+The MLflow runs are children of the study's MLflow run. As many runs train at the same time as fit into the cluster.
+They start in one order: all rows with the first seed, then all rows with the second seed. The rows of an interrupted
+study can therefore be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
-from pipeline.config.job_file import row_job
-from pipeline.config.schema import StudyJob, TrainJob
-from pipeline.errors import Diverged, SaganError, UsageError
+from pipeline.compute.tasks import BackgroundTask
+from pipeline.config.job_file import row_job, row_sweep, trial_job
+from pipeline.config.schema import StudyJob, TrainJob, TuneJob
+from pipeline.errors import Diverged, InterruptedRun, SaganError, UsageError
 from pipeline.evaluation.metrics import metric_named
 from pipeline.runs.best_checkpoint import best_score
-from pipeline.runs.json_records import StudyRecord, StudySummary, StudyTable, StudyTables
+from pipeline.runs.json_records import RunScores, StudyRecord, StudySummary, StudyTable, StudyTables
 from pipeline.runs.owner import claim
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.spending import Spending
 from pipeline.runs.stored_run import StoredRun, StoredStudy
 from pipeline.storage import files
 from pipeline.study.compare_rows import Outcome, tables_of
+from pipeline.study.settle_rows import find_versions, settled_values, sweeps_of, tuned_points
 from pipeline.study.show_tables import as_csv, as_text, print_tables
+from pipeline.study.side_by_side import StopRequest, run_side_by_side
 from pipeline.study.study_picture import curves_of, draw_curves
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
+from pipeline.tracking.parent_run import parent_run
+from pipeline.training import worker_group
 from pipeline.training.driver import train
-from pipeline.training.find_or_start import (
-    artifact_location,
-    complete_job,
-    ended_run,
-    pack_if_missing,
-    start_and_method,
-)
+from pipeline.training.find_or_start import complete_job, ended_run, pack_if_missing, start_and_method
 from pipeline.training.shared_types import Evaluation
+from pipeline.training.status.training_progress import Screen
+from pipeline.tuning import sweep as sweeps
+from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
+
+_POLL_S = 0.2
+_SAID_S = 30.0  # seconds of waiting for room after which it is said
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,13 @@ class RowRun:
         return StoredRun.of(self.job)
 
 
-def runs_of(study: StudyJob) -> list[RowRun]:
-    """Return the runs of a study in the order of training. Raises ConfigError."""
-    return [RowRun(row, seed, row_job(study, row, seed)) for seed in study.seeds for row in study.rows]
+def runs_of(study: StudyJob, settled: Mapping[str, Mapping[str, Any]] | None = None) -> list[RowRun]:
+    """Return the runs of a study in the order in which they start. Raises ConfigError.
+
+    `settled` has the values that the study has found for its rows, by row and dotted key.
+    """
+    values = settled or {}
+    return [RowRun(row, seed, row_job(study, row, seed, values.get(row))) for seed in study.seeds for row in study.rows]
 
 
 def run_study(
@@ -63,51 +80,65 @@ def run_study(
     fresh: bool = False,
     on_end: Callable[[TrainJob, StoredStudy, str], None] | None = None,
 ) -> StudySummary:
-    """Train the runs that have not ended, write the tables and the picture, and return the summary.
+    """Tune the rows, train the runs that have not ended, write the tables and the picture, and return the summary.
 
     The same command resumes a study whose driver died. A run that diverges has ended. More rows and seeds add runs.
 
     Args:
         study: The study job.
         evaluation: Computes the scores.
-        fresh: Whether to delete the study and its runs first.
+        fresh: Whether to delete the study, its sweeps and its runs first. The runs of trials are not deleted.
         on_end: Called with (job of the run `StudySummary.shown`, folder of the study, id of its MLflow run) after the
             summary is stored. It is not called where there is no such run.
 
     Raises UsageError where a run of one of the names has another method, EnvironmentFault, and SaganError where no run
-    has a score.
+    has a score. Raises InterruptedRun after SIGINT or SIGTERM.
     """
     higher_is_better = _directions(study)
-    runs = runs_of(study)
-    first = _tracked(next(run.job for run in runs if run.row == study.compare.reference))
+    first = _tracked(row_job(study, study.compare.reference, study.seeds[0]))
     stored = StoredStudy.of(first, study.name)
     files.check_writable(first.checkpoint.root)
     if fresh:
-        _delete(runs, stored)
+        _delete(study, stored)
     record = stored.record()
-    missing = missing_runs(runs, evaluation, record.diverged if record else {})
-    print(
-        f"study {study.name}: {len(runs) - len(missing)} of {len(runs)} runs have ended, {len(missing)} are to train",
-        flush=True,
+    versions = find_versions(study, record.init_versions if record else {})
+    points = tuned_points(study, record, stored.url)
+    settled = settled_values(study, versions, points)
+    to_tune = sweeps_of(study, settled, points)
+    runs = runs_of(study, settled)
+    missing = missing_runs(
+        [run for run in runs if run.row not in to_tune], evaluation, record.diverged if record else {}
     )
-    record = _find_or_start(study, first, stored, record, [run.job.name for run in runs])
-    if missing:
-        connect(max(_cpus(run.job) for run in missing))
-    for run in missing:
-        print(f"study {study.name}: {run.job.name}", flush=True)
-        try:
-            train(run.job, evaluation, parent=record.mlflow_run_id)
-        except Diverged as error:
-            print(f"{run.job.name} has ended: {error.message}", flush=True)
-            record = stored.record() or record  # another command may train other seeds of the study
-            record = record.model_copy(update={"diverged": {**record.diverged, run.job.name: error.message}})
-            stored.write_record(record)
-    summary = _conclude(study, first, stored, record, runs, higher_is_better)
-    if on_end is not None:
-        for run in runs:
-            if run.job.name == summary.shown:
-                on_end(run.job, stored, record.mlflow_run_id)
-    MlflowRun(tracking_uri(first), record.mlflow_run_id).finish("FINISHED")
+    left = len(missing) + len(to_tune) * len(study.seeds)
+    print(f"study {study.name}: {len(runs) - left} of {len(runs)} runs have ended, {left} are to train", flush=True)
+    params = {f"rows.{name}": row.overrides for name, row in study.rows.items()}
+    with parent_run(first, study.name, record, kind="study", params=params) as mlflow_run:
+        record = StudyRecord(
+            name=study.name,
+            mlflow_run_id=mlflow_run.mlflow_run_id,
+            earlier_mlflow_run_ids=mlflow_run.earlier_mlflow_run_ids,
+            runs=[run.job.name for run in runs],
+            diverged=record.diverged if record else {},
+            init_versions=versions,
+            tuned=record.tuned if record else {},
+        )
+        stored.write_record(record)
+        if left:
+            bases = [trial_job(sweep, sweep.example) for sweep in to_tune.values()]
+            trials = [sweeps.least_cpus(sweep, base) for sweep, base in zip(to_tune.values(), bases, strict=True)]
+            connect(max([*trials, *(worker_group.least_cpus(run.job) for run in runs)]))
+        if to_tune:
+            record = _tune(study, to_tune, evaluation, stored, record)
+            runs = runs_of(study, settled_values(study, versions, tuned_points(study, record, stored.url)))
+            missing = missing_runs(runs, evaluation, record.diverged)
+        if missing:
+            _train(study, missing, evaluation, stored, record)
+        record = stored.record() or record
+        summary = _conclude(study, first, stored, record, runs, higher_is_better)
+        if on_end is not None:
+            for run in runs:
+                if run.job.name == summary.shown:
+                    on_end(run.job, stored, record.mlflow_run_id)
     return summary
 
 
@@ -124,10 +155,13 @@ def _directions(study: StudyJob) -> dict[str, bool]:
     return directions
 
 
-def _delete(runs: Sequence[RowRun], stored: StoredStudy) -> None:
-    for run in runs:
+def _delete(study: StudyJob, stored: StoredStudy) -> None:
+    for run in runs_of(study):
         claim(run.stored.owners_url, print).release()  # no driver may be training the run that is deleted
         run.stored.delete()
+    for row in study.rows:
+        if sweep := row_sweep(study, row):
+            stored.sweep(sweep.name).delete()
     stored.delete()
 
 
@@ -158,42 +192,85 @@ def missing_runs(runs: Sequence[RowRun], evaluation: Evaluation, diverged: Conta
     return missing
 
 
-def _find_or_start(
-    study: StudyJob, job: TrainJob, stored: StoredStudy, record: StudyRecord | None, runs: list[str]
+def _tune(
+    study: StudyJob, to_tune: Mapping[str, TuneJob], evaluation: Evaluation, stored: StoredStudy, record: StudyRecord
 ) -> StudyRecord:
-    """Write and return the record of the study, with the study's MLflow run, which is created where there is none."""
-    tracker = MlflowRun.start(
-        tracking_uri(job),
-        job.track.experiment,
-        study.name,
-        record.mlflow_run_id if record else None,
-        params={f"rows.{name}": row.overrides for name, row in study.rows.items()},
-        tags={"kind": "study"},
-        artifacts=job.track.artifacts or artifact_location(job),
-    )
-    tracker.close(timeout_s=30)
-    earlier = record.earlier_mlflow_run_ids if record else []
-    if record and record.mlflow_run_id != tracker.run_id:
-        earlier = [*earlier, record.mlflow_run_id]
-    record = StudyRecord(
-        name=study.name,
-        mlflow_run_id=tracker.run_id,
-        earlier_mlflow_run_ids=earlier,
-        runs=runs,
-        diverged=record.diverged if record else {},
-    )
-    stored.write_record(record)
+    """Run the sweeps of rows, one after the other, and return the record with the values of their best trials."""
+    for row, sweep in to_tune.items():
+        print(f"study {study.name}: {sweep.name} tunes {', '.join(sweep.space)} of the row {row}", flush=True)
+        best = sweeps.tune(sweep, evaluation, parent=record.mlflow_run_id).best
+        record = record.model_copy(update={"tuned": {**record.tuned, row: best.point}})
+        stored.write_record(record)
     return record
+
+
+def _train(
+    study: StudyJob, missing: Sequence[RowRun], evaluation: Evaluation, stored: StoredStudy, record: StudyRecord
+) -> None:
+    """Train runs, as many at the same time as fit into the cluster. Record those that diverge."""
+    recording = threading.Lock()
+
+    def train_one(run: RowRun, stop: StopRequest) -> None:
+        name = run.job.name
+        print(f"study {study.name}: {name} starts", flush=True)
+        mine = replace(evaluation, check=_checked, finalise=partial(_finalise, evaluation, stop))
+        try:
+            train(run.job, mine, parent=record.mlflow_run_id, asked_to_stop=stop, screen=screen)
+        except Diverged as error:
+            print(f"{name} has ended: {error.message}", flush=True)
+            with recording:
+                known = stored.record() or record  # another command may train other seeds of the study
+                stored.write_record(known.model_copy(update={"diverged": {**known.diverged, name: error.message}}))
+
+    ended = 0
+
+    def on_end(name: str, running: int) -> None:
+        nonlocal ended
+        ended += 1
+        print(f"study {study.name}: {name} has ended, {running} train, {len(missing) - ended} are left", flush=True)
+
+    jobs = list({run.row: run.job for run in missing}.values())
+    needs = TrialNeeds.greatest([TrialNeeds.of(job) for job in jobs])
+    shown = worker_group.shown(max(jobs, key=worker_group.least_cpus))
+    most = study.max_concurrent or len(missing)
+    with closing(TrialRoom(f"the study {study.name}", needs, shown, "run")) as room, Screen(several=True) as screen:
+        run_side_by_side(
+            f"the study {study.name}",
+            {run.job.name: partial(train_one, run) for run in missing},
+            lambda running: running < most and room.may_start(running),
+            on_end,
+        )
+
+
+def _checked(job: TrainJob) -> None:
+    """Check nothing. `missing_runs` has checked a job of each row."""
+
+
+def _finalise(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: str) -> RunScores:
+    """Compute the final score in a process of its own, which a stop request ends.
+
+    torch's random numbers and its threads belong to a process, and other runs of the study are in this one.
+    """
+    score = job.evaluate
+    cpus = score.cpus if score.workers == 1 and not score.gpus else 0.0  # else tasks of `finalise` reserve their own
+    task = BackgroundTask(evaluation.finalise, job, run_id, cpus=cpus, gpus=0.0)
+    says_at = time.monotonic() + _SAID_S
+    while not task.is_done(_POLL_S):
+        if time.monotonic() > says_at and not task.has_begun():
+            says_at = math.inf
+            print(f"{job.name}: the final score waits for {cpus:g} CPUs; Ray starts it when the cluster has room")
+        if stop():
+            task.cancel()
+            raise InterruptedRun(
+                f"{job.name} was stopped before its final score", "run the same command again to resume"
+            )
+    scores: RunScores = task.result()
+    return scores
 
 
 def _tracked(job: TrainJob) -> TrainJob:
     """Return the job with its tracking URI filled in."""
     return job.model_copy(update={"track": job.track.model_copy(update={"uri": tracking_uri(job)})})
-
-
-def _cpus(job: TrainJob) -> float:
-    """Return the CPUs of the job's workers and of the processes that score beside them."""
-    return job.train.workers * job.resources.cpus_per_worker + job.evaluate.workers * job.evaluate.cpus
 
 
 # --- at the end ------------------------------------------------------------------------------------------------------
@@ -241,12 +318,13 @@ def _conclude(
         mlflow_run_id=record.mlflow_run_id,
         table=str(table),
         picture=str(picture),
+        tuned={row: point for row, point in record.tuned.items() if study.rows.get(row) and study.tuning(row)},
         device_hours=spending.device_hours,
         cost=spending.cost,
     )
     (folder / "summary.json").write_text(summary.model_dump_json(indent=1))
     stored.write_summary(summary)
-    _track(job, record.mlflow_run_id, tables, spending, [picture, table, text])
+    _track(job, record.mlflow_run_id, tables, summary.tuned, spending, [picture, table, text])
     return summary
 
 
@@ -265,8 +343,15 @@ def outcome_of(study: StudyJob, run: RowRun, diverged: bool) -> Outcome:
     return Outcome(run.row, run.seed, score if score and score.values else None, diverged, run.stored.spending())
 
 
-def _track(job: TrainJob, run_id: str, tables: Sequence[StudyTable], spending: Spending, paths: Sequence[Path]) -> None:
-    """Send the means of the rows, what the study has spent, and the files to the study's MLflow run.
+def _track(
+    job: TrainJob,
+    run_id: str,
+    tables: Sequence[StudyTable],
+    tuned: Mapping[str, Mapping[str, Any]],
+    spending: Spending,
+    paths: Sequence[Path],
+) -> None:
+    """Send the means of the rows, their tuned values, what the study has spent, and the files to the study's MLflow run.
 
     The means are tags and not metrics, because they change when the study gets more seeds.
     """
@@ -277,6 +362,8 @@ def _track(job: TrainJob, run_id: str, tables: Sequence[StudyTable], spending: S
             for name, value in values.items():
                 if value is not None:
                     tracker.tag(f"{table.key}/{row.row}/{name}", f"{value:.6g}")
+    for name, point in tuned.items():
+        tracker.tag(f"tuned/{name}", json.dumps(point))
     for key, text in spending.tags().items():
         tracker.tag(key, text)
     for path in paths:

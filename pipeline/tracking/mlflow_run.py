@@ -19,6 +19,7 @@ from urllib.parse import quote
 from pipeline.config.locations import absolute_tracking_uri, sqlite_database
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, LastingFault, UsageError, shown_url, without_secrets_of
+from pipeline.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,15 @@ def default_uri() -> str:
 def tracking_uri(job: TrainJob) -> str:
     """Return `track.uri` of the job, or `default_uri()` where the job has none."""
     return job.track.uri or default_uri()
+
+
+def artifact_location(job: TrainJob) -> str | None:
+    """Return the artifact location of a new experiment; None where the MLflow server decides it.
+
+    A tracking database has no artifact store, so artifacts go to `<checkpoint.root>/mlflow` by default.
+    """
+    default = files.join(job.checkpoint.root, "mlflow") if sqlite_database(job.track.uri or "") else None
+    return job.track.artifacts or default
 
 
 def client(uri: str) -> Any:

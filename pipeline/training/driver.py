@@ -8,10 +8,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.compute.cluster import NodeWatch, this_node
 from pipeline.compute.devices import uses_gpu
@@ -32,7 +31,8 @@ from pipeline.training.shared_types import Evaluation, TrainingRun
 from pipeline.training.status.messages import GroupLost, NodesLeave, NotFiniteAt, RoomForMore, StartAsked
 from pipeline.training.status.run_status import Status
 from pipeline.training.status.status_file import StatusFile
-from pipeline.training.status.training_progress import Console
+from pipeline.training.status.training_progress import Console, Screen
+from pipeline.training.stop_signals import stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def train(
     final: bool = True,
     on_end: Callable[[TrainJob, str], None] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    screen: Screen | None = None,
 ) -> TrainSummary:
     """Train from the run's newest checkpoint to `train.kimg` and return the summary.
 
@@ -58,7 +59,7 @@ def train(
 
     Args:
         evaluation: Computes the scores.
-        parent: Id of the MLflow run of the sweep, if this run is a trial.
+        parent: Id of the MLflow run of the sweep or the study to which this run belongs.
         tags: More tags of the MLflow run, by key.
         kept: Names of checkpoints that must be kept, because other runs start from them.
         on_score: Called with (position in images, value) after each score. The value is None where the model generates
@@ -66,7 +67,9 @@ def train(
         final: Whether to compute a final score at the end and to register the best model. False for a trial, because a
             sweep chooses its champion among all trials; the checkpoints that are due are scored then, too.
         on_end: Called with (job, MLflow run id) after the summary is stored and before the MLflow run ends.
-        asked_to_stop: Returns whether the run must stop as after a signal. It is called several times a second.
+        asked_to_stop: Returns whether the run must stop as after a signal. It is called several times a second while
+            the run trains. Where it raises KeyboardInterrupt, the run ends at once.
+        screen: Shows the progress, beside that of other runs. Default: a screen for this run alone.
 
     Raises UsageError, also where another driver trains this run, EnvironmentFault or SaganError. Raises InterruptedRun
     after SIGINT, SIGTERM or `asked_to_stop`, and BudgetSpent where the budget of the run is spent; the checkpoint after
@@ -81,7 +84,7 @@ def train(
         try:
             if _reaches_budget(run.job, run.record.device_hours):
                 raise _budget_spent(run, run.record.device_hours)
-            snapshot = _train(run, evaluation, kept, on_score, asked_to_stop, told)
+            snapshot = _train(run, evaluation, kept, on_score, asked_to_stop, told, screen)
             told.score(snapshot)
             scores = RunScores()
             if final:
@@ -131,6 +134,7 @@ def _train(
     on_score: Callable[[int, float | None], None] | None,
     asked_to_stop: Callable[[], bool],
     told: StatusFile,
+    screen: Screen | None,
 ) -> Status:
     """Run Ray Train in a background thread. The calling thread shows progress, scores, retains and handles signals.
 
@@ -142,7 +146,9 @@ def _train(
     assert owner is not None, "a run that has ended is not trained"
     beside = worker_group.require_room(job)
     if not beside:
-        print("the cluster has no room to score beside training: training waits for each score", flush=True)
+        print(
+            f"{job.name}: the cluster has no room to score beside training: training waits for each score", flush=True
+        )
     status = Status(
         images=run.reached,
         starts=run.record.starts,
@@ -156,8 +162,9 @@ def _train(
     workers = _Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))
     here, ends, spent = this_node(), False, False
     with (
-        _signals() as signals,
-        Console(job) as console,
+        stop_signals("training stops after this step and writes a checkpoint") as signals,
+        contextlib.nullcontext(screen) if screen else Screen() as shown_on,
+        Console(job, shown_on) as console,
         contextlib.closing(NodeWatch()) as nodes,
         contextlib.closing(worker_group.RoomWatch(job, beside)) as room,
     ):
@@ -166,7 +173,7 @@ def _train(
         while training or scoring_goes_on:
             training = not workers.done.wait(POLL_SECONDS)
             owner.require()
-            if not signals and asked_to_stop():
+            if asked_to_stop() and not signals:
                 signals.append(signal.SIGTERM)
             known = len(status.scores)
             status.apply(NodesLeave(nodes.leaving))
@@ -320,7 +327,7 @@ class Housekeeping:
         except (EnvironmentFault, CorruptError) as error:
             self._again_at = time.monotonic() + HOUSEKEEPING_PAUSE_S
             print(
-                f"the run's record or retention is late, and training continues; tried again in "
+                f"{run.job.name}: the run's record or retention is late, and training continues; tried again in "
                 f"{HOUSEKEEPING_PAUSE_S:.0f} s: {error.message}",
                 flush=True,
             )
@@ -346,34 +353,6 @@ class _Background:
             self.error = error
         finally:
             self.done.set()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Handle SIGINT and SIGTERM inside a `with` block.
-
-    Yields a list that receives the number of the first signal. A second signal raises KeyboardInterrupt. Outside the
-    main thread no handler is installed and the list stays empty.
-    """
-    received: list[int] = []
-    # A trial of a sweep runs in another thread. The driver of the sweep handles signals there.
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(number: int, _: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        name = signal.Signals(number).name
-        print(f"received {name}: training stops after this step and writes a checkpoint …", flush=True)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # --- at the end ------------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.collection.manifest import MANIFEST, Collection
 from pipeline.compute.cluster import join_named_cluster
-from pipeline.config.locations import sqlite_database
 from pipeline.config.run_method import complete_model, digest_of, method_differences, method_of
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, UsageError, shown_url
@@ -20,10 +20,13 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
 from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.init_source import describe, find_init, first_state
-from pipeline.tracking.mlflow_run import MlflowRun, last_step, tracking_uri
+from pipeline.tracking.mlflow_run import MlflowRun, artifact_location, last_step, tracking_uri
 from pipeline.training.shared_types import Evaluation, TrainingRun
 from pipeline.training.worker.finite_check import first_not_finite
 from sagan.train_state import TrainState
+
+# New weights are drawn from torch's random numbers, which all threads of a driver share.
+_ONE_AT_A_TIME = threading.Lock()
 
 SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the source version of the run
 
@@ -31,7 +34,7 @@ SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the sourc
 @contextlib.contextmanager
 def owned(stored: StoredRun) -> Iterator[Ownership]:
     """Own a run inside a `with` block. Raises what `claim` raises."""
-    owner = claim(stored.owners_url, lambda line: print(line, flush=True))
+    owner = claim(stored.owners_url, lambda line: print(f"{stored.name}: {line}", flush=True))
     try:
         yield owner
     finally:
@@ -77,7 +80,8 @@ def find_or_start(
     evaluation.check(job)
     stored = StoredRun.of(job)
     collection = Collection.open(job.data.train)
-    init, method = start_and_method(job, collection, stored)
+    with _ONE_AT_A_TIME:
+        init, method = start_and_method(job, collection, stored)
     uri = tracking_uri(job)
     if ended := ended_run(job, stored, method):
         return ended
@@ -87,14 +91,15 @@ def find_or_start(
     record = _own_record(job, stored, method)
     if record is not None:
         record = _with_newest_hours(record, stored)
-    first = _first_state(job, collection, stored, init) if init and not stored.checkpoints() else None
+    with _ONE_AT_A_TIME:
+        first = _first_state(job, collection, stored, init) if init and not stored.checkpoints() else None
     try:
         record = start_tracking(job, stored, record, method, parent, init, tags)
         reached = last_step(uri, record.mlflow_run_id, "loss_d")
     except EnvironmentFault as fault:
         if record is None or isinstance(fault, LastingFault):
             raise
-        print(f"the run resumes without MLflow, which gets its points later: {fault.message}", flush=True)
+        print(f"{job.name}: the run resumes without MLflow, which gets its points later: {fault.message}", flush=True)
         reached = max((checkpoint.images for checkpoint in stored.checkpoints()), default=0)
     if first is not None:
         owner.require()
@@ -152,7 +157,7 @@ def start_tracking(
             **(describe(init) if init else {}),
             **(tags or {}),
         },
-        artifacts=job.track.artifacts or artifact_location(job),
+        artifacts=artifact_location(job),
         parent=parent,
     )
     earlier = record.earlier_mlflow_run_ids if record else []
@@ -210,14 +215,6 @@ def _write_first_checkpoint(
     with files.temporary_folder("init") as local:
         require_room(local, stored.checkpoints_url, state, local / METRICS)
         upload_checkpoint(local, stored.checkpoint(write_checkpoint(local, state, b"", facts)))
-
-
-def artifact_location(job: TrainJob) -> str | None:
-    """Return the artifact location of a new experiment; None where the MLflow server decides it.
-
-    A tracking database has no artifact store, so artifacts go to `<checkpoint.root>/mlflow`.
-    """
-    return files.join(job.checkpoint.root, "mlflow") if sqlite_database(job.track.uri or "") else None
 
 
 def ended_run(job: TrainJob, stored: StoredRun, method: dict[str, Any]) -> TrainingRun | None:

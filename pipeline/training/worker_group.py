@@ -29,8 +29,8 @@ def require_room(job: TrainJob) -> bool:
     Returns whether it can hold the tasks that score checkpoints beside the workers. What other runs use counts as room,
     because Ray waits for it. Raises EnvironmentFault where the workers do not fit.
     """
-    workers, scores = job.train.least_workers, job.evaluate
-    connect(workers * job.resources.cpus_per_worker + scores.workers * scores.cpus)
+    workers = job.train.least_workers
+    connect(least_cpus(job))
     key = "train.workers" if job.train.min_workers is None else "train.min_workers"
     worker, scoring = needs(job)
     require_resources(workers, "workers", worker["CPU"], worker["GPU"], lambda fit: f"set {key}={fit} or add nodes")
@@ -45,6 +45,11 @@ def needs(job: TrainJob) -> tuple[dict[str, float], list[dict[str, float]]]:
     scores = job.evaluate
     scoring = [{"CPU": scores.cpus, "GPU": scores.gpus}] * scores.workers if scores.cpus or scores.gpus else []
     return {"CPU": job.resources.cpus_per_worker, "GPU": float(uses_gpu(job.resources.device))}, scoring
+
+
+def least_cpus(job: TrainJob) -> float:
+    """Return the CPUs of the least number of workers and of the processes that score beside them."""
+    return job.train.least_workers * job.resources.cpus_per_worker + job.evaluate.workers * job.evaluate.cpus
 
 
 def shown(job: TrainJob) -> str:

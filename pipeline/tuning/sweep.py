@@ -17,7 +17,7 @@ from rich.table import Table
 from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
 from pipeline.compute.mailbox import Mailbox, Sender
-from pipeline.compute.resources import fits, node_resources, require_resources, require_total
+from pipeline.compute.resources import require_resources, require_total
 from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
@@ -36,9 +36,10 @@ from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.init_source import find_init, pin_source
 from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
+from pipeline.tracking.parent_run import parent_run
 from pipeline.training import worker_group
 from pipeline.training.driver import train
-from pipeline.training.find_or_start import artifact_location, complete_job, pack_if_missing, start_tracking
+from pipeline.training.find_or_start import complete_job, pack_if_missing, start_tracking
 from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.population import lineage_tags
@@ -48,7 +49,7 @@ from pipeline.tuning.trial_plan import TrialStart
 from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 
 
-def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> SweepSummary:
+def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False, parent: str | None = None) -> SweepSummary:
     """Run the trials, register the model of the best trial, draw the plane and return the summary.
 
     The same command resumes a sweep whose driver died. Trials that ended are kept; the others resume. A larger
@@ -58,6 +59,7 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
         sweep: The sweep job.
         evaluation: Computes the scores.
         fresh: Whether to delete the sweep first. The runs of its trials are not deleted.
+        parent: Id of the MLflow run of the study whose row the sweep tunes.
 
     Raises EnvironmentFault where the trials do not fit the cluster, and SaganError where every trial failed.
     """
@@ -72,20 +74,30 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False) -> Swee
     base = pin_source(base, init)
     needs = _require_room(sweep, base)
     evaluation.check(base)
-    run_id = _find_or_start(sweep, base, stored, record, method, init)
     higher_is_better, mailbox = evaluation.higher_is_better(base), Mailbox()
-    run = ray_tune.with_parameters(
-        run_trial,
-        base=base,
-        evaluation=evaluation,
-        parent=run_id,
-        higher_is_better=higher_is_better,
-        sweep=mailbox.sender,
-    )
-    with closing(TrialRoom(sweep.name, needs, worker_group.shown(base))) as room:
-        with stops_trials(mailbox, sweep.name):
-            trials = ray_tune.search(sweep, base, run, stored, higher_is_better, room.may_start)
-        return _conclude(sweep, base, stored, evaluation, run_id, trials)
+    params = {f"space.{key}": choice.model_dump(exclude_none=True) for key, choice in sweep.space.items()}
+    with parent_run(base, sweep.name, record, kind="tune", params=params, parent=parent) as mlflow_run:
+        stored.write_record(
+            SweepRecord(
+                name=sweep.name,
+                mlflow_run_id=mlflow_run.mlflow_run_id,
+                earlier_mlflow_run_ids=mlflow_run.earlier_mlflow_run_ids,
+                method=method,
+                init=init,
+            )
+        )
+        run = ray_tune.with_parameters(
+            run_trial,
+            base=base,
+            evaluation=evaluation,
+            parent=mlflow_run.mlflow_run_id,
+            higher_is_better=higher_is_better,
+            sweep=mailbox.sender,
+        )
+        with closing(TrialRoom(f"the sweep {sweep.name}", needs, worker_group.shown(base))) as room:
+            with stops_trials(mailbox, sweep.name):
+                trials = ray_tune.search(sweep, base, run, stored, higher_is_better, room.may_start)
+            return _conclude(sweep, base, stored, evaluation, mlflow_run.mlflow_run_id, trials)
 
 
 def job_of_trial(base: TrainJob, name: str, values: Mapping[str, Any]) -> TrainJob:
@@ -159,20 +171,25 @@ def _require_room(sweep: TuneJob, base: TrainJob) -> TrialNeeds:
 
     What is in use counts as room. A trial starts when its room is free (`TrialRoom`). Raises EnvironmentFault.
     """
-    workers, scores, trials = base.train.least_workers, base.evaluate, sweep.search.max_concurrent
-    connect(trials * (workers * base.resources.cpus_per_worker + scores.workers * scores.cpus + ray_tune.TRIAL_CPUS))
+    trials = sweep.search.max_concurrent
+    connect(least_cpus(sweep, base))
 
     def remedy(fit: int) -> str:
         return f"set search.max_concurrent={fit}" if fit else "not even one trial fits: use fewer workers or add nodes"
 
-    worker, scoring = worker_group.needs(base)
-    if not fits(node_resources(), workers, worker, scoring):
-        scoring = []  # the trials score in line
-    cpus, gpus = (workers * worker[name] + sum(score[name] for score in scoring) for name in ("CPU", "GPU"))
+    needs = TrialNeeds.of(base, ray_tune.TRIAL_CPUS)
+    workers, worker = needs.workers, needs.worker
+    cpus, gpus = (workers * worker[name] + sum(score[name] for score in needs.scoring) for name in ("CPU", "GPU"))
     require_total(trials, "trials at once", cpus, gpus, remedy)
     what, fitting = f"workers of {trials} trials at once", lambda fit: remedy(fit // workers)
     require_resources(trials * workers, what, worker["CPU"], worker["GPU"], fitting)
-    return TrialNeeds(workers, worker, scoring)
+    return needs
+
+
+def least_cpus(sweep: TuneJob, base: TrainJob) -> float:
+    """Return the CPUs of `search.max_concurrent` trials with the processes that score beside them."""
+    each = worker_group.least_cpus(base) + ray_tune.TRIAL_CPUS
+    return sweep.search.max_concurrent * each
 
 
 def _own_record(
@@ -192,40 +209,6 @@ def _own_record(
             "give this sweep another name (name=…), or set the keys back to resume the existing sweep",
         )
     return record, method, init
-
-
-def _find_or_start(
-    sweep: TuneJob,
-    base: TrainJob,
-    stored: StoredSweep,
-    record: SweepRecord | None,
-    method: dict[str, Any],
-    init: RecordedInit | None,
-) -> str:
-    """Return the id of the sweep's MLflow run, which is created where the sweep has none."""
-    tracker = MlflowRun.start(
-        tracking_uri(base),
-        base.track.experiment,
-        sweep.name,
-        record.mlflow_run_id if record else None,
-        params={f"space.{key}": choice.model_dump(exclude_none=True) for key, choice in sweep.space.items()},
-        tags={"kind": "tune"},
-        artifacts=base.track.artifacts or artifact_location(base),
-    )
-    tracker.close(timeout_s=30)
-    earlier = record.earlier_mlflow_run_ids if record else []
-    if record and record.mlflow_run_id != tracker.run_id:
-        earlier = [*earlier, record.mlflow_run_id]
-    stored.write_record(
-        SweepRecord(
-            name=sweep.name,
-            mlflow_run_id=tracker.run_id,
-            earlier_mlflow_run_ids=earlier,
-            method=method,
-            init=init,
-        )
-    )
-    return tracker.run_id
 
 
 # --- at the end ------------------------------------------------------------------------------------------------------
@@ -270,7 +253,6 @@ def _conclude(
     for key, text in spending.tags().items():
         tracker.tag(key, text)
     tracker.close(timeout_s=60)
-    tracker.finish("FINISHED")
     return summary
 
 
@@ -281,9 +263,12 @@ def best_first(trials: list[Trial], higher_is_better: bool) -> list[Trial]:
 
 
 def _register(sweep: TuneJob, base: TrainJob, evaluation: Evaluation, best: Trial, run_id: str) -> RunScores:
-    """Register the model of the best trial under the name of the sweep, and return the scores of the trial."""
+    """Register the model of the best trial under the name of the sweep, and return the scores of the trial.
+
+    No model is registered where the base job sets `track.register: false`.
+    """
     job = complete_job(job_of_trial(base, best.name, best.point))
-    track = job.track.model_copy(update={"model": sweep.name, "register_model": True})
+    track = job.track.model_copy(update={"model": sweep.name, "register_model": base.track.register_model})
     stored = StoredRun.of(job)
     record = stored.record()
     if record is None:

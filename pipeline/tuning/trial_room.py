@@ -1,4 +1,7 @@
-"""Room of a sweep's trials in the cluster: whether another trial may start, and what ended trials give back."""
+"""Room of training runs in the cluster: whether another one may start, and what ended ones give back.
+
+The runs are the trials of a sweep or the runs of a study.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pipeline.compute.resources import fits, free_resources, placement_groups, release_placement_groups
-from pipeline.tuning.ray_tune import TRIAL_CPUS
+from pipeline.compute.resources import (
+    fits,
+    free_resources,
+    node_resources,
+    placement_groups,
+    release_placement_groups,
+)
+from pipeline.config.schema import TrainJob
+from pipeline.training import worker_group
 
 _LOOK_S = 1.0  # seconds between two looks at the cluster
 _SAID_S = 30.0  # seconds of waiting after which it is said
@@ -25,6 +35,29 @@ class TrialNeeds:
     """What each worker needs."""
     scoring: Sequence[Mapping[str, float]]
     """What each process needs that scores checkpoints beside training."""
+    driver_cpus: float = 0.0
+    """CPUs of a process that drives the trial. A thread of this driver needs none."""
+
+    @classmethod
+    def of(cls, job: TrainJob, driver_cpus: float = 0.0) -> TrialNeeds:
+        """Return what a run of a job needs. The cluster must be connected.
+
+        Where the cluster cannot hold the processes that score beside training, rank 0 scores, and needs nothing more.
+        """
+        worker, scoring = worker_group.needs(job)
+        workers = job.train.least_workers
+        beside = fits(node_resources(), workers, worker, scoring)
+        return cls(workers, worker, scoring if beside else [], driver_cpus)
+
+    @classmethod
+    def greatest(cls, needs: Sequence[TrialNeeds]) -> TrialNeeds:
+        """Return needs in which those of each of several runs fit."""
+        return cls(
+            max(one.workers for one in needs),
+            {name: max(one.worker[name] for one in needs) for name in ("CPU", "GPU")},
+            max((one.scoring for one in needs), key=_amounts),
+            max(one.driver_cpus for one in needs),
+        )
 
 
 @dataclass(frozen=True)
@@ -42,24 +75,25 @@ class Room:
         Room is left for those of the `running` trials that have not got theirs yet.
         """
         trials = max(0, running - self.placed) + 1
-        driver = {"CPU": TRIAL_CPUS, "GPU": 0.0}
-        return fits(self.free, trials * trial.workers, trial.worker, [driver, *trials * [*trial.scoring]])
+        driver = [{"CPU": trial.driver_cpus, "GPU": 0.0}] if trial.driver_cpus else []
+        return fits(self.free, trials * trial.workers, trial.worker, [*driver, *trials * [*trial.scoring]])
 
 
 class TrialRoom:
-    """A thread that looks at the cluster every second while a sweep runs.
+    """A thread that looks at the cluster every second while a sweep or a study runs.
 
     It removes the placement groups of trials that have ended or whose process has died, and says what the sweep waits
     for.
 
     Args:
-        sweep: Name of the sweep, for messages.
+        owner: The sweep or the study, for messages.
         trial: What each trial needs.
         shown: The workers of a trial, for messages.
+        noun: What a trial is called in messages.
     """
 
-    def __init__(self, sweep: str, trial: TrialNeeds, shown: str) -> None:
-        self._sweep, self._trial, self._shown = sweep, trial, shown
+    def __init__(self, owner: str, trial: TrialNeeds, shown: str, noun: str = "trial") -> None:
+        self._owner, self._trial, self._shown, self._noun = owner, trial, shown, noun
         self._room: Room | None = None
         self._held_back = _Wait(_LOOK_S)
         self._ended = threading.Event()
@@ -80,8 +114,8 @@ class TrialRoom:
         may = self._room is not None and self._room.holds_another(self._trial, running)
         if self._held_back.lasts(not may):
             print(
-                f"the sweep {self._sweep} waits for room for another trial beside {running}: {self._shown}, and its "
-                "scores; the trial starts when this is free",
+                f"{self._owner} waits for room for another {self._noun} beside {running}: {self._shown}, and its "
+                f"scores; the {self._noun} starts when this is free",
                 flush=True,
             )
         return may
@@ -95,7 +129,7 @@ class TrialRoom:
                 self._room = Room(free_resources(), groups.placed)
                 if waiting.lasts(groups.waiting > 0):
                     print(
-                        f"{groups.waiting} running trials of the sweep {self._sweep} wait for room: {self._shown}; Ray "
+                        f"{groups.waiting} running {self._noun}s of {self._owner} wait for room: {self._shown}; Ray "
                         "starts them when the cluster has it",
                         flush=True,
                     )
@@ -121,3 +155,8 @@ class _Wait:
             return False
         self._said = True
         return True
+
+
+def _amounts(processes: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Return the GPUs and the CPUs of all processes together."""
+    return sum(one["GPU"] for one in processes), sum(one["CPU"] for one in processes)

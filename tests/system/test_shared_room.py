@@ -61,7 +61,7 @@ def test_a_trial_gives_its_room_back_as_soon_as_its_process_has_died_and_another
     assert (placement_groups().placed, placement_groups().waiting) == (1, 1)
 
     one_worker = TrialNeeds(1, {"CPU": 0.9, "GPU": 0.0}, [])
-    with closing(TrialRoom("sweep", one_worker, "1 worker")) as room:
+    with closing(TrialRoom("the sweep", one_worker, "1 worker")) as room:
         assert room.may_start(0), "the first trial waits in Ray"
         while not room.may_start(1):  # the living actor is the running trial
             time.sleep(0.05)

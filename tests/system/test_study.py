@@ -8,6 +8,7 @@ import signal
 import pytest
 import yaml
 from mlflow import MlflowClient
+from pipeline.runs.run_view import look_at_run
 
 from pipeline.runs.stored_run import StoredStudy
 from pipeline.storage import files
@@ -26,19 +27,20 @@ def place(s3, ray_cluster, tmp_path):
     return tmp_path, bucket, env
 
 
-def write(folder, rows, seeds):
-    """Write the job file of a study of the tiny quickstart; return its path."""
+def write(folder, rows, seeds, **more):
+    """Write the job file of a study of the tiny quickstart with `more` keys; return its path."""
     overrides = {key: value for key, value in TINY.items() if key != "train.kimg"}
     study = {
         "kind": "study",
         "name": "tiny",
         "base": str(JOBS / "quickstart.yaml"),
-        "overrides": {**overrides, "evaluate.repeats": 1},
         "kimg": 0.96,
         "seeds": seeds,
         "rows": {row: {"overrides": of_row} for row, of_row in rows.items()},
         "compare": {"metrics": ["fd_classifier"], "reference": "none"},
+        **more,
     }
+    study["overrides"] = {**overrides, "evaluate.repeats": 1, **more.get("overrides", {})}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False).replace("'[", "[").replace("]'", "]"))
     return path
@@ -89,6 +91,75 @@ def test_a_study_whose_driver_was_killed_trains_each_run_once(place):
     page = files.read_bytes(stored.report_url).decode()
     assert "<h2>Study tiny</h2>" in page
     assert "is left out" not in page
+
+
+def statuses(env):
+    """Status of each MLflow run of the experiment, by name."""
+    client = MlflowClient(env["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("sagan").experiment_id
+    return {run.info.run_name: run.info.status for run in client.search_runs([experiment])}
+
+
+def test_runs_train_side_by_side_and_one_signal_stops_all_of_them(place):
+    """Two runs fit into the four CPUs of the cluster: a worker has one and a half, and a process that scores has one."""
+    tmp_path, bucket, env = place
+    rows = {"none": {"model.attention": "[]"}, "feat16": {}, "feat8": {"model.attention": "[8]"}}
+    job = write(tmp_path, rows, [0], kimg=9.6, overrides={"train.workers": 1, "resources.cpus_per_worker": 1.5})
+    stored = StoredStudy(f"{bucket}/runs/studies/tiny")
+
+    first = Driver(tmp_path, env, job=job, tiny=False)
+    first.until("3 are to train")
+    for text in ("tiny-none-0: checkpoint 0", "tiny-feat16-0: checkpoint 0"):
+        if text not in first.output:
+            first.until(text)
+    first.signal(signal.SIGINT)
+    assert first.end() == 130, first.output
+    assert "the study tiny was stopped; its runs have kept their checkpoints" in first.output
+    assert "tiny-feat8-0 starts" not in first.output, "a third run has no room"
+    assert statuses(env) == {"tiny": "KILLED", "tiny-none-0": "KILLED", "tiny-feat16-0": "KILLED"}
+    begun = look_at_run(stored.url).begun
+    assert {(run.name, run.state) for run in begun} == {("tiny-none-0", "stopped"), ("tiny-feat16-0", "stopped")}
+
+    second = Driver(tmp_path, env, job=job, tiny=False)
+    second.until("0 of 3 runs have ended, 3 are to train")
+    second.until("tiny-none-0: resumed from")
+    assert statuses(env)["tiny"] == "RUNNING"
+    assert second.end() == 0, second.output
+    assert set(statuses(env).values()) == {"FINISHED"}
+    starts = {name: stored.run(name).record().starts for name in ("tiny-none-0", "tiny-feat16-0", "tiny-feat8-0")}
+    assert starts == {"tiny-none-0": 2, "tiny-feat16-0": 2, "tiny-feat8-0": 1}
+    assert [len(row.values) for row in stored.tables().tables[0].rows] == [1, 1, 1]
+
+
+def test_a_study_tunes_a_row_and_trains_it_at_the_values_of_the_best_trial(place):
+    tmp_path, bucket, env = place
+    space = {"optim.lr_d": {"grid": [0.0004, 0.0008]}}
+    tune = {"space": space, "search": {"max_concurrent": 1}, "kimg": 0.64}
+    job = write(tmp_path, {"none": {"model.attention": "[]"}}, [0], tune=tune)
+    stored = StoredStudy(f"{bucket}/runs/studies/tiny")
+
+    first = Driver(tmp_path, env, job=job, tiny=False)
+    first.until("tiny-none-tune tunes optim.lr_d of the row none")
+    first.until("has ended at 0.64 kimg")
+    first.signal(signal.SIGINT)
+    assert first.end() == 130, first.output
+    assert (statuses(env)["tiny"], statuses(env)["tiny-none-tune"]) == ("KILLED", "KILLED")
+
+    second = Driver(tmp_path, env, job=job, tiny=False)
+    assert second.end() == 0, second.output
+    best = stored.sweep("tiny-none-tune").summary().best
+    assert stored.record().tuned == {"none": best.point}
+    assert stored.run("tiny-none-0").record().method["optim.lr_d"] == best.point["optim.lr_d"]
+    assert stored.sweep("tiny-none-tune").summary().registered is None
+    trials = stored.sweep("tiny-none-tune").trials().trials
+    assert sorted(trial.point["optim.lr_d"] for trial in trials) == [0.0004, 0.0008]
+    assert {stored.run(trial.name).record().method["seed"] for trial in trials} == {1000}
+    assert set(statuses(env).values()) == {"FINISHED"}
+
+    third = Driver(tmp_path, env, job=job, tiny=False)
+    third.until("1 of 1 runs have ended, 0 are to train")
+    assert third.end() == 0, third.output
+    assert "tunes" not in third.output
 
 
 def test_a_run_that_diverges_is_counted_and_the_study_goes_on(place):

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from pipeline.config.job_file import load_job, parse_overrides, row_job, to_yaml
+from pipeline.config.job_file import load_job, parse_overrides, row_job, row_sweep, to_yaml, trial_job
 from pipeline.errors import ConfigError
 from tests.shipped_jobs import JOBS, STUDIES
 
@@ -248,6 +248,48 @@ def test_a_row_may_have_a_base_of_its_own_and_bases_are_relative_to_the_study(jo
     )
     study = load_job(path)
     assert [row_job(study, row, 0).train.batch for row in study.rows] == [32, 16]
+
+
+TUNING = "tune: {space: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}}, search: {trials: 4}, kimg: 1, seed: 7}\n"
+
+
+def test_a_tuned_row_has_a_sweep_with_a_budget_and_a_seed_of_its_own(job, tmp_path):
+    """The sweep has the values of the row. A row's `tune` replaces the study's. Settled values win over all others."""
+    job(TRAIN)
+    path = tmp_path / "study.yaml"
+    own = "kimg: 3, tune: {space: {optim.lr_g: {choice: [1.0e-4]}}}"
+    path.write_text(STUDY.replace("kimg: 3", own) + TUNING + "overrides: {optim.n_dis: 5}\n")
+    study = load_job(path)
+    none, more = row_sweep(study, "none"), row_sweep(study, "more", {"model.z_dim": 64})
+    trial = trial_job(none, {"optim.lr_d": 5e-4})
+    assert (none.name, none.search.trials) == ("s-none-tune", 4)
+    assert (trial.seed, trial.train.kimg, trial.optim.n_dis, trial.optim.lr_d) == (7, 1, 5, 5e-4)
+    assert trial.model.attention == ()
+    assert not trial.track.register_model
+    trial = trial_job(more, more.example)
+    assert (trial.seed, trial.train.kimg, trial.optim.n_dis, trial.model.z_dim) == (1000, 3, 2, 64)
+    assert row_job(study, "none", 1, {"optim.lr_d": 2e-4}).optim.lr_d == 2e-4
+    path.write_text(STUDY)
+    assert row_sweep(load_job(path), "none") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed: 7", "seed: 1", "tune.seed 1 is one of seeds; give the trials of none another seed"),
+        ("optim.lr_d", "optim.lrd", "rows.none: tune.space: optim.lrd is not a key of s-none-0"),
+        ("optim.lr_d", "train.kimg", "tune.space: train.kimg is set by the study"),
+        ("trials: 4", "trials: 4, initial_points: [{optim.lr_d: 1}]", "search.initial_points.0: optim.lr_d: 1"),
+        ("loguniform", "loguni", "tune.space.optim.lr_d.loguni is not a key"),
+    ],
+)
+def test_the_tuning_of_a_study_is_checked_before_it_starts(job, tmp_path, old, new, message):
+    job(TRAIN)
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY + TUNING.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_job(path)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def study() -> Callable[[StoredRun], StoredStudy]:
                 mlflow_run_id="0",
                 table=stored.table_url,
                 picture=stored.picture_url,
+                tuned={"feat16": {"optim.lr_d": 4e-4}},
             )
         )
         return stored

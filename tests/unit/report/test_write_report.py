@@ -23,6 +23,7 @@ from pipeline.report import write_report
 from pipeline.report.runs_and_models import Reader
 from pipeline.runs.json_records import (
     Lineage,
+    RecordedInit,
     StudyRecord,
     SweepRecord,
     SweepSummary,
@@ -74,7 +75,20 @@ def explored(text: str) -> list[dict]:
 
 
 def test_the_page_of_a_run(written: Written, run: Run, tmp_path: Path) -> None:
-    text = written([run("first")])
+    stored = StoredRun(run("first"))
+    record = stored.record()
+    assert record is not None
+    init = RecordedInit(
+        source="models:/<base>@champion",
+        version="3",
+        sha256="ab" * 32,
+        taken=[f"layer {i}" for i in range(6)],
+        skipped=["moments of Adam: new"],
+    )
+    stored.write_record(record.model_copy(update={"init": init}))
+    text = written([stored.url])
+    for said in ("models:/&lt;base&gt;/3", "layer 0; layer 1; layer 2; layer 3; and 2 more", "moments of Adam: new"):
+        assert said in text
     titles = re.findall(r"<h2>(.*?)</h2>", text)
     parts = ["Summary", "Scores", "Samples", "Attention", "Interpolation", "Nearest real images", "Classes"]
     assert titles == [*parts, "Protocols", "Method"]
@@ -175,6 +189,7 @@ def test_a_study_brings_its_tables_its_picture_and_a_run_of_its_reference_row(
     assert "2, in" in text
     assert "a &lt;paper&gt;; theirs" in text
     assert "Below is s-none-0" in text
+    assert "A sweep chose for the row feat16: optim.lr_d 0.0004." in text
     assert "Attention" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,30 @@ from mlflow import MlflowClient
 
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import load_job
-from pipeline.config.schema import StudyJob
-from pipeline.errors import SaganError, UsageError
+from pipeline.config.schema import StudyJob, TrainJob
+from pipeline.errors import CorruptError, SaganError, UsageError
 from pipeline.evaluation.final_score import finalise, score_due
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
 from pipeline.job_runner import dry_run_job
-from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord, ScoreRecord, TrainSummary
+from pipeline.runs.json_records import (
+    RecordedData,
+    RecordedEvaluation,
+    RunRecord,
+    RunState,
+    ScoreRecord,
+    StudyRecord,
+    TrainSummary,
+)
+from pipeline.runs.owner import claim
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.status_from_folder import StudyView, look_at_run
 from pipeline.runs.stored_run import StoredRun, StoredStudy
 from pipeline.study.run_study import RowRun, missing_runs, run_study, runs_of
+from pipeline.study.settle_rows import find_versions, settled_values, sweeps_of, tuned_points
 from pipeline.training.find_or_start import complete_job, start_and_method
 from pipeline.training.shared_types import Evaluation
 from sagan import Model, ModelConfig, OptimConfig, TrainState
+from tests.unit.evaluation.conftest import NETWORKS, commit_checkpoint
 from tests.unit.score_protocol import PROTOCOL
 
 EVALUATION = Evaluation(check_scores, score_checkpoint, higher_is_better, score_due, finalise)
@@ -145,6 +157,90 @@ def test_runs_that_start_from_a_model_are_known_when_they_have_ended(
     assert names(missing_runs(runs, EVALUATION, set())) == names(runs[1:])
 
 
+def test_all_rows_and_seeds_start_from_the_version_that_the_study_found_first(
+    make: MakeStudy, packed: Collection, tmp_path: Path
+) -> None:
+    source = {"name": "source", "data": {"train": packed.url}, "train": {"kimg": 1, "batch": 16}}
+    job = TrainJob.model_validate(source | {"checkpoint": {"root": f"{tmp_path}/stored"}})
+    first = commit_checkpoint(job, 1000)
+    record = RunRecord(
+        name="source",
+        method={},
+        mlflow_run_id="0",
+        data=RecordedData.of(job.data),
+        evaluate=RecordedEvaluation.of(job.evaluate),
+    )
+    StoredRun.of(job).write_record(record)
+    networks = {f"model.{key}": value for key, value in NETWORKS.to_dict().items() if key != "num_classes"}
+    folder = StoredRun.of(job).url
+    study = make(
+        overrides={**networks, "init.source": folder}, rows={"none": {}, "fast": {"overrides": {"optim.lr_d": 1e-3}}}
+    )
+
+    versions = find_versions(study, {})
+    assert versions == {folder: first.name}
+    second = commit_checkpoint(job, 2000)
+    assert find_versions(study, {}) == {folder: second.name}
+    assert find_versions(study, versions) == versions
+    runs = runs_of(study, settled_values(study, versions, {}))
+    assert {run.job.init and run.job.init.source for run in runs} == {first.url}
+
+    for run in runs:
+        end(run, [2.0], 2.0)
+    stored = StoredStudy(f"{tmp_path}/stored/studies/s")
+    stored.write_record(StudyRecord(name="s", mlflow_run_id="0", init_versions=versions))
+    run_study(study, EVALUATION)
+    recorded = stored.record()
+    assert recorded is not None
+    assert recorded.init_versions == versions
+
+
+TUNE = {"space": {"optim.lr_d": {"loguniform": [1e-4, 1e-3]}}, "search": {"trials": 3}, "kimg": 0.5}
+
+
+def test_the_runs_of_a_tuned_row_get_the_recorded_values_and_the_table_says_them(
+    make: MakeStudy, tracking: str, tmp_path: Path
+) -> None:
+    """The row `none` is tuned already. The row `feat16` has a space of one value, which its own sweep found too."""
+    study = make(tune=TUNE, **{"rows.feat16": {"tune": {"space": {"optim.lr_g": {"choice": [2e-4]}}}}})
+    points = {"none": {"optim.lr_d": 3e-4}, "feat16": {"optim.lr_g": 2e-4}}
+    stored = StoredStudy(f"{tmp_path}/stored/studies/s")
+    stored.write_record(StudyRecord(name="s", mlflow_run_id="0", tuned=points))
+    runs = runs_of(study, settled_values(study, {}, tuned_points(study, stored.record(), stored.url)))
+    rates = {run.job.name: (run.job.optim.lr_d, run.job.optim.lr_g) for run in runs}
+    assert (rates["s-none-0"], rates["s-feat16-1"]) == ((3e-4, 1e-4), (4e-4, 2e-4))
+    assert [
+        sweeps_of(study, {"none": {}, "feat16": {}}, points),
+        list(sweeps_of(study, {"none": {}}, {"feat16": {}})),
+    ] == [
+        {},
+        ["none"],
+    ]
+    for run in runs:
+        end(run, [2.0], 2.0)
+    summary = run_study(study, EVALUATION)
+    assert summary.tuned == points
+    tags = MlflowClient(tracking).get_run(summary.mlflow_run_id).data.tags
+    assert json.loads(tags["tuned/none"]) == points["none"]
+    assert look_at_run(stored.url).rows()["tuned none"] == "optim.lr_d 0.0003"
+
+
+@pytest.mark.parametrize("point", [{"checkpoint.root": "/elsewhere"}, {"optim.lr_d": 1.0}, {}])
+def test_recorded_values_outside_the_space_are_refused(make: MakeStudy, tmp_path: Path, point: dict[str, Any]) -> None:
+    stored = StoredStudy(f"{tmp_path}/stored/studies/s")
+    stored.write_record(StudyRecord(name="s", mlflow_run_id="0", tuned={"none": point}))
+    with pytest.raises(CorruptError, match="records values for the row none that are not in its tune.space"):
+        run_study(make(tune=TUNE), EVALUATION)
+
+
+def test_a_dry_run_says_what_tuning_costs(make: MakeStudy) -> None:
+    plan = dry_run_job(make(tune=TUNE))
+    assert plan["tuning"]["trials"] == 6
+    assert plan["tuning"]["most_kimg"] == 6 * 0.512
+    assert plan["tuning"]["most_nominal_exaflop"] > 0
+    assert dry_run_job(make())["tuning"] is None
+
+
 def test_a_run_of_another_method_is_refused_before_anything_is_trained(make: MakeStudy) -> None:
     end(runs_of(make())[-1], [2.0], 2.0, **{"optim.lr_d": 0.5})
     with pytest.raises(UsageError, match="a run named s-feat16-1 exists .*\n.*optim.lr_d: 0.5 in that run"):
@@ -195,10 +291,22 @@ def test_a_study_whose_runs_have_ended_writes_its_table(
     seen = look_at_run(stored.url)
     assert isinstance(seen, StudyView)
     assert (seen.name, seen.state, seen.runs, seen.ended, seen.next_run) == ("s", "finished", 4, 4, None)
+    assert (seen.begun, seen.tuned) == ([], {})
     stored.run("s-none-1").delete()
     seen = look_at_run(stored.url)
     assert isinstance(seen, StudyView)
     assert (seen.state, seen.ended, seen.next_run) == ("not finished", 3, "s-none-1")
+
+    now = time.time()
+    state = RunState(owner=1, state="training", images=250, kimg=1, images_per_s=31, time_s=now)
+    stored.run("s-none-1").write_state(state)
+    owner = claim(stored.run("s-none-1").owners_url, print)
+    seen = look_at_run(stored.url)
+    owner.release()
+    assert isinstance(seen, StudyView)
+    assert seen.rows()["s-none-1"] == "training, 0.2 of 1 kimg, 31 images/s"
+    assert seen.next_run is None
+    assert look_at_run(stored.url).rows()["s-none-1"] == "driver died, 0.2 of 1 kimg"
 
 
 def test_a_diverged_run_counts_and_keeps_its_best_score(make: MakeStudy, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ def amounts(cpus: float, gpus: float = 0.0) -> dict[str, float]:
     return {"CPU": cpus, "GPU": gpus}
 
 
-TWO_AND_A_SCORE = TrialNeeds(2, amounts(1), [amounts(1)])
+TWO_AND_A_SCORE = TrialNeeds(2, amounts(1), [amounts(1)], driver_cpus=0.01)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,19 @@ def test_a_trial_starts_where_its_room_is_free(
     free: list[dict[str, float]], placed: int, running: int, holds: bool
 ) -> None:
     assert Room(free, placed).holds_another(TWO_AND_A_SCORE, running) == holds
+
+
+def test_a_run_that_a_thread_drives_needs_no_process_for_it() -> None:
+    in_a_thread = TrialNeeds(2, amounts(1), [amounts(1)])
+    assert Room([amounts(3)], 1).holds_another(in_a_thread, 1)
+    assert not Room([amounts(2.9)], 1).holds_another(in_a_thread, 1)
+
+
+def test_runs_that_differ_start_where_the_greatest_of_them_fits() -> None:
+    wide, deep = TrialNeeds(4, amounts(1), [amounts(1)]), TrialNeeds(1, amounts(2, 1), [amounts(2), amounts(2)])
+    greatest = TrialNeeds.greatest([wide, deep])
+    assert greatest == TrialNeeds(4, amounts(2, 1), [amounts(2), amounts(2)])
+    assert TrialNeeds.greatest([wide]) == wide
 
 
 def test_a_trial_that_scores_in_line_needs_no_room_beside_its_workers() -> None:
