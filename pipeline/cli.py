@@ -442,12 +442,13 @@ def prune(
     kept, the best checkpoint of each run, and everything of a run that is being trained. With a login of MLflow, use
     one that may read everything, such as the administrator's.
     """
+    from pipeline.config.locations import absolute
     from pipeline.pruning.prune import Prune
     from pipeline.tracking.mlflow_run import default_uri
 
     if not (bucket := bucket or os.environ.get("SAGAN_BUCKET")):
         raise UsageError("no bucket is given", "give it: sagan prune s3://bucket; or set SAGAN_BUCKET")
-    pruning = Prune(default_uri(), bucket, keep_versions, keep_checkpoints)
+    pruning = Prune(default_uri(), absolute(bucket), keep_versions, keep_checkpoints)
     plan = pruning.plan()
     if not as_json:
         _show_verdicts("kept", [verdict for verdict in plan if not verdict.goes])
