@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -122,8 +123,9 @@ def add_users(server: TeamMlflow, patch: pytest.MonkeyPatch) -> None:
     log_in(patch, ADMIN)
     patch.setenv("MLFLOW_TRACKING_URI", server.uri)
     patch.setenv("JOBS_PASSWORD", JOBS[1])
-    exec(block(PAGE, "users"), users := {})  # noqa: S102 - of the page
-    users["users"].create_user(*PERSON)  # type: ignore[attr-defined]
+    names: dict[str, Any] = {}
+    exec(block(PAGE, "users"), names)  # noqa: S102 - of the page
+    names["users"].create_user(*PERSON)
 
 
 def test_a_team_logs_registers_and_pulls_and_finds_all_after_a_restore(
