@@ -25,6 +25,7 @@ from pipeline.runs.score_protocol import ScoreProtocol
 
 if TYPE_CHECKING:
     from pipeline.config.schema import EvaluateJob
+    from pipeline.pruning.verdict import Verdict
 
 app = typer.Typer(
     name="sagan",
@@ -417,6 +418,67 @@ def promote(
 
     champion.promote(default_uri(), name, version, force)
     print(f"models:/{name}@champion is version {version}")
+
+
+@app.command(epilog="Examples: `sagan prune s3://bucket` · `sagan prune s3://bucket --keep-versions 10 --delete`")
+def prune(
+    bucket: Annotated[
+        str | None,
+        typer.Argument(help="Bucket or folder that holds the collections and `runs`. Default: $SAGAN_BUCKET."),
+    ] = None,
+    keep_versions: Annotated[
+        int, typer.Option(help="Number of the newest versions of each model that are kept.", min=1)
+    ] = 5,
+    keep_checkpoints: Annotated[
+        int, typer.Option(help="Number of the newest checkpoints of each run that are kept.", min=1)
+    ] = 3,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete. Without this option, nothing is changed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what nobody needs in the registry and in a bucket, why, and how large it is. Delete it with --delete.
+
+    Listed are old registered versions, old checkpoints of runs, and statistics of collections that are deleted or were
+    packed again. Kept is what an alias names and what a run started from, the checkpoints of the versions that are
+    kept, the best checkpoint of each run, and everything of a run that is being trained. With a login of MLflow, use
+    one that may read everything, such as the administrator's.
+    """
+    from pipeline.config.locations import absolute
+    from pipeline.pruning.prune import Prune
+    from pipeline.tracking.mlflow_run import default_uri
+
+    if not (bucket := bucket or os.environ.get("SAGAN_BUCKET")):
+        raise UsageError("no bucket is given", "give it: sagan prune s3://bucket; or set SAGAN_BUCKET")
+    pruning = Prune(default_uri(), absolute(bucket), keep_versions, keep_checkpoints)
+    plan = pruning.plan()
+    if not as_json:
+        _show_verdicts("kept", [verdict for verdict in plan if not verdict.goes])
+        _show_verdicts("goes", [verdict for verdict in plan if verdict.goes])
+    lines = sys.stderr if as_json else sys.stdout
+    done = []
+    for verdict in pruning.delete(plan, lambda line: print(line, file=lines, flush=True)) if delete else []:
+        done.append(verdict)
+        print(f"{'deleted' if verdict.goes else 'kept'} {printable(verdict.line)}", file=lines, flush=True)
+    shown = done if delete else plan
+    going = [verdict for verdict in shown if verdict.goes]
+    if as_json:
+        kept = [verdict for verdict in plan if not verdict.goes] + [verdict for verdict in done if not verdict.goes]
+        rows = {"goes": going, "kept": kept}
+        print(json.dumps({"deleted": delete, **{k: [v.model_dump() for v in vs] for k, vs in rows.items()}}, indent=1))
+        return
+    size = f"{len(going)} things, {sum(verdict.size for verdict in going) / 1e6:,.1f} MB"
+    print(f"deleted {size}" if delete else f"{size} would be deleted; nothing is changed without --delete")
+
+
+def _show_verdicts(title: str, verdicts: list[Verdict]) -> None:
+    if not verdicts:
+        return
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("", "name", "MB", "why"):
+        table.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+    for one in verdicts:
+        size = f"{one.size / 1e6:,.1f}" if one.goes else ""
+        table.add_row(one.kind, Text(printable(one.name)), size, Text(printable(one.reason)))
+    Console().print(table)
 
 
 @app.command(epilog="Examples: `sagan report s3://bucket/runs/cifar10` · `sagan report runs/first runs/second`")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_BLOCK = re.compile(r"<!-- test(?:: (\w+))? -->\n```(\w+)\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"^( *)<!-- test(?:: (\w+))? -->\n\1```(\w+)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(document: str) -> list[tuple[str, str, str]]:
     """(name or "", language, code) of every marked block of a document."""
-    found: list[tuple[str, str, str]] = _BLOCK.findall((ROOT / document).read_text())
-    return found
+    found: list[tuple[str, str, str, str]] = _BLOCK.findall((ROOT / document).read_text())
+    return [(name, language, textwrap.dedent(code)) for _, name, language, code in found]
 
 
 def block(document: str, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ Tensors = dict[str, Tensor]
 Facts = TypeVar("Facts", bound=BaseModel)
 _MOST_HEADER = 2**20  # bytes of names and shapes in a file of tensors
 _REMEDY = "delete this folder; it is computed again"
+RESULTS = "evaluation"
+"""Name of the folder with the results, beside the files of a collection."""
+_STORED = re.compile("[a-z].*-([0-9a-f]{8})")
 
 
 class NoFacts(BaseModel):
@@ -56,7 +60,7 @@ def derived(
     Raises CorruptError where the stored set is damaged or is not one file of the expected tensors, and
     EnvironmentFault.
     """
-    url = files.join(collection.url, "evaluation", f"{name}-{collection.digest[:8]}")
+    url = files.join(_folder(collection.url), f"{name}-{collection.digest[:8]}")
     with files.temporary_folder("derived") as folder:
         manifest = file_sets.read_manifest(url)
         if manifest is None:
@@ -88,6 +92,20 @@ def derived(
         _check(tensors, expected, f"{url}/{file}")
         where = files.join(url, file_sets.MANIFEST)
         return tensors, validate_json.validate(facts, manifest.facts, where, "the manifest of a result"), entry.sha256
+
+
+def stored_results(url: str) -> dict[str, str]:
+    """Return the results beside the collection at `url`: their URLs, each with the first digits of the digest.
+
+    The collection need not exist any more. Raises EnvironmentFault.
+    """
+    names = files.list_folders(_folder(url))
+    return {files.join(_folder(url), name): match[1] for name in names if (match := _STORED.fullmatch(name))}
+
+
+def _folder(url: str) -> str:
+    """Return the URL of the folder with the results of the collection at `url`."""
+    return files.join(url, RESULTS)
 
 
 def _check(tensors: Tensors, expected: Tensors, url: str) -> None:

@@ -175,7 +175,7 @@ class Collection:
         index = _read_index(files.join(url, INDEX), manifest)
         return cls(
             url=url,
-            digest=hashlib.sha256(manifest_bytes({key: values[key] for key in values if key != "keys"})).hexdigest(),
+            digest=_digest(values),
             resolution=manifest.resolution,
             encoding=manifest.encoding,
             class_names=manifest.class_names,
@@ -231,6 +231,23 @@ class Collection:
         if len(lines) != len(self.labels) + 1 or lines.pop() or not all(map(str.isprintable, lines)):
             raise CorruptError(f"{where} does not have one printable line for each of {len(self.labels):,} samples")
         return lines
+
+
+def read_digest(url: str) -> str | None:
+    """Return the digest of the collection at a URL without its index; None where there is no manifest.
+
+    Raises CorruptError, EnvironmentFault.
+    """
+    where = files.join(url, MANIFEST)
+    try:
+        return _digest(validate_json.parse(validate_json.read(where), where, "the manifest of a collection"))
+    except FileNotFoundError:
+        return None
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Return `Collection.digest` of the values of a manifest."""
+    return hashlib.sha256(manifest_bytes({key: values[key] for key in values if key != "keys"})).hexdigest()
 
 
 def manifest_bytes(values: dict[str, Any]) -> bytes:

@@ -36,6 +36,13 @@ class StoredRun:
         """Return the folder of the job's run. The folder need not exist."""
         return cls(files.join(job.checkpoint.root, job.name))
 
+    @classmethod
+    def of_checkpoint(cls, url: str) -> StoredRun | None:
+        """Return the folder of the run that wrote the checkpoint `url`; None where no run has such a checkpoint."""
+        folder = url.rstrip("/").rpartition("/")[0]
+        run = cls(folder.rpartition("/")[0])
+        return run if folder == run.checkpoints_url else None
+
     @property
     def name(self) -> str:
         return files.name(self.url)

@@ -238,6 +238,20 @@ def list_names(url: str) -> list[str]:
         )
 
 
+def list_folders(url: str) -> list[str]:
+    """Return the names of the folders directly below a folder, sorted. Raises EnvironmentFault.
+
+    Returns [] where there is no folder.
+    """
+    with _storage(url) as (fs, path):
+        entries: list[Any] = _missing_is_empty(fs.ls, path, detail=True)
+        return sorted(
+            name(entry["name"])
+            for entry in entries
+            if entry["type"] == "directory" and entry["name"].rstrip("/") != path.rstrip("/")
+        )
+
+
 def list_files(url: str) -> list[str]:
     """Return the paths of all files at any depth below a folder, relative to it, sorted. Raises EnvironmentFault."""
     if is_local(url):  # fsspec does not follow links, and class folders may be links

@@ -351,7 +351,7 @@ def _track(
     spending: Spending,
     paths: Sequence[Path],
 ) -> None:
-    """Send the means of the rows, their tuned values, what the study has spent, and the files to the study's MLflow run.
+    """Send the means of the rows, their tuned values, what the study has spent, and the files to its MLflow run.
 
     The means are tags and not metrics, because they change when the study gets more seeds.
     """

@@ -115,6 +115,11 @@ def location(source: str, version: str | None) -> str:
     return StoredRun(source).checkpoint(version).url
 
 
+def checkpoint_digest(manifest: file_sets.Manifest, url: str) -> str:
+    """Return the digest that a run records if it starts from the checkpoint with this manifest. Raises CorruptError."""
+    return _digest(manifest, _STATE_FILES, url)
+
+
 def describe(init: RecordedInit) -> dict[str, str]:
     """Return the facts about a start that MLflow and the model card have, by name."""
     return {

@@ -230,7 +230,7 @@ def checkpoint_of(uri: str, model_uri: str, remedy: str) -> str:
 def versions(uri: str, name: str) -> list[Version]:
     """Return all versions of a model, sorted by number; [] where there is no such model."""
     entries = client(uri).search_model_versions(f"name = '{name}'", max_results=MOST_VERSIONS)
-    return sorted(map(_version, entries), key=lambda version: version.number)
+    return sorted(map(version_of, entries), key=lambda version: version.number)
 
 
 def champion_of(uri: str, name: str, alias: str = CHAMPION) -> Version | None:
@@ -238,7 +238,7 @@ def champion_of(uri: str, name: str, alias: str = CHAMPION) -> Version | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return _version(client(uri).get_model_version_by_alias(name, alias))
+        return version_of(client(uri).get_model_version_by_alias(name, alias))
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
@@ -260,7 +260,7 @@ def add_score(uri: str, name: str, version: int, metric: str, value: float) -> N
         client(uri).set_model_version_tag(name, str(version), metric, repr(value))
 
 
-def _version(entry: Any) -> Version:
+def version_of(entry: Any) -> Version:
     """Return a version that the server listed. Raises CorruptError where its number is none."""
     if not re.fullmatch("[0-9]{1,9}", number := str(entry.version)):
         raise CorruptError(f"the registry lists a version of {entry.name!r} with the number {number[:80]!r}")

@@ -43,6 +43,18 @@ def superfluous(
     return [checkpoint for checkpoint in checkpoints[:-keep] if checkpoint.name not in protected]
 
 
+def needed_by_run(run: StoredRun) -> dict[str, str]:
+    """Return the names of the checkpoints that a run needs whatever their age, each with the reason.
+
+    Raises CorruptError, EnvironmentFault.
+    """
+    scores = run.scores()
+    scored = {record.checkpoint for record in scores}
+    waiting = [checkpoint.name for checkpoint in run.checkpoints_to_score() if checkpoint.name not in scored]
+    best = best_score(scores)
+    return dict.fromkeys(waiting, "it waits for a score") | ({best.checkpoint: "it has the best score"} if best else {})
+
+
 def protected(job: TrainJob) -> set[str]:
     """Return the names of the checkpoints that must be kept whatever their age.
 
@@ -50,10 +62,7 @@ def protected(job: TrainJob) -> set[str]:
     name. While the registry cannot be reached, all checkpoints must be kept.
     """
     run = StoredRun.of(job)
-    scores = run.scores()
-    best = best_score(scores)
-    names = {checkpoint.name for checkpoint in run.checkpoints_to_score()} - {record.checkpoint for record in scores}
-    names |= {best.checkpoint} if best else set()
+    names = set(needed_by_run(run))
     if job.track.register_model:
         try:
             urls = registry.checkpoints(tracking_uri(job), job.registry_name)

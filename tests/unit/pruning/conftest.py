@@ -1,0 +1,3 @@
+from tests.unit.evaluation.conftest import model
+
+__all__ = ["model"]
