@@ -49,7 +49,7 @@ worker)
 submit)
     export RAY_DASHBOARD_ADDRESS=$dashboard RAY_JOB_SUBMISSION_ID=${1:?the name of a file in jobs/, without .yaml}
     shift
-    exec python "$scripts/submit.py" "jobs/$RAY_JOB_SUBMISSION_ID.yaml $*"
+    exec python "$scripts/submit.py" "jobs/$RAY_JOB_SUBMISSION_ID.yaml ${*@Q}"
     ;;
 stop)
     export RAY_API_SERVER_ADDRESS=http://$dashboard
