@@ -161,9 +161,9 @@ def _require_room(sweep: TuneJob, base: TrainJob) -> TrialNeeds:
     if not fits(node_resources(), workers, worker, scoring):
         scoring = []  # the trials score in line
     cpus, gpus = (workers * worker[name] + sum(score[name] for score in scoring) for name in ("CPU", "GPU"))
-    require_total(trials, "trials at once", cpus, gpus, remedy)
     what, fitting = f"workers of {trials} trials at once", lambda fit: remedy(fit // workers)
     require_resources(trials * workers, what, worker["CPU"], worker["GPU"], fitting)
+    require_total(trials, "trials at once", cpus, gpus, remedy)
     return TrialNeeds(workers, worker, scoring)
 
 
