@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
+)
 
 from infra.local.servers import Ray
 from tests.system.command_process import Driver
@@ -36,17 +40,29 @@ class AutoscaledRay(Ray):
         command = super().command()
         if self.nodes is None:
             return command
-        provider = {"type": "fake_multinode", "launch_multiple": True, "gcs_address": f"127.0.0.1:{self.gcs_port}"}
+        provider = {
+            "type": "external",
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
+            "gcs_address": f"127.0.0.1:{self.gcs_port}",
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+        }
+        types = {
+            FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": self.nodes},
+        }
+        commands = ["setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray", "initialization"]
         config = {
             "cluster_name": "fake",
             "max_workers": self.nodes,
-            "idle_timeout_minutes": 1,
-            "provider": {**provider, "head_node_id": FAKE_HEAD_NODE_ID},
-            "available_node_types": {
-                FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-                "worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": self.nodes},
-            },
+            "idle_timeout_minutes": 5,
+            "provider": provider,
+            "available_node_types": types,
             "head_node_type": FAKE_HEAD_NODE_TYPE,
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            **{f"{command}_commands": [] for command in commands},
         }
         (self.scratch / "autoscaling.yaml").write_text(json.dumps(config))
         return [*command, f"--autoscaling-config={self.scratch / 'autoscaling.yaml'}"]

@@ -55,8 +55,8 @@ def _launcher_rules(config: dict[str, Any]) -> Found:
     for name, each in types.items():
         if not each["resources"].get("CPU") or not each["resources"].get("GPU"):
             yield f"{name}: CPUs and GPUs"
-        if not 1 <= each["min_workers"] <= each["max_workers"]:
-            yield f"{name}: 1 <= min_workers <= max_workers"
+        if not 0 <= each["min_workers"] <= each["max_workers"]:
+            yield f"{name}: 0 <= min_workers <= max_workers"
     if config["max_workers"] < sum(each["max_workers"] for each in types.values()):
         yield "max_workers: the sum of those of the node types"
     docker = config["docker"]
