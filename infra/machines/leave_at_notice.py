@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 from typing import Protocol
+from urllib.parse import quote
 
 METADATA = os.environ.get("SAGAN_METADATA_URL", "http://169.254.169.254")  # the same address in the three clouds
 POLL_S = 1.0  # seconds between two questions
@@ -100,7 +101,7 @@ class Gcp:
 
     def notice(self) -> str | None:
         etag, self._etag = self._etag, _NO_ETAG
-        query = f"wait_for_change=true&timeout_sec={CHANGE_S}&last_etag={etag}"
+        query = f"wait_for_change=true&timeout_sec={CHANGE_S}&last_etag={quote(etag)}"
         path = f"/computeMetadata/v1/instance/preempted?{query}"
         text, etag = ask(path, {"Metadata-Flavor": "Google"}, answer_s=CHANGE_S + ANSWER_S)
         if text not in ("TRUE", "FALSE"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from infra.local.server_process import PATH
 from infra.local.servers import Ray
@@ -58,6 +59,25 @@ class Worker(RayNode):
         return [*service("sagan-worker"), *self.options()]
 
 
+class LaunchedWorker(Worker):
+    """A machine on which Ray's launcher has run the command of aws.yaml, in the background of another shell."""
+
+    leaving_s = 1.0  # nothing passes SIGTERM on
+
+    def command(self) -> list[str]:
+        launcher = yaml.safe_load((ROOT / "infra/machines/aws.yaml").read_text())
+        _, command = launcher["worker_start_ray_commands"]  # `ray stop` would end the other machines
+        command = command.replace("/tmp/node.log", str(self.scratch / "node.log")).replace(
+            ":6379", f":{self.head.gcs_port}"
+        )
+        command = command.replace("node.sh worker", shlex.join(["node.sh", "worker", *self.options()]))
+        script = f"export RAY_HEAD_IP=127.0.0.1; cd {ROOT}; {command} && echo joined && exec sleep infinity"
+        return ["bash", "-c", script]
+
+    def ready(self) -> bool:
+        return "joined" in self.log.read_text()
+
+
 def machine(folder: Path) -> dict[str, str]:
     """Environment of the units, with a `ray` of which several fit on one machine."""
     ray = folder / "bin/ray"
@@ -80,8 +100,9 @@ def test_one_machine_is_drained_and_one_is_killed(tmp_path: Path) -> None:
             run.until("will be taken away in ")
             drained.wait_for_end()
             assert "takes this machine away: terminate at " in drained.log.read_text()
-        with Worker(head):
+        with MetadataServer("aws") as calm, LaunchedWorker(head, **calm.env):
             assert "the run had reached" not in run.until("resumed from "), "no image is lost"
+            assert calm.asked.wait(60)
             run.until("checkpoint 0")
             killed.kill()
             with Worker(head):
