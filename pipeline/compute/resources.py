@@ -1,17 +1,28 @@
-"""Checks of the cluster's resources. Ray would wait without a message for resources that do not exist."""
+"""Checks of the cluster's resources, and waits for nodes that its autoscaler adds.
+
+Ray would wait without a message for resources that do not exist.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.compute.cluster import leaving_nodes
 from pipeline.errors import EnvironmentFault
+from pipeline.runs.json_records import Wait
+
+_LOOK_S = 1.0  # seconds between two looks at the cluster
+_SILENT_S = 60.0  # an autoscaler that has not looked at a request by then does not run; it looks every few seconds
 
 
 def require_resources(count: int, what: str, cpus: float, gpus: float, remedy: Callable[[int], str]) -> None:
     """Check that the nodes of the cluster can hold a number of processes. What is in use counts as room.
+
+    Waits for nodes that the autoscaler of the cluster can add.
 
     Args:
         count: Number of processes.
@@ -22,10 +33,12 @@ def require_resources(count: int, what: str, cpus: float, gpus: float, remedy: C
 
     Raises EnvironmentFault where the processes do not fit.
     """
-    require_total(count, what, cpus, gpus, remedy)
     if not cpus and not gpus:
         return
-    fit = count_fitting(node_resources(), {"CPU": cpus, "GPU": gpus})
+    each = {"CPU": cpus, "GPU": gpus}
+    wait_for_nodes([each] * count, lambda: count_fitting(node_resources(), each) >= count, f"{count} {what}")
+    require_total(count, what, cpus, gpus, remedy)
+    fit = count_fitting(node_resources(), each)
     if fit < count:
         raise EnvironmentFault(
             f"{count} {what} need {shown_amounts(cpus, gpus)} each; the nodes of the cluster hold {fit} of them",
@@ -45,6 +58,67 @@ def require_total(count: int, what: str, cpus: float, gpus: float, remedy: Calla
                 f"{count} {what} need {count * each:g} {resource}s; the cluster has {have[resource]:g}",
                 remedy(int(have[resource] // each)),
             )
+
+
+def wait_for_nodes(bundles: Sequence[Mapping[str, float]], there: Callable[[], bool], what: str) -> None:
+    """Wait until the nodes of the cluster hold some processes, if its autoscaler can add the nodes that are missing.
+
+    Returns at once where the nodes hold the processes, and where the cluster has no autoscaler of Ray's version 2.
+    Returns also where the autoscaler says that its node types or their limits do not allow such nodes. Therefore the
+    caller checks the cluster after the call. Ray keeps one request for nodes for the whole cluster, and this one
+    replaces another.
+
+    Args:
+        bundles: Amounts that each process needs, by name ("CPU", "GPU"). A process fits on one node.
+        there: Returns whether the nodes hold the processes.
+        what: Name of the processes for the message.
+    """
+    if there() or not _has_autoscaler():
+        return
+    needed = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    _request_nodes(needed)
+    wait = Wait(who="the start", what=f"nodes for {what}", until="the autoscaler adds them", since_s=time.time())
+    try:
+        asked, said = _cluster_status().cluster_resource_state.cluster_resource_state_version, False
+        while not there():
+            answer = _cluster_status().autoscaling_state
+            if answer.last_seen_cluster_resource_state_version > asked:
+                if answer.infeasible_cluster_resource_constraints:
+                    return
+                if not said:
+                    print(wait.line, flush=True)
+                said = True
+            elif time.time() - wait.since_s > _SILENT_S:
+                return
+            time.sleep(_LOOK_S)
+        if said:
+            print(f"{wait.who} waited {time.time() - wait.since_s:.0f} s", flush=True)
+    finally:
+        _request_nodes([])
+
+
+def _has_autoscaler() -> bool:
+    """Return whether the cluster was started with an autoscaler of version 2."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    with suppress(Exception):  # a client of ray:// has no such connection
+        return bool(is_autoscaler_v2())
+    return False
+
+
+def _request_nodes(bundles: list[dict[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
+
+
+def _cluster_status() -> Any:
+    """Return the state of the cluster, and the answer of the autoscaler to an earlier state."""
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    client = ray._private.worker.global_worker.gcs_client  # `ray.autoscaler.v2.sdk` opens a connection for each call
+    return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10))
 
 
 def shown_amounts(cpus: float, gpus: float) -> str:

@@ -9,7 +9,14 @@ from contextlib import suppress
 from pipeline.compute.cluster import connect, ray_storage, this_node
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.mailbox import Sender
-from pipeline.compute.resources import count_fitting, fits, free_resources, node_resources, require_resources
+from pipeline.compute.resources import (
+    count_fitting,
+    fits,
+    free_resources,
+    node_resources,
+    require_resources,
+    wait_for_nodes,
+)
 from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
 from pipeline.training.score_while_training import Scoring
@@ -26,15 +33,21 @@ _UPLOAD_S = (
 def require_room(job: TrainJob) -> bool:
     """Connect to Ray and check that the cluster can hold the least number of workers.
 
-    Returns whether it can hold the tasks that score checkpoints beside the workers. What other runs use counts as room,
-    because Ray waits for it. Raises EnvironmentFault where the workers do not fit.
+    Waits for nodes that the autoscaler of the cluster can add, also for the tasks that score checkpoints beside the
+    workers. Returns whether the cluster can hold these tasks. What other runs use counts as room, because Ray waits for
+    it. Raises EnvironmentFault where the workers do not fit.
     """
     workers = job.train.least_workers
     connect(least_cpus(job))
     key = "train.workers" if job.train.min_workers is None else "train.min_workers"
     worker, scoring = needs(job)
+
+    def room() -> bool:
+        return fits(node_resources(), workers, worker, scoring)
+
+    wait_for_nodes([worker] * workers + scoring, room, f"{workers} workers and scores beside them")
     require_resources(workers, "workers", worker["CPU"], worker["GPU"], lambda fit: f"set {key}={fit} or add nodes")
-    return fits(node_resources(), workers, worker, scoring)
+    return room()
 
 
 def needs(job: TrainJob) -> tuple[dict[str, float], list[dict[str, float]]]:

@@ -180,9 +180,9 @@ def _require_room(sweep: TuneJob, base: TrainJob) -> TrialNeeds:
     needs = TrialNeeds.of(base, ray_tune.TRIAL_CPUS)
     workers, worker = needs.workers, needs.worker
     cpus, gpus = (workers * worker[name] + sum(score[name] for score in needs.scoring) for name in ("CPU", "GPU"))
-    require_total(trials, "trials at once", cpus, gpus, remedy)
     what, fitting = f"workers of {trials} trials at once", lambda fit: remedy(fit // workers)
     require_resources(trials * workers, what, worker["CPU"], worker["GPU"], fitting)
+    require_total(trials, "trials at once", cpus, gpus, remedy)
     return needs
 
 

@@ -41,11 +41,15 @@ class RayNode(Server):
         self.head, self.cpus = head, cpus
 
     def command(self) -> list[str]:
-        join = ["--address", self.head.env["RAY_ADDRESS"], "--node-ip-address", "127.0.0.1"]
-        join += ["--dashboard-agent-listen-port", str(free_port())]
-        join += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any port; by default, a range of the machine
+        join = ["--address", self.head.env["RAY_ADDRESS"], *self.options()]
+        return [sys.executable, "-c", RAY_ON_LOOPBACK, "start", "--block", *join]
+
+    def options(self) -> list[str]:
+        """Return the options of `ray start` that make a node of this machine one of several."""
+        ports = ["--node-ip-address", "127.0.0.1", "--dashboard-agent-listen-port", str(free_port())]
+        ports += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any port; by default, a range of the machine
         size = ["--num-cpus", str(self.cpus), "--object-store-memory", str(100_000_000)]
-        return [sys.executable, "-c", RAY_ON_LOOPBACK, "start", "--block", *join, *size, "--disable-usage-stats"]
+        return [*ports, *size, "--disable-usage-stats"]
 
     def environment(self) -> dict[str, str]:
         return self.head.environment()

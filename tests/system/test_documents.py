@@ -12,14 +12,8 @@ import pytest
 
 from tests.document_blocks import ROOT, blocks
 
-DOCUMENTS = [
-    "README.md",
-    "sagan/README.md",
-    "pipeline/README.md",
-    "jobs/README.md",
-    "infra/README.md",
-    "infra/mlflow/README.md",
-]
+DOCUMENTS = ["README.md", "sagan/README.md", "pipeline/README.md", "jobs/README.md"]
+DOCUMENTS += ["infra/README.md", "infra/machines/README.md", "infra/mlflow/README.md"]
 SELF_CONTAINED = [
     pytest.param(language, code, id=f"{document}-{i}")
     for document in DOCUMENTS

