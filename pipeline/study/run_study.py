@@ -258,7 +258,8 @@ def _finalise(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: 
     while not task.is_done(_POLL_S):
         if time.monotonic() > says_at and not task.has_begun():
             says_at = math.inf
-            print(f"{job.name}: the final score waits for {cpus:g} CPUs; Ray starts it when the cluster has room")
+            said = f"{job.name}: the final score waits for {cpus:g} CPUs; Ray starts it when the cluster has room"
+            print(said, flush=True)
         if stop():
             task.cancel()
             raise InterruptedRun(

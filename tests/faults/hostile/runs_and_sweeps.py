@@ -190,13 +190,18 @@ def _build_study(study: StoredStudy, scores: list[Score]) -> None:
     )  # fmt: skip
     outcomes = [Outcome(row, seed, score) for row in job.rows for seed, score in enumerate(scores)]
     names = ["run", "study-more-2", "study-more-3"]
-    study.write_record(StudyRecord(name="study", mlflow_run_id="0", runs=names, diverged={names[1]: "at 1.0 kimg"}))
+    study.write_record(
+        StudyRecord(
+            name="study", mlflow_run_id="0", runs=names, diverged={names[1]: "at 1.0 kimg"},
+            init_versions={"models:/base@champion": "3"}, tuned={"more": {"optim.lr_d": 4e-4}},
+        )
+    )  # fmt: skip
     study.write_tables(StudyTables(tables=tables_of(job, outcomes, {"fd_classifier": False})))
     Path(study.picture_url).write_bytes(picture(7, 64))
     study.write_summary(
         StudySummary(
             name="study", runs=4, diverged=0, images=8000, shown="run", mlflow_run_id="0", table=study.table_url,
-            picture=study.picture_url,
+            picture=study.picture_url, tuned={"more": {"optim.lr_d": 4e-4}},
         )
     )  # fmt: skip
 
