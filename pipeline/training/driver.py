@@ -278,10 +278,10 @@ def _budget_spent(run: TrainingRun, device_hours: float) -> BudgetSpent:
     costs = "" if cost is None else f", which cost {shown_amount(cost)}"
     reached = max((checkpoint.images for checkpoint in run.stored.checkpoints()), default=0)
     return BudgetSpent(
-        f"the budget of {job.name} is spent: budget.{key} is {value:g}, and the run has held "
+        f"the budget of {job.name} is spent: budget.{key} is {value:.10g}, and the run has held "
         f"{shown_amount(device_hours)} device hours{costs}; it has reached {reached / 1000:.1f} of {job.train.kimg:g} "
         f"kimg, and {_newest_checkpoint(run)}",
-        f"to go on, run the same command with a larger budget, such as budget.{key}={2 * value:g}",
+        f"to go on, run the same command with a larger budget, such as budget.{key}={2 * value:.10g}",
     )
 
 

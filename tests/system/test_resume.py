@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from infra.local.server_process import BIN
 from pipeline.runs.checkpoints import StoredCheckpoint
+from pipeline.runs.run_view import RunView, look_at_run
 from pipeline.storage import files
 from tests.document_blocks import ROOT, block
 from tests.system.command_process import Driver, score_key, training_workers
@@ -109,6 +110,7 @@ def test_a_finished_run_has_a_page(place, left_alone):
     assert "discriminator, 16×16" in page
     assert "<h2>Classes</h2>" in page
     assert "is left out" not in page
+    assert ">device hours<" in page
     left = files.read_bytes(f"{bucket}/runs/alone/report.html").decode()  # by the run itself
     assert "<h2>Nearest real images</h2>" in left
     assert "is left out" not in left
@@ -191,6 +193,38 @@ def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(pla
         assert all(score < later for score, later in zip(scored, committed[1:], strict=False))
         assert run.output.count("training waited") == len(every)
         assert len(waited) == len(every) - 1, "in the first metrics after each; after the last there are none"
+
+
+@pytest.mark.slow
+def test_a_run_that_has_spent_its_budget_goes_on_with_a_larger_one_to_the_same_state(place, left_alone):
+    folder, bucket, env = place
+    price = {"name": "limited", "resources.price_per_device_hour": 2.5, "checkpoint.kimg": 100}
+    first = Driver(folder, env, **price, **{"budget.hours": 1e-6})  # it is spent when the workers have started
+    assert first.end() == 4, first.output
+    (stopped,) = checkpoints(bucket, "limited")
+    assert f"{stopped} is complete" in first.output
+    assert "a larger budget, such as budget.hours=2e-06" in first.output
+    assert status(env, files.read_json(f"{bucket}/runs/limited/run.json")) == "KILLED"
+    seen = look_at_run(f"{bucket}/runs/limited")
+    assert isinstance(seen, RunView)
+    assert seen.spending
+    assert (seen.state, seen.budget_hours) == ("stopped", 1e-6)
+    assert seen.spending.device_hours > 1e-6
+    assert seen.spending.cost == pytest.approx(2.5 * seen.spending.device_hours)
+
+    again = Driver(folder, env, **price, **{"budget.hours": 1e-6})
+    assert again.end() == 4, again.output
+    assert "starting" not in again.output, "no worker is started"
+
+    last = Driver(folder, env, **price, **{"budget.cost": 1000})
+    last.until(f"resumed from {stopped}")
+    assert last.end() == 0, last.output
+    summary = last.summary("limited")
+    assert files.name(summary["checkpoint"]) == files.name(left_alone["checkpoint"]), "equal digests of the state"
+    assert summary["device_hours"] > seen.spending.device_hours
+    assert summary["cost"] == pytest.approx(2.5 * summary["device_hours"])
+    tags = MlflowClient(env["MLFLOW_TRACKING_URI"]).get_run(summary["mlflow_run_id"]).data.tags
+    assert float(tags["cost"]) == pytest.approx(summary["cost"], rel=0.06)
 
 
 @pytest.mark.slow
