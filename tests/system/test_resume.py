@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from infra.local.server_process import BIN
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.run_view import RunView, look_at_run
+from pipeline.runs.status_from_folder import RunView, look_at_run
 from pipeline.storage import files
 from tests.document_blocks import ROOT, block
 from tests.system.command_process import Driver, score_key, training_workers
