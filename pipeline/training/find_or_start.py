@@ -14,11 +14,11 @@ from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError, EnvironmentFault, LastingFault, UsageError, shown_url
 from pipeline.packing.pack import pack
 from pipeline.runs.checkpoints import METRICS, require_room, upload_checkpoint, write_checkpoint
+from pipeline.runs.git_commit import git_commit
 from pipeline.runs.json_records import CheckpointFacts, RecordedData, RecordedEvaluation, RecordedInit, RunRecord
 from pipeline.runs.owner import Ownership, claim
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import files
-from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.init_source import describe, find_init, first_state
 from pipeline.tracking.mlflow_run import MlflowRun, artifact_location, last_step, tracking_uri
 from pipeline.training.shared_types import Evaluation, TrainingRun

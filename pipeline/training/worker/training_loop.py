@@ -32,6 +32,7 @@ from pipeline.runs.checkpoints import (
     require_room,
     write_checkpoint,
 )
+from pipeline.runs.git_commit import git_commit
 from pipeline.runs.json_records import CheckpointFacts
 from pipeline.runs.owner import require_owner
 from pipeline.runs.stored_run import StoredRun
@@ -39,7 +40,6 @@ from pipeline.storage import file_sets
 from pipeline.storage.scratch_folder import ScratchFolder
 from pipeline.streaming.device_transfer import to_device
 from pipeline.streaming.stream import Batch, Stream
-from pipeline.tracking.git_commit import git_commit
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.training.restart_budget import LONGEST_PAUSE_S, Start
 from pipeline.training.shared_types import Assignment

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.git_commit import PACKAGES, git_commit
+from pipeline.runs.git_commit import PACKAGES, git_commit
 
 
 @pytest.fixture
