@@ -22,4 +22,4 @@ MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false # otherwise a dozen processes wait for 
 export MLFLOW_AUTH_CONFIG_PATH MLFLOW_SERVER_ENABLE_JOB_EXECUTION
 
 # The URI names nothing: Postgres' library reads PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE and PGSSLMODE.
-exec mlflow server --app-name basic-auth --serve-artifacts --backend-store-uri postgresql:///
+exec mlflow server --app-name basic-auth --serve-artifacts --backend-store-uri postgresql+psycopg2:///

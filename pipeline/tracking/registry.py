@@ -156,8 +156,9 @@ def _require_listed(repository: Any, temp: Path, tags: dict[str, str]) -> None:
         raise CorruptError(
             f"it has no tag {FILES_SHA256}: an older version of sagan registered it, and its files cannot be checked"
         )
-    sizes = {entry.path: entry.file_size for entry in repository.list_artifacts() if not entry.is_dir}
-    if (sizes.get(file_sets.MANIFEST) or 0) > validate_json.MOST_BYTES:
+    # A server through which files pass leaves out the size of an empty file.
+    sizes = {entry.path: entry.file_size or 0 for entry in repository.list_artifacts() if not entry.is_dir}
+    if sizes.get(file_sets.MANIFEST, 0) > validate_json.MOST_BYTES:
         raise CorruptError(f"{file_sets.MANIFEST} has more than {validate_json.MOST_BYTES:,} bytes")
     manifest = None
     if file_sets.MANIFEST in sizes:
@@ -170,7 +171,7 @@ def _require_listed(repository: Any, temp: Path, tags: dict[str, str]) -> None:
             if entry.is_dir and entry.path not in folders:
                 raise CorruptError(f"{validate_json.printable(entry.path)} was added")
             if not entry.is_dir:
-                sizes[entry.path] = entry.file_size
+                sizes[entry.path] = entry.file_size or 0
     del sizes[file_sets.MANIFEST]
     for name in sorted(sizes.keys() | manifest.files.keys()):
         if name not in manifest.files:
@@ -367,7 +368,9 @@ def registry_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except mlflow_errors() as error:
+        remedy = "check that MLflow and its artifact store can be reached; check track.uri or MLFLOW_TRACKING_URI"
+        if any(status in str(error) for status in ("error code 401", "error code 403")):
+            remedy = "log in as a user who may do this: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         raise EnvironmentFault(
-            f"the model registry at {uri} cannot be used: {first_line(error, uri)}",
-            "check that MLflow and its artifact store can be reached; check track.uri or MLFLOW_TRACKING_URI",
+            f"the model registry at {uri} cannot be used: {first_line(error, uri)}", remedy
         ) from error
