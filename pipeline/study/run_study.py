@@ -20,9 +20,10 @@ from typing import Any
 
 from pipeline.collection.manifest import Collection
 from pipeline.compute.cluster import connect
+from pipeline.compute.resources import fits, node_resources
 from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.job_file import row_job, row_sweep, trial_job
-from pipeline.config.schema import StudyJob, TrainJob, TuneJob
+from pipeline.config.schema import EvaluateSection, StudyJob, TrainJob, TuneJob
 from pipeline.errors import Diverged, InterruptedRun, SaganError, UsageError
 from pipeline.evaluation.metrics import metric_named
 from pipeline.runs.best_checkpoint import best_score
@@ -106,6 +107,7 @@ def run_study(
     settled = settled_values(study, versions, points)
     to_tune = sweeps_of(study, settled, points)
     runs = runs_of(study, settled)
+    _require_untrained([run for run in runs if run.row in to_tune])
     missing = missing_runs(
         [run for run in runs if run.row not in to_tune], evaluation, record.diverged if record else {}
     )
@@ -192,6 +194,16 @@ def missing_runs(runs: Sequence[RowRun], evaluation: Evaluation, diverged: Conta
     return missing
 
 
+def _require_untrained(runs: Sequence[RowRun]) -> None:
+    """Raise UsageError where a run of a row that is to be tuned exists: it was trained at other values."""
+    for run in runs:
+        if run.stored.record() is not None:
+            raise UsageError(
+                f"the row {run.row} is to be tuned, but its run {run.job.name} exists and was not",
+                "give the study another name (name=…), remove `tune`, or start over with --fresh",
+            )
+
+
 def _tune(
     study: StudyJob, to_tune: Mapping[str, TuneJob], evaluation: Evaluation, stored: StoredStudy, record: StudyRecord
 ) -> StudyRecord:
@@ -251,8 +263,7 @@ def _finalise(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: 
 
     torch's random numbers and its threads belong to a process, and other runs of the study are in this one.
     """
-    score = job.evaluate
-    cpus = score.cpus if score.workers == 1 and not score.gpus else 0.0  # else tasks of `finalise` reserve their own
+    cpus = _final_cpus(job.evaluate)
     task = BackgroundTask(evaluation.finalise, job, run_id, cpus=cpus, gpus=0.0)
     says_at = time.monotonic() + _SAID_S
     while not task.is_done(_POLL_S):
@@ -267,6 +278,16 @@ def _finalise(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: 
             )
     scores: RunScores = task.result()
     return scores
+
+
+def _final_cpus(score: EvaluateSection) -> float:
+    """Return the CPUs that the process of a final score reserves.
+
+    It reserves none where its own tasks and actors compute the score, and where no node has as many as it asks for.
+    """
+    if score.workers > 1 or score.gpus or not score.cpus:
+        return 0.0
+    return score.cpus if fits(node_resources(), 1, {"CPU": score.cpus, "GPU": 0.0}) else 0.0
 
 
 def _tracked(job: TrainJob) -> TrainJob:

@@ -233,6 +233,12 @@ def test_recorded_values_outside_the_space_are_refused(make: MakeStudy, tmp_path
         run_study(make(tune=TUNE), EVALUATION)
 
 
+def test_a_row_with_runs_is_not_tuned_afterwards(make: MakeStudy) -> None:
+    end(runs_of(make())[0], [2.0], 2.0)
+    with pytest.raises(UsageError, match="the row none is to be tuned, but its run s-none-0 exists and was not"):
+        run_study(make(tune=TUNE), EVALUATION)
+
+
 def test_a_dry_run_says_what_tuning_costs(make: MakeStudy) -> None:
     plan = dry_run_job(make(tune=TUNE))
     assert plan["tuning"]["trials"] == 6
