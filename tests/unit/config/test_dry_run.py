@@ -89,6 +89,17 @@ def test_the_dry_run_of_a_study_has_its_totals_and_says_how_rows_differ(monkeypa
     assert plan["nominal_exaflop"] == pytest.approx(2 * 0.256 * gflop)
 
 
+def test_the_dry_run_of_a_population_has_its_generations_and_its_images(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGAN_BUCKET", str(tmp_path))
+    job = JOBS / "pbt-quickstart.yaml"
+    plan = json.loads(run_dry(job, "--json"))
+    assert (plan["trials"], plan["generations"], plan["clones_per_generation"], plan["runs"]) == (4, 4, 1, 7)
+    assert plan["images"] == 4 * plan["trial"]["images"] == 38_400
+    more = ("search.trials=10", "schedule.pbt.interval_kimg=4", "schedule.pbt.fraction=0.3")
+    plan = json.loads(run_dry(job, *more, "--json"))
+    assert (plan["trials"], plan["generations"], plan["clones_per_generation"], plan["runs"]) == (10, 2, 3, 13)
+
+
 # Classes, parameters of generator and discriminator, and GFLOP of a step per image to the digits that are known, as
 # counted from the published networks.
 SYSTEMS = {

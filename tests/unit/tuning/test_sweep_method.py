@@ -68,3 +68,22 @@ def test_more_trials_and_more_workers_continue_a_sweep(sweep_file: Path, packed:
     first = method(sweep_file, packed)
     more = {"search.trials": 8, "search.max_concurrent": 1}
     assert method_differences(first, method(sweep_file, packed, **more)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"search.trials": 5}, "search.trials: 4 in that run, 5 in this job"),
+        ({"search.seed": 1}, "search.seed: 0 in that run, 1 in this job"),
+        ({"schedule": {"pbt": {"interval_kimg": 0.5}}}, "schedule.pbt.interval_kimg: 1.0 in that run, 0.5 in this job"),
+        ({"schedule": None}, "schedule.pbt.fraction: 0.2 in that run, absent in this job"),
+    ],
+)
+def test_what_a_population_decides_by_does_not_change(
+    sweep_file: Path, packed: Collection, change: dict[str, Any], line: str
+) -> None:
+    population = {"schedule": {"pbt": {"interval_kimg": 1}}, "search.trials": 4}
+    first = method(sweep_file, packed, **population)
+    assert line in method_differences(first, method(sweep_file, packed, **{**population, **change}))
+    at_once = {**population, "search.max_concurrent": 4}
+    assert method_differences(first, method(sweep_file, packed, **at_once)) == []
