@@ -101,7 +101,7 @@ def dry_run_job(job: Job) -> dict[str, Any]:
         collection = _collection(job)
         plan = _train_dry_run(job, collection)
         spending = _spending([(job.train.kimg, _recorded_state(job, collection))], job)
-        notes = [*plan["notes"], *_notes(spending, job.budget_hours)]
+        notes = [*plan.pop("notes"), *_notes(spending, job.budget_hours)]
         return {**plan, **spending.model_dump(), "budget_hours": job.budget_hours, "notes": notes}
     return job.model_dump(mode="json")
 
