@@ -101,7 +101,7 @@ def statuses(env):
 
 
 def test_runs_train_side_by_side_and_one_signal_stops_all_of_them(place):
-    """Two runs fit into the four CPUs of the cluster: a worker has one and a half, a process that scores has one."""
+    """Two runs fit into the four CPUs of the cluster: a worker takes one and a half, and a process that scores one."""
     tmp_path, bucket, env = place
     rows = {"none": {"model.attention": "[]"}, "feat16": {}, "feat8": {"model.attention": "[8]"}}
     job = write(tmp_path, rows, [0], kimg=9.6, overrides={"train.workers": 1, "resources.cpus_per_worker": 1.5})
