@@ -161,6 +161,7 @@ def _work(rank: int, world: int, folder: Path, assignment: Assignment, kill: Kil
     from pipeline.training.worker import training_loop
 
     sys.stderr = (folder / f"rank{rank}.log").open("a")
+    tempfile.tempdir = None  # known since the preload of the fork server, and TMPDIR has another value here
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
