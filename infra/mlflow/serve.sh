@@ -1,18 +1,18 @@
 #!/bin/sh
-# Starts MLflow for a team, as README.md describes. All settings and secrets come from the environment: no argument has a
-# secret, since every user of the machine can read arguments.
+# Starts MLflow for a team, as README.md describes. All settings and secrets come from the environment. No argument has
+# a secret, since every user of the machine can read arguments.
 set -eu
 
-for name in PGHOST PGUSER PGPASSWORD PGDATABASE \
-    MLFLOW_ARTIFACTS_DESTINATION MLFLOW_SERVER_ALLOWED_HOSTS MLFLOW_FLASK_SERVER_SECRET_KEY; do
+for name in PGHOST PGUSER PGPASSWORD PGDATABASE MLFLOW_ARTIFACTS_DESTINATION MLFLOW_FLASK_SERVER_SECRET_KEY \
+    MLFLOW_SERVER_ALLOWED_HOSTS MLFLOW_SERVER_CORS_ALLOWED_ORIGINS; do
     if [ -z "$(printenv "$name")" ]; then
         echo "error: $name is not set; infra/mlflow/README.md lists the settings" >&2
         exit 2
     fi
 done
-case ",$MLFLOW_SERVER_ALLOWED_HOSTS," in
+case ",$MLFLOW_SERVER_ALLOWED_HOSTS,$MLFLOW_SERVER_CORS_ALLOWED_ORIGINS," in
 *,\*,*)
-    echo "error: MLFLOW_SERVER_ALLOWED_HOSTS admits every host name; give the names by which clients know the server" >&2
+    echo "error: * in MLFLOW_SERVER_ALLOWED_HOSTS or MLFLOW_SERVER_CORS_ALLOWED_ORIGINS admits every site" >&2
     exit 2
     ;;
 esac

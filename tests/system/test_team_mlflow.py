@@ -34,6 +34,7 @@ from tests.system.postgres import Postgres, postgres_programs
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
+PAGE_IN_BROWSER = "https://mlflow.example.com"
 PAGE = "infra/mlflow/README.md"
 ADMIN = ("admin", secrets.token_urlsafe(20))
 JOBS = ("jobs", secrets.token_urlsafe(20))
@@ -57,6 +58,7 @@ class TeamMlflow(Server):
         return {
             "MLFLOW_FLASK_SERVER_SECRET_KEY": SECRET_KEY,
             "MLFLOW_SERVER_ALLOWED_HOSTS": f"127.0.0.1:{self.port}",
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": PAGE_IN_BROWSER,
             "MLFLOW_HOST": "127.0.0.1",
             "MLFLOW_PORT": str(self.port),
             "MLFLOW_WORKERS": "2",
@@ -70,10 +72,10 @@ class TeamMlflow(Server):
         return f"http://127.0.0.1:{self.port}"
 
     def status(self, headers: dict[str, str]) -> int:
-        """Status of the answer to a request for the experiments."""
-        experiments = f"http://127.0.0.1:{self.port}/api/2.0/mlflow/experiments/search?max_results=1"
+        """Status of the answer to a search for experiments, as the page in the browser sends it."""
+        search = f"http://127.0.0.1:{self.port}/api/2.0/mlflow/experiments/search"
         try:
-            with urllib.request.urlopen(urllib.request.Request(experiments, headers=headers)) as reply:
+            with urllib.request.urlopen(urllib.request.Request(search, b"{}", headers)) as reply:
                 return int(reply.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -144,7 +146,8 @@ def test_a_team_logs_registers_and_pulls_and_finds_all_after_a_restore(
     with TeamMlflow(database, bucket, first=True) as server:
         arguments = b"\0".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.pids)
         assert not any(secret.encode() in arguments for secret in (ADMIN[1], SECRET_KEY, database["PGPASSWORD"]))
-        assert server.status({}) == 401
+        assert server.status({}) == server.status({"Origin": PAGE_IN_BROWSER}) == 401
+        assert server.status({"Origin": "https://elsewhere.example.com"}) == 403
         assert server.status({"Host": "elsewhere.example.com"}) == 403
         add_users(server, monkeypatch)
 

@@ -17,6 +17,7 @@ SETTINGS = {
     "PGDATABASE": "mlflow",
     "MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow",
     "MLFLOW_SERVER_ALLOWED_HOSTS": "mlflow.example.com",
+    "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://mlflow.example.com",
     "MLFLOW_FLASK_SERVER_SECRET_KEY": "another secret",
 }
 
@@ -36,8 +37,9 @@ def test_a_missing_setting_is_named(name: str, empty: bool) -> None:
     assert f"{name}=" in (ROOT / "infra/mlflow/README.md").read_text()
 
 
-@pytest.mark.parametrize("hosts", ["*", "mlflow.example.com,*"])
-def test_a_server_that_admits_every_host_name_is_refused(hosts: str) -> None:
-    refused = serve({**SETTINGS, "MLFLOW_SERVER_ALLOWED_HOSTS": hosts})
-    assert refused.returncode == 2
-    assert "MLFLOW_SERVER_ALLOWED_HOSTS" in refused.stderr
+@pytest.mark.parametrize("name", ["MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"])
+def test_a_server_that_admits_every_site_is_refused(name: str) -> None:
+    for value in ("*", f"{SETTINGS[name]},*"):
+        refused = serve({**SETTINGS, name: value})
+        assert refused.returncode == 2
+        assert name in refused.stderr

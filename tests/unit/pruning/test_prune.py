@@ -255,7 +255,12 @@ def score(run: StoredRun, checkpoint: StoredCheckpoint, value: float) -> None:
     run.write_score(record)
 
 
-def test_old_checkpoints_go_and_what_the_run_or_another_needs_stays(place: Place) -> None:
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_old_checkpoints_go_and_what_the_run_or_another_needs_stays(
+    place: Place, where: str, request: pytest.FixtureRequest
+) -> None:
+    if where == "bucket":
+        place.bucket = request.getfixturevalue("s3").bucket()
     first, second, third, fourth, fifth = place.run("a", 1000, 2000, 3000, 4000, 5000)
     run = StoredRun.of(place.job("a"))
     score(run, second, 1.0)

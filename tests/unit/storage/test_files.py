@@ -97,7 +97,7 @@ def test_a_name_is_taken_literally(request: pytest.FixtureRequest, tmp_path: Pat
         files.write_bytes(files.join(base, neighbour), b"foreign")
     url = files.join(base, name)
     assert not files.exists(url)
-    assert files.list_files(url) == files.list_names(url) == []
+    assert files.list_files(url) == files.list_names(url) == files.list_folders(url) == []
     files.delete(url)
 
     files.write_bytes(files.join(url, "one", name), b"own")
@@ -107,6 +107,8 @@ def test_a_name_is_taken_literally(request: pytest.FixtureRequest, tmp_path: Pat
     assert files.size(files.join(url, "two")) == 5
     assert files.list_files(url) == [f"one/{name}", "two"]
     assert files.list_names(url) == ["one", "two"]
+    assert files.list_folders(url) == ["one"]
+    assert files.list_folders(base) == sorted({"exp1", "expand", "exp", "A", "a", "100", name})
     assert files.read_bytes(files.join(url, "one", name), 1, 3) == b"wn"
     files.download(files.join(url, "one", name), tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"own"
