@@ -213,13 +213,15 @@ def _sweep_spending(sweep: TuneJob, base: TrainJob, collection: Collection | Non
     """Return what the trials of a sweep have spent and are expected to spend, if no more of them is stopped early."""
     from pipeline.runs.stored_run import StoredSweep
     from pipeline.tuning.draw_points import read_records, to_start
+    from pipeline.tuning.population import start_of
 
-    records = []
+    stored, records = StoredSweep.of(base, sweep.name), []
     with suppress(SaganError):
-        records = read_records(sweep, StoredSweep.of(base, sweep.name))
+        records = read_records(sweep, stored)
     runs: list[tuple[float, RunState | None]] = [(base.train.kimg, None) for _ in to_start(sweep, records)]
     for record in records:
-        trial = trial_job(sweep, record.trial.point).model_copy(update={"name": record.trial.name})
+        values = {**record.trial.point, **start_of(stored, record.trial.parent), "name": record.trial.name}
+        trial = trial_job(sweep, values)
         kimg = record.trial.kimg if record.ended else trial.train.kimg
         runs.append((kimg, _recorded_state(trial, collection)))
     return _spending(runs, base)

@@ -107,6 +107,8 @@ class OldCheckpoints:
         starts = self.starts
         if run := starts.by_url.get(url) or starts.by_digest.get(checkpoint_digest(manifest, url)):
             return kept("checkpoint", url, f"{run} started from it")
+        if clone := self.folders.to_clone.get(url):
+            return kept("checkpoint", url, f"{clone} starts from it")
         return _goes(checkpoint, f"older than the newest {self.keep} checkpoints; no version and no run names it")
 
     @cached_property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.errors import CorruptError, shown_url
 from pipeline.pruning.verdict import Verdict, kept
 from pipeline.runs.json_records import RecordedInit
-from pipeline.runs.stored_run import StoredRun, StoredStudy, open_folder
+from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep, open_folder
 from pipeline.storage import files
 from pipeline.tracking.delete_version import ListedVersion, run_starts
 from pipeline.tracking.init_source import location
@@ -56,22 +56,26 @@ class RunFolders:
     Attributes:
         runs: The training runs, each with the id of its MLflow run.
         inits: What runs and sweeps started from, by their names.
+        to_clone: Clones of the newest generation of each population, by the URL of the checkpoint from which a clone
+            starts. A clone that has not started is no run yet.
         unreadable: Folders whose record is not valid.
     """
 
     runs: list[tuple[StoredRun, str]]
     inits: dict[str, RecordedInit]
+    to_clone: dict[str, str]
     unreadable: list[Verdict]
 
     @classmethod
     def read(cls, root: str) -> RunFolders:
         """Read the records of all runs and sweeps below `root`. Raises EnvironmentFault."""
-        found = cls([], {}, [])
+        found = cls([], {}, {}, [])
         for name in files.list_folders(root):
             url = files.join(root, name)
             try:
                 folder = open_folder(url)
                 record = None if folder is None or isinstance(folder, StoredStudy) else folder.record()
+                generation = folder.newest_generation() if isinstance(folder, StoredSweep) else None
             except CorruptError as error:
                 found.unreadable.append(kept("run", url, f"its record is not valid: {error.message}"))
                 continue
@@ -79,6 +83,10 @@ class RunFolders:
                 continue
             if record.init is not None:
                 found.inits[name] = record.init
+            for member in generation.members if generation else ():
+                if member.parent is not None:
+                    source = StoredSweep(url).trial(member.parent.run).checkpoint(member.parent.checkpoint)
+                    found.to_clone[shown_url(source.url)] = member.name
             if isinstance(folder, StoredRun):
                 found.runs.append((folder, record.mlflow_run_id))
         return found

@@ -13,9 +13,10 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun
+from pipeline.errors import BudgetSpent, CorruptError, EnvironmentFault, InterruptedRun
 from pipeline.runs.json_records import (
     FINISHED,
     RUNNING,
@@ -61,6 +62,7 @@ class Population:
         self._records = {record.trial.name: record for record in records}
         self._extinct = False  # whether no member has a score, so that there is nothing to clone
         self._given_up = False  # whether a member cannot end the generation under this driver
+        self._spent: list[str] = []  # names of the members that have spent their budget
         self._to_start: deque[Member] = deque()
         self._open: set[str] = set()  # names of the members that have not ended the generation
         known = self._known_generation()
@@ -99,13 +101,20 @@ class Population:
             )
             number = 1 + max((record.number for record in self._records.values()), default=-1)
             self._write(TrialRecord(number=number, ended=False, trial=trial))
-        values = {"train.kimg": self._end, **self._init_of(member.parent)}
+        values = {"train.kimg": self._end, **start_of(self._stored, member.parent)}
         return TrialStart(
             member.name, member.point, values, lineage_tags(member.parent), self._cloned_checkpoints(member.name)
         )
 
     def end(self, name: str, result: TrialResult) -> None:
-        """Record that a member has ended the generation. After the last one, decide the next generation."""
+        """Record that a member has ended the generation. After the last one, decide the next generation.
+
+        A member that has spent its budget stops before that, and then no further member starts.
+        """
+        if result.failure is None and result.kimg < self._end:
+            self._spent.append(name)
+            self.give_up(name)
+            return
         finished = result.kimg >= self._base.train.kimg
         outcome = result.failure or (FINISHED if finished else RUNNING)
         self._write(with_result(self._records[name], result, outcome, ended=finished or result.failure is not None))
@@ -127,6 +136,13 @@ class Population:
                 f"the trial {name} of {self._sweep.name} failed, and the next generation depends on it: "
                 f"{failed[name].failure}",
                 "correct the cause, then run the same command again to resume",
+            )
+        if self._spent:
+            raise BudgetSpent(
+                f"{len(self._spent)} of {len(self._generation.members)} members of {self._sweep.name} have spent their "
+                f"budget before the end of their generation at {self._end:g} kimg, and the next generation depends on "
+                "them",
+                "to go on, run the same command with a larger budget in the base job",
             )
         if not self._extinct and (self._open or self.left):
             raise InterruptedRun(
@@ -236,13 +252,6 @@ class Population:
             sorted({p.checkpoint for p in parents if p.run == name and p.generation == self._generation.number})
         )
 
-    def _init_of(self, parent: Lineage | None) -> dict[str, object]:
-        """Return what a member starts from, as a value of its job; empty for a founder."""
-        if parent is None:
-            return {}
-        source = self._stored.trial(parent.run).checkpoint(parent.checkpoint).url
-        return {"init": {"source": source, "optimizers": True, "keep_position": True}}
-
     def _name(self, generation: int, index: int) -> str:
         """Return a name for a run. Runs of a sweep that was deleted with --fresh have other names."""
         return f"{self._sweep.name}-g{generation}m{index}-{secrets.token_hex(2)}"
@@ -250,6 +259,14 @@ class Population:
     def _write(self, record: TrialRecord) -> None:
         self._records[record.trial.name] = record
         self._stored.write_trial_record(record)
+
+
+def start_of(stored: StoredSweep, parent: Lineage | None) -> dict[str, Any]:
+    """Return what a member starts from, as a value of its job by key; empty for a member that was not cloned."""
+    if parent is None:
+        return {}
+    source = stored.trial(parent.run).checkpoint(parent.checkpoint).url
+    return {"init": {"source": source, "optimizers": True, "keep_position": True}}
 
 
 def lineage_tags(parent: Lineage | None) -> dict[str, str]:

@@ -82,7 +82,8 @@ class TrialPlan(Protocol):
             started: Names of the trials that this driver has started.
             failed: Last reports of the trials that this driver gave up, by name.
 
-        Raises EnvironmentFault. Raises InterruptedRun where a trial has no end.
+        Raises EnvironmentFault. Raises InterruptedRun where a trial has no end, and BudgetSpent where the trials that
+        depend on each other cannot go on without a larger budget.
         """
 
 

@@ -12,8 +12,17 @@ from pipeline.config.dry_run import CollectionFacts, dry_run
 from pipeline.config.job_file import load_job, parse_overrides, row_job, trial_job
 from pipeline.config.run_method import complete_model, digest_of, method_of
 from pipeline.errors import UsageError
-from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RunRecord, RunState, Trial, TrialRecord
+from pipeline.runs.json_records import (
+    Lineage,
+    RecordedData,
+    RecordedEvaluation,
+    RunRecord,
+    RunState,
+    Trial,
+    TrialRecord,
+)
 from pipeline.runs.stored_run import StoredRun, StoredSweep
+from pipeline.tuning.population import start_of
 from tests.shipped_jobs import JOBS, STUDIES, shipped
 
 SHIPPED = shipped()
@@ -277,3 +286,30 @@ def test_device_hours_of_a_sweep_are_known_when_a_trial_has_measured_them(packed
     plan = dried(path)
     assert (plan["device_hours"], plan["cost"]) == (2, None)
     assert plan["expected_device_hours"] == 1 + (1 + 1.5) + 2 + 2, "a trial that was stopped early needs no more"
+
+
+def test_the_device_hours_of_a_population_count_a_clone_from_the_position_of_its_parent(packed, tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        f"kind: train\nname: base\ndata: {{train: {packed.url}}}\ntrain: {{kimg: 3.6, batch: 16}}\n"
+        f"checkpoint: {{root: {tmp_path}}}\n"
+    )
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "kind: tune\nname: s\nbase: base.yaml\nspace: {optim.lr_d: {choice: [1.0e-4, 4.0e-4]}}\n"
+        "search: {trials: 2}\nschedule: {pbt: {interval_kimg: 1.8}}\n"
+    )
+    sweep, stored = load_job(path), StoredSweep(f"{tmp_path}/s")
+    lineage = Lineage(run="s-0", checkpoint="000000001800-0", generation=1)
+    for number, ended, parent, images, hours in [
+        (0, False, None, 1800, 1.0),
+        (1, True, None, 1800, 1.0),
+        (2, False, lineage, 2700, 0.5),
+    ]:
+        point = {"optim.lr_d": 1e-4}
+        trial = Trial(name=f"s-{number}", point=point, score=None, kimg=1.8, outcome="running", parent=parent)
+        stored.write_trial_record(TrialRecord(number=number, ended=ended, trial=trial))
+        job = trial_job(sweep, {**point, "name": trial.name, **start_of(stored, parent)})
+        told(job, packed, tmp_path, hours, images, 2.0)
+    plan = dried(path)
+    assert plan["device_hours"] == 2.5
+    assert plan["expected_device_hours"] == (1 + 1) + 1 + (0.5 + 0.5)

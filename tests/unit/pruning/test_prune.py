@@ -23,10 +23,20 @@ from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.pruning.prune import Prune
 from pipeline.pruning.verdict import Verdict
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.json_records import RecordedData, RecordedEvaluation, RecordedInit, RunRecord, ScoreRecord
+from pipeline.runs.json_records import (
+    GenerationRecord,
+    Lineage,
+    Member,
+    RecordedData,
+    RecordedEvaluation,
+    RecordedInit,
+    RunRecord,
+    ScoreRecord,
+    SweepRecord,
+)
 from pipeline.runs.owner import claim
 from pipeline.runs.score_protocol import Score
-from pipeline.runs.stored_run import StoredRun
+from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import MlflowRun, client
@@ -275,6 +285,19 @@ def test_old_checkpoints_go_and_what_the_run_or_another_needs_stays(
     assert reason(plan, waiting.url) == "it waits for a score"
     assert gone(delete(place.prune(), plan)) == gone(plan)
     assert [checkpoint.url for checkpoint in run.checkpoints()] == [first.url, second.url, waiting.url, fifth.url]
+
+
+def test_a_checkpoint_that_a_population_is_to_clone_stays(place: Place) -> None:
+    """The clone is decided, and has not started. It is no run yet."""
+    first, second, _ = place.run("pop-g0m0", 1000, 2000, 3000)
+    sweep = StoredSweep(f"{place.bucket}/runs/pop")
+    sweep.write_record(SweepRecord(name="pop", mlflow_run_id="0", method={}))
+    parent = Lineage(run="pop-g0m0", checkpoint=second.name, generation=1)
+    members = [Member(name="pop-g0m0", point={}, parent=None), Member(name="pop-g1m1", point={}, parent=parent)]
+    sweep.write_generation(GenerationRecord(number=1, members=members))
+    plan = place.prune().plan()
+    assert gone(plan) == {first.url}
+    assert reason(plan, second.url) == "pop-g1m1 starts from it"
 
 
 def test_a_source_is_known_by_its_digest_wherever_it_is(place: Place) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.errors import CorruptError, EnvironmentFault, InterruptedRun
+from pipeline.errors import BudgetSpent, CorruptError, EnvironmentFault, InterruptedRun
 from pipeline.runs.json_records import GenerationRecord, ScoreRecord, Trial, TrialRecord
 from pipeline.runs.score_protocol import Score
 from pipeline.runs.stored_run import StoredRun, StoredSweep
@@ -305,6 +305,22 @@ def test_a_member_that_cannot_go_on_stops_the_sweep_before_the_next_decision(tmp
     assert len(cluster.generations()) == 1
     with pytest.raises(InterruptedRun, match="in generation 1 of 4; 4 of its members"):
         plan.conclude([], {})
+    cluster.drive(sweep())
+    undisturbed = Cluster(tmp_path / "undisturbed")
+    undisturbed.drive(sweep())
+    assert cluster.decisions() == undisturbed.decisions()
+
+
+def test_a_member_that_has_spent_its_budget_stops_the_sweep_and_goes_on_with_a_larger_one(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    plan = cluster.plan(sweep())
+    starts = [plan.start("unused") for _ in range(2)]
+    plan.end(starts[0].run, TrialResult(None, 0.0))
+    assert plan.left == 0
+    plan.end(starts[1].run, cluster.train(starts[1]))
+    with pytest.raises(BudgetSpent, match="1 of 5 members of s have spent their budget"):
+        plan.conclude([], {})
+    assert len(cluster.generations()) == 1
     cluster.drive(sweep())
     undisturbed = Cluster(tmp_path / "undisturbed")
     undisturbed.drive(sweep())
