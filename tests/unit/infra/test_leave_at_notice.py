@@ -119,10 +119,11 @@ def test_an_event_of_azure_for_another_machine_or_without_an_end_is_no_notice():
 
 
 def test_the_time_of_a_drain_that_is_set_is_kept():
-    with MetadataServer("gcp") as server:
+    drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "12"}
+    with MetadataServer("gcp") as server, agent("gcp", {**server.env, **drain}) as machine:
+        machine.until("runs")
         server.give_notice()
-        with agent("gcp", {**server.env, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "12"}) as machine:
-            machine.until("drains 12\n")
+        machine.until("drains 12\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
