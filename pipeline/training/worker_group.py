@@ -14,6 +14,8 @@ from pipeline.compute.resources import (
     fits,
     free_resources,
     node_resources,
+    placement_groups,
+    release_placement_groups,
     require_resources,
     wait_for_nodes,
 )
@@ -174,6 +176,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
         driver: Takes the messages of the workers.
         score_in_line: Scores a checkpoint on rank 0 while the other ranks wait; None where tasks beside training score.
     """
+    from ray.exceptions import ActorDiedError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -199,7 +202,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
     retries = 0 if job.train.changes_size else -1
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
     env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **public}
-    TorchTrainer(
+    trainer = TorchTrainer(
         lambda: train_worker(assignment, this_node()),  # Ray Train would show a `train_loop_config` in its state
         torch_config=ProcessGroup(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
@@ -219,4 +222,10 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
             ),
             worker_runtime_env={"env_vars": env},
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except ActorDiedError:  # the controller; Ray would keep what it reserved for its workers until the driver ends
+        with suppress(Exception):  # the head does not answer
+            release_placement_groups(placement_groups())
+        raise
