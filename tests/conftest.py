@@ -23,6 +23,14 @@ __all__ = ["pytest_fixture_setup", "pytest_timeout_cancel_timer", "pytest_timeou
 os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start: several processes share the cores
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a pytest with which pytest-xdist 3.8 silently groups no tests: every process would start Ray."""
+    if config.getoption("dist", default="no") == "loadgroup" and pytest.version_tuple >= (9, 2):
+        raise pytest.UsageError(
+            f"pytest-xdist groups no tests with pytest {pytest.__version__}: install the versions of constraints.txt"
+        )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group the tests for the processes of `make test`. Those with Ray begin first, because they take longest."""
@@ -32,12 +40,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("xdist_group") is None:
                 place = item.nodeid.partition("::")[0].split("/")[:3]  # tests/unit/FOLDER or tests/OTHER/MODULE
                 item.add_marker(pytest.mark.xdist_group("/".join(place)))
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuse a pytest with which pytest-xdist groups no tests, as 9.2: every process would make every fixture."""
-    if session.config.getoption("loadgroup", default=False) and any("@" not in item.nodeid for item in session.items):
-        raise pytest.UsageError("pytest-xdist has grouped no tests: install the versions of constraints.txt")
 
 
 class TestS3(S3):

@@ -28,19 +28,37 @@ from tests.unit.packing.coloured_images import picture, tar, write
 CHECKOUT = Path(__file__).parents[3]
 
 
-def packing(*arguments: object, memory: int) -> subprocess.CompletedProcess[str]:
-    """Run `sagan pack` in a process that may take `memory` bytes more than it has after its imports."""
-    code = (
-        "import resource, sys\n"
-        "import pipeline.packing.pack, pipeline.collection.preview, pyarrow.parquet\n"
-        "pages = int(open('/proc/self/statm').read().split()[0])\n"
-        f"limit = pages * resource.getpagesize() + {memory}\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "from pipeline.cli import main\n"
-        "main()\n"
-    )
-    command = [sys.executable, "-c", code, "pack", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, check=False)
+PACKING = """
+import os, resource, sys
+import pipeline.collection.preview, pipeline.job_runner, pipeline.packing.pack, pyarrow.parquet
+from pipeline.cli import main
+memory, *sources = sys.argv[1:]
+for source in sources:
+    if not (child := os.fork()):
+        os.dup2(os.open(f"{source}.error", os.O_WRONLY | os.O_CREAT), 2)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + int(memory)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        sys.argv = ["sagan", "pack", source, f"{source}.packed", "--resolution", "32"]
+        try:
+            main()
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(end.code)  # at once: the memory of all modules is shared with the parent
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def require_refused(memory: int, *sources: Path) -> list[str]:
+    """Run `sagan pack` on each source, and return the errors, with which it must end.
+
+    Each process may take `memory` bytes more than it has after its imports.
+    """
+    command = [sys.executable, "-c", PACKING, str(memory), *map(str, sources)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT, check=True)
+    errors = [Path(f"{source}.error").read_text() for source in sources]
+    assert [line for line in done.stdout.split("\n") if line.isdigit()] == ["2"] * len(sources), errors
+    return errors
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
@@ -85,12 +103,13 @@ def header_only(width: int, height: int, bits: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("width", "height", "bits"), [(9400, 9400, 16), (9000, 9000, 8), (1, 65_000_000, 8)])
-def test_pixels_are_counted_before_memory_is_taken(width: int, height: int, bits: int, tmp_path: Path) -> None:
-    write(tmp_path, {"set/a/1.png": picture(1), "set/a/2.png": header_only(width, height, bits)})
-    result = packing(f"{tmp_path}/set", f"{tmp_path}/out", "--resolution", 32, memory=500_000_000)
-    assert result.returncode == 2, result.stderr
-    assert f"a/2.png: the image has {width} x {height} pixels, more than max_pixels allows (64," in result.stderr
+def test_pixels_are_counted_before_memory_is_taken(tmp_path: Path) -> None:
+    sizes = [(9400, 9400, 16), (9000, 9000, 8), (1, 65_000_000, 8)]
+    sources = [
+        write(tmp_path / f"{n}", {"a/1.png": picture(1), "a/2.png": header_only(*size)}) for n, size in enumerate(sizes)
+    ]
+    for (width, height, _), error in zip(sizes, require_refused(500_000_000, *sources), strict=True):
+        assert f"a/2.png: the image has {width} x {height} pixels, more than max_pixels allows (64," in error
 
 
 def test_max_pixels_is_a_key(tmp_path: Path) -> None:
@@ -116,12 +135,13 @@ def sparse_tar(path: Path, name: str, size: int) -> None:
     path.write_bytes(good + bytes(block) + b"1" * 512 + bytes(1024))
 
 
-@pytest.mark.parametrize("name", ["1.cls", "2.png", "1.json"])
-def test_a_sparse_member_is_refused(name: str, tmp_path: Path) -> None:
-    sparse_tar(tmp_path / "set-0.tar", name, 2 * 10**9)
-    result = packing(f"{tmp_path}/set-0.tar", f"{tmp_path}/out", "--resolution", 32, memory=500_000_000)
-    assert result.returncode == 2, result.stderr
-    assert f"{name} is sparse" in result.stderr
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    names = ["1.cls", "2.png", "1.json"]
+    sources = [tmp_path / f"{name}-0.tar" for name in names]
+    for name, source in zip(names, sources, strict=True):
+        sparse_tar(source, name, 2 * 10**9)
+    for name, error in zip(names, require_refused(500_000_000, *sources), strict=True):
+        assert f"{name} is sparse" in error
 
 
 def test_a_label_of_megabytes_is_refused(tmp_path: Path) -> None:
@@ -152,17 +172,17 @@ def test_a_path_of_a_tar_has_an_end(tmp_path: Path) -> None:
     assert open_source(f"{tmp_path}/set.tar").keys == ["a/1.png"]
 
 
-@pytest.mark.parametrize("name", ["data_batch_1", "notes.bin"])
-def test_a_bomb_in_a_compressed_tar_is_refused(name: str, tmp_path: Path) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = 2_800_000_000
-    with gzip.open(tmp_path / "set.tar.gz", "wb", compresslevel=1) as file:
-        file.write(member.tobuf())
-        for _ in range(40):
-            file.write(bytes(10_000_000))
-    result = packing(f"{tmp_path}/set.tar.gz", f"{tmp_path}/out", "--resolution", 32, memory=1_000_000_000)
-    assert result.returncode == 2, result.stderr
-    assert "not CIFAR: it has more than 300,000,000 bytes" in result.stderr
+def test_a_bomb_in_a_compressed_tar_is_refused(tmp_path: Path) -> None:
+    sources = [tmp_path / f"{name}.tar.gz" for name in ("data_batch_1", "notes.bin")]
+    for source in sources:
+        member = tarfile.TarInfo(source.name.removesuffix(".tar.gz"))
+        member.size = 2_800_000_000
+        with gzip.open(source, "wb", compresslevel=1) as file:
+            file.write(member.tobuf())
+            for _ in range(40):
+                file.write(bytes(10_000_000))
+    for error in require_refused(1_000_000_000, *sources):
+        assert "not CIFAR: it has more than 300,000,000 bytes" in error
 
 
 class TestPickles:
@@ -214,17 +234,12 @@ class TestPickles:
         with pytest.raises(UsageError, match="no array of bytes"):
             open_source(self.source(tmp_path, batch.replace(b"u1q", b"O8q")))
 
-    @pytest.mark.parametrize(
-        "data",
-        [
-            *(b"", b".", b"}", b"]r\xff\xff\xff\x7f.", b"}p999999999999\n."),
-            *(b"\x80\x02cos\nsystem\n.", b"(" * 100_000 + b"."),
-        ],
-    )
-    def test_a_damaged_pickle_is_refused(self, data: bytes, tmp_path: Path) -> None:
-        result = packing(self.source(tmp_path, data), f"{tmp_path}/out", "--resolution", 32, memory=500_000_000)
-        assert result.returncode == 2, result.stderr
-        assert "CIFAR" in result.stderr
+    def test_a_damaged_pickle_is_refused(self, tmp_path: Path) -> None:
+        damaged = [b"", b".", b"}", b"]r\xff\xff\xff\x7f.", b"}p999999999999\n."]
+        damaged += [b"\x80\x02cos\nsystem\n.", b"(" * 100_000 + b"."]
+        sources = [Path(self.source(tmp_path / f"{n}", data)) for n, data in enumerate(damaged)]
+        for error in require_refused(500_000_000, *sources):
+            assert "CIFAR" in error
 
     def test_a_pickle_of_another_kind_loads_nothing(self, tmp_path: Path) -> None:
         for name in ("os.system", "builtins.eval", "numpy.load", "numpy.core.multiarray.scalar"):

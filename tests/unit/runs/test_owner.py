@@ -90,7 +90,7 @@ def test_an_owner_that_was_replaced_stops(folder: str) -> None:
 def test_an_owner_that_cannot_be_read_is_one_that_may_be_alive(
     folder: str, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
-    monkeypatch.setattr(owner, "TAKEOVER_S", 1.0)
+    monkeypatch.setattr(owner, "TAKEOVER_S", 0.3)
     files.write_bytes(f"{folder}/00000001.json", content)
     taken = claim(folder, print)
     assert taken.number == 2
