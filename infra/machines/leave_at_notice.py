@@ -144,12 +144,13 @@ def main() -> int:
         return 2
     cloud = CLOUDS[name]()
     drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(cloud.drain_s)}
-    program = subprocess.Popen(command, env={**drain, **os.environ})
+    program: subprocess.Popen[bytes] | None = None
     leaving = threading.Event()
 
     def leave(*_: object) -> None:
         leaving.set()
-        program.send_signal(signal.SIGTERM)
+        if program is not None:
+            program.send_signal(signal.SIGTERM)
 
     def watch() -> None:
         say(f"the cloud takes this machine away: {wait_for_notice(cloud)}; the node drains")
@@ -157,6 +158,9 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
+    program = subprocess.Popen(command, env={**drain, **os.environ})
+    if leaving.is_set():  # a signal came before the program began
+        leave()
     threading.Thread(target=watch, daemon=True).start()
     code = program.wait()
     return 0 if leaving.is_set() else code if code >= 0 else 128 - code
