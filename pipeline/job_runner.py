@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run, study_dry_run
 from pipeline.config.job_file import load_job, row_job, row_sweep, trial_job
-from pipeline.config.run_method import complete_model, method_of
+from pipeline.config.run_method import complete_model, method_of, sweep_method_of
 from pipeline.config.schema import EvaluateJob, Job, PackJob, StudyJob, TrainJob, TuneJob
 from pipeline.errors import EnvironmentFault, SaganError
 from pipeline.runs.spending import Spending, shown_amount
@@ -19,7 +18,7 @@ from pipeline.runs.spending import Spending, shown_amount
 if TYPE_CHECKING:
     from pipeline.collection.manifest import Collection
     from pipeline.evaluation.self_test import Finding
-    from pipeline.runs.json_records import RunState
+    from pipeline.runs.json_records import RunState, SweepRecord
     from pipeline.training.shared_types import Evaluation
 
 
@@ -93,10 +92,9 @@ def dry_run_job(job: Job) -> dict[str, Any]:
         jobs = {row: row_job(job, row, job.seeds[0]) for row in job.rows}
         collections = {row: _collection(of_row) for row, of_row in jobs.items()}
         rows = {row: _dry_run(of_row, collections[row]) for row, of_row in jobs.items()}
-        spending = _study_spending(job, collections)
-        return study_dry_run(
-            job, rows, _ended_runs(job), _tuning(job), {**spending.model_dump(), "notes": _notes(spending)}
-        )
+        spending, tuning = _study_spending(job, collections), _tuning(job)
+        notes = [*_notes(spending), *(["device hours and costs are without the trials of `tuning`"] if tuning else [])]
+        return study_dry_run(job, rows, _ended_runs(job), tuning, {**spending.model_dump(), "notes": notes})
     if isinstance(job, TrainJob):
         collection = _collection(job)
         plan = _train_dry_run(job, collection)
@@ -213,18 +211,27 @@ def _sweep_spending(sweep: TuneJob, base: TrainJob, collection: Collection | Non
     """Return what the trials of a sweep have spent and are expected to spend, if no more of them is stopped early."""
     from pipeline.runs.stored_run import StoredSweep
     from pipeline.tuning.draw_points import read_records, to_start
-    from pipeline.tuning.population import start_of
 
-    stored, records = StoredSweep.of(base, sweep.name), []
-    with suppress(SaganError):
-        records = read_records(sweep, stored)
-    runs: list[tuple[float, RunState | None]] = [(base.train.kimg, None) for _ in to_start(sweep, records)]
-    for record in records:
-        values = {**record.trial.point, **start_of(stored, record.trial.parent), "name": record.trial.name}
-        trial = trial_job(sweep, values)
-        kimg = record.trial.kimg if record.ended else trial.train.kimg
-        runs.append((kimg, _recorded_state(trial, collection)))
-    return _spending(runs, base)
+    stored = StoredSweep.of(base, sweep.name)
+    runs: list[tuple[float, RunState | None]] = []
+    try:
+        same = collection is not None and _is_recorded(sweep, base, collection, stored.record())
+        records = read_records(sweep, stored) if same else []
+        for record in records:
+            kimg = record.trial.kimg if record.ended else base.train.kimg
+            runs.append((kimg, stored.trial(record.trial.name).counted_state()))
+    except SaganError:
+        records, runs = [], []
+    return _spending([*runs, *((base.train.kimg, None) for _ in to_start(sweep, records))], base)
+
+
+def _is_recorded(sweep: TuneJob, base: TrainJob, collection: Collection, record: SweepRecord | None) -> bool:
+    """Return whether the record of a sweep has the method of this sweep. Raises UsageError."""
+    if record is None:
+        return False
+    complete = complete_model(base, collection.resolution, collection.num_classes)
+    method = sweep_method_of(sweep, complete, collection.digest, record.init.sha256 if record.init else None)
+    return record.method == method
 
 
 def _study_spending(study: StudyJob, collections: Mapping[str, Collection | None]) -> Spending:
@@ -263,15 +270,13 @@ def _recorded_state(job: TrainJob, collection: Collection | None) -> RunState | 
         return None
     stored = StoredRun.of(job)
     try:
-        record, state = stored.record(), stored.state()
-        if record is None or state is None:
+        if (record := stored.record()) is None:
             return None
         complete = complete_model(job, collection.resolution, collection.num_classes)
         method = method_of(complete, collection.digest, record.init.sha256 if record.init else None)
+        return stored.counted_state() if record.method == method else None
     except SaganError:
         return None
-    hours = max(record.device_hours, state.device_hours)
-    return state.model_copy(update={"device_hours": hours}) if record.method == method else None
 
 
 def _notes(spending: Spending, budget_hours: float | None = None) -> list[str]:

@@ -43,7 +43,8 @@ def main(
             if mlflow:
                 tracking = servers.enter_context(local_mlflow(s3, folder))
                 exports |= tracking.env
-            ray = servers.enter_context(Ray(cpus, env=exports, port=ray_port))
+            leave = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "30"}  # Ctrl-C: time for jobs to write a checkpoint
+            ray = servers.enter_context(Ray(cpus, env=exports | leave, port=ray_port))
             exports |= ray.env
             for name, value in exports.items():
                 print(f"export {name}={shlex.quote(value)}")

@@ -197,10 +197,11 @@ class RunState(Record):
     time_s: Seconds
     """Unix time at which the driver knew this."""
 
-    def spending(self, recorded_hours: float = 0.0) -> Spending:
-        """Return what the run has spent. `recorded_hours`, those of `run.json`, count where they are more."""
-        hours, left = max(self.device_hours, recorded_hours), max(0.0, 1000 * self.kimg - self.images)
-        return Spending.of(hours, left, self.device_s_per_image, self.price_per_device_hour)
+    @property
+    def spending(self) -> Spending:
+        """What the run has spent and is expected to spend."""
+        left = max(0.0, 1000 * self.kimg - self.images)
+        return Spending.of(self.device_hours, left, self.device_s_per_image, self.price_per_device_hour)
 
 
 class SweepRecord(Record):

@@ -211,7 +211,7 @@ def _run(stored: StoredRun) -> RunView:
         waits=told.waits if told and state in _WORKING else [],
         restarts=max(told.restarts if told else 0, record.starts - 1, 0),
         images_lost=max(told.images_lost if told else 0, record.images_lost),
-        spending=told and told.spending(record.device_hours),
+        spending=stored.spending(),
         budget_hours=told and told.budget_hours,
         driver=owner,
         last_error=told and told.last_error,

@@ -72,10 +72,20 @@ class StoredRun:
     def write_state(self, state: RunState) -> None:
         state.write(self._state_url)
 
+    def counted_state(self) -> RunState | None:
+        """Return `status.json`, with the device hours of `run.json` where these are more.
+
+        None where no driver has written one of them. Raises CorruptError, EnvironmentFault.
+        """
+        record, state = self.record(), self.state()
+        if record is None or state is None:
+            return None
+        return state.model_copy(update={"device_hours": max(state.device_hours, record.device_hours)})
+
     def spending(self) -> Spending | None:
         """Return what the run has spent; None where no driver has told it. Raises CorruptError, EnvironmentFault."""
-        record, state = self.record(), self.state()
-        return None if record is None or state is None else state.spending(record.device_hours)
+        state = self.counted_state()
+        return None if state is None else state.spending
 
     @property
     def _state_url(self) -> str:

@@ -164,7 +164,7 @@ def _news(state: RunState) -> dict[str, Any]:
 def _tags(state: RunState) -> dict[str, str]:
     """Return the tags that tell people who look at MLflow what the run waits for and what it has spent."""
     waiting = "; ".join(wait.line for wait in state.waits)[:_LONGEST_TAG] or "no"
-    return {WAITING: waiting, **state.spending().tags()}
+    return {WAITING: waiting, **state.spending.tags()}
 
 
 def _stored_state(run: TrainingRun) -> RunState | None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.config.dry_run import CollectionFacts, dry_run
 from pipeline.config.job_file import load_job, parse_overrides, row_job, trial_job
-from pipeline.config.run_method import complete_model, digest_of, method_of
+from pipeline.config.run_method import complete_model, digest_of, method_of, sweep_method_of
 from pipeline.errors import UsageError
 from pipeline.runs.json_records import (
     Lineage,
@@ -18,6 +18,7 @@ from pipeline.runs.json_records import (
     RecordedEvaluation,
     RunRecord,
     RunState,
+    SweepRecord,
     Trial,
     TrialRecord,
 )
@@ -277,15 +278,19 @@ def test_device_hours_of_a_sweep_are_known_when_a_trial_has_measured_them(packed
         "kind: tune\nname: s\nbase: base.yaml\nspace: {optim.lr_d: {choice: [1.0e-4, 4.0e-4]}}\nsearch: {trials: 4}\n"
     )
     assert dried(path)["notes"] == [UNKNOWN]
-    sweep = load_job(path)
+    sweep, stored = load_job(path), StoredSweep(f"{tmp_path}/s")
+    complete = complete_model(trial_job(sweep, sweep.example), packed.resolution, packed.num_classes)
+    method = sweep_method_of(sweep, complete, packed.digest)
+    stored.write_record(SweepRecord(name="s", mlflow_run_id="0", method=method))
     for number, (kimg, ended) in enumerate([(1.8, True), (0.9, False)]):
         trial = Trial(name=f"s-{number}", point={"optim.lr_d": 1e-4}, score=None, kimg=kimg, outcome="stopped early")
-        StoredSweep(f"{tmp_path}/s").write_trial_record(TrialRecord(number=number, ended=ended, trial=trial))
+        stored.write_trial_record(TrialRecord(number=number, ended=ended, trial=trial))
         job = trial_job(sweep, trial.point).model_copy(update={"name": trial.name})
         told(job, packed, tmp_path, 1.0, int(1000 * kimg), 2.0)
     plan = dried(path)
     assert (plan["device_hours"], plan["cost"]) == (2, None)
     assert plan["expected_device_hours"] == 1 + (1 + 1.5) + 2 + 2, "a trial that was stopped early needs no more"
+    assert dried(path, "overrides={optim.lr_g: 1.0e-5}")["device_hours"] == 0, "another sweep"
 
 
 def test_the_device_hours_of_a_population_count_a_clone_from_the_position_of_its_parent(packed, tmp_path):
@@ -299,6 +304,9 @@ def test_the_device_hours_of_a_population_count_a_clone_from_the_position_of_its
         "search: {trials: 2}\nschedule: {pbt: {interval_kimg: 1.8}}\n"
     )
     sweep, stored = load_job(path), StoredSweep(f"{tmp_path}/s")
+    complete = complete_model(trial_job(sweep, sweep.example), packed.resolution, packed.num_classes)
+    method = sweep_method_of(sweep, complete, packed.digest)
+    stored.write_record(SweepRecord(name="s", mlflow_run_id="0", method=method))
     lineage = Lineage(run="s-0", checkpoint="000000001800-0", generation=1)
     for number, ended, parent, images, hours in [
         (0, False, None, 1800, 1.0),
