@@ -28,6 +28,8 @@ class AutoscaledRay(Ray):
             made by hand.
     """
 
+    leaving_s = 5.0  # nobody ends the nodes that the autoscaler has started
+
     def __init__(self, nodes: int | None) -> None:
         env = {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         if nodes is not None:
