@@ -102,7 +102,7 @@ def inside(image: Path, tmp_path: Path):
     def inside(*command: str) -> str:
         env = {
             "HOME": "/home/sagan",
-            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin",  # chroot is in the last one
             "PYTHONUNBUFFERED": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "SAGAN_BUCKET": "/tmp/bucket",
@@ -147,5 +147,5 @@ def test_the_quickstart_trains_to_a_champion(inside, tmp_path):
     inside("sagan", "pull", "models:/quickstart@champion", "/tmp/champion")
     inside("sagan", "sample", "/tmp/champion", "--out", "/tmp/samples.png", "--n", "10")
     assert (tmp_path / "tmp/samples.png").stat().st_size > 1000
-    (record,) = (tmp_path / "tmp/bucket/runs/quickstart").glob("run.json")
-    assert COMMIT in record.read_text()
+    records = list((tmp_path / "tmp/bucket/runs/quickstart/checkpoints").glob("*/checkpoint.json"))
+    assert {json.loads(record.read_text())["git_commit"] for record in records} == {COMMIT}
