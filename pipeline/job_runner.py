@@ -236,11 +236,22 @@ def _is_recorded(sweep: TuneJob, base: TrainJob, collection: Collection, record:
 
 def _study_spending(study: StudyJob, collections: Mapping[str, Collection | None]) -> Spending:
     """Return what the runs of a study have spent and are expected to spend, given the collection of each row."""
-    parts = []
+    parts, tuned = [], _tuned(study)
     for row, collection in collections.items():
-        jobs = [row_job(study, row, seed) for seed in study.seeds]
+        jobs = [row_job(study, row, seed, tuned.get(row)) for seed in study.seeds]
         parts.append(_spending([(job.train.kimg, _recorded_state(job, collection)) for job in jobs], jobs[0]))
     return Spending.total(parts)
+
+
+def _tuned(study: StudyJob) -> dict[str, dict[str, Any]]:
+    """Return the values that sweeps have chosen for the rows of a study; empty where its record cannot be read."""
+    from pipeline.runs.stored_run import StoredStudy
+    from pipeline.study.settle_rows import tuned_points
+
+    stored = StoredStudy.of(row_job(study, study.compare.reference, study.seeds[0]), study.name)
+    with suppress(SaganError):
+        return tuned_points(study, stored.record(), stored.url)
+    return {}
 
 
 def _spending(runs: Sequence[tuple[float, RunState | None]], job: TrainJob) -> Spending:

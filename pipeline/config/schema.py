@@ -626,6 +626,11 @@ class StudyTuning(Section):
     def _in_the_space(self) -> StudyTuning:
         _require_free(self.space, "tune.space")
         _require_in_space(self.space, self.search.initial_points)
+        if self.schedule is not None and self.schedule.pbt is not None:
+            raise ValueError(
+                "tune.schedule: pbt changes the values while a trial trains, and the runs of a row keep theirs; give "
+                "grace_kimg, or leave schedule out"
+            )
         return self
 
 

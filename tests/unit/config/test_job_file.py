@@ -281,6 +281,11 @@ def test_a_tuned_row_has_a_sweep_with_a_budget_and_a_seed_of_its_own(job, tmp_pa
         ("optim.lr_d", "train.kimg", "tune.space: train.kimg is set by the study"),
         ("trials: 4", "trials: 4, initial_points: [{optim.lr_d: 1}]", "search.initial_points.0: optim.lr_d: 1"),
         ("loguniform", "loguni", "tune.space.optim.lr_d.loguni is not a key"),
+        (
+            "kimg: 1",
+            "kimg: 1, schedule: {pbt: {interval_kimg: 0.1}}",
+            "tune.schedule: pbt changes the values while a trial trains",
+        ),
     ],
 )
 def test_the_tuning_of_a_study_is_checked_before_it_starts(job, tmp_path, old, new, message):

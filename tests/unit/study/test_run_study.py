@@ -218,6 +218,9 @@ def test_the_runs_of_a_tuned_row_get_the_recorded_values_and_the_table_says_them
     ]
     for run in runs:
         end(run, [2.0], 2.0)
+        state = RunState(owner=1, state="finished", images=1000, kimg=1, device_hours=0.5, time_s=time.time())
+        run.stored.write_state(state)
+    assert dry_run_job(study)["device_hours"] == 2.0, "runs at the chosen values are runs of this method"
     summary = run_study(study, EVALUATION)
     assert summary.tuned == points
     tags = MlflowClient(tracking).get_run(summary.mlflow_run_id).data.tags
