@@ -104,7 +104,8 @@ def test_runs_train_side_by_side_and_one_signal_stops_all_of_them(place):
     """Two runs fit into the four CPUs of the cluster: a worker takes one and a half, and a process that scores one."""
     tmp_path, bucket, env = place
     rows = {"none": {"model.attention": "[]"}, "feat16": {}, "feat8": {"model.attention": "[8]"}}
-    job = write(tmp_path, rows, [0], kimg=9.6, overrides={"train.workers": 1, "resources.cpus_per_worker": 1.5})
+    one_worker = {"train.workers": 1, "resources.cpus_per_worker": 1.5}
+    job = write(tmp_path, rows, [0], kimg=1000, overrides=one_worker)  # none of the runs ends before the signal
     stored = StoredStudy(f"{bucket}/runs/studies/tiny")
 
     first = Driver(tmp_path, env, job=job, tiny=False)
@@ -120,6 +121,7 @@ def test_runs_train_side_by_side_and_one_signal_stops_all_of_them(place):
     begun = look_at_run(stored.url).begun
     assert {(run.name, run.state) for run in begun} == {("tiny-none-0", "stopped"), ("tiny-feat16-0", "stopped")}
 
+    job = write(tmp_path, rows, [0], kimg=max(run.kimg for run in begun) + 0.64, overrides=one_worker)
     second = Driver(tmp_path, env, job=job, tiny=False)
     second.until("0 of 3 runs have ended, 3 are to train")
     second.until("tiny-none-0: resumed from")
