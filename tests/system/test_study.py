@@ -27,8 +27,11 @@ def place(s3, ray_cluster, tmp_path):
     return tmp_path, bucket, env
 
 
-def write(folder, rows, seeds, **more):
-    """Write the job file of a study of the tiny quickstart with `more` keys; return its path."""
+def write(folder, rows, seeds, lengths=None, **more):
+    """Write the job file of a study of the tiny quickstart with `more` keys; return its path.
+
+    `lengths` has the length of each row in thousands of images, where they differ.
+    """
     overrides = {key: value for key, value in TINY.items() if key != "train.kimg"}
     study = {
         "kind": "study",
@@ -36,7 +39,9 @@ def write(folder, rows, seeds, **more):
         "base": str(JOBS / "quickstart.yaml"),
         "kimg": 0.96,
         "seeds": seeds,
-        "rows": {row: {"overrides": of_row} for row, of_row in rows.items()},
+        "rows": {
+            row: {"overrides": of_row, **({"kimg": lengths[row]} if lengths else {})} for row, of_row in rows.items()
+        },
         "compare": {"metrics": ["fd_classifier"], "reference": "none"},
         **more,
     }
@@ -121,7 +126,9 @@ def test_runs_train_side_by_side_and_one_signal_stops_all_of_them(place):
     begun = look_at_run(stored.url).begun
     assert {(run.name, run.state) for run in begun} == {("tiny-none-0", "stopped"), ("tiny-feat16-0", "stopped")}
 
-    job = write(tmp_path, rows, [0], kimg=max(run.kimg for run in begun) + 0.64, overrides=one_worker)
+    reached = {run.name: run.kimg for run in begun}  # the first run trains while the second starts
+    lengths = {row: reached.get(f"tiny-{row}-0", 0) + 0.64 for row in rows}
+    job = write(tmp_path, rows, [0], lengths, overrides=one_worker)
     second = Driver(tmp_path, env, job=job, tiny=False)
     second.until("0 of 3 runs have ended, 3 are to train")
     second.until("tiny-none-0: resumed from")

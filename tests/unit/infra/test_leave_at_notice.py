@@ -18,14 +18,15 @@ from tests.metadata_server import MetadataServer
 AGENT = Path(__file__).resolve().parents[3] / "infra/machines/leave_at_notice.py"
 CLOUDS = "aws", "azure", "gcp"
 
-# As `ray start --block`: exit code 1 after SIGTERM
+# As `ray start --block`: exit code 1 after SIGTERM. The signal may come while the program still writes "runs": `print`
+# of the handler would fail then, and `os.write` does not.
 NODE = """
 import os, signal, sys
 def drain(*_):
-    print("drains", os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"], flush=True)
+    os.write(1, f"drains {os.environ['RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S']}\\n".encode())
     sys.exit(1)
 signal.signal(signal.SIGTERM, drain)
-print("runs", flush=True)
+os.write(1, b"runs\\n")
 while True:
     signal.pause()
 """
@@ -37,7 +38,7 @@ class Agent:
     def __init__(self, cloud: str, env: dict[str, str], command: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, AGENT, cloud, sys.executable, "-c", command],
-            env={**os.environ, **env},
+            env={**{key: value for key, value in os.environ.items() if not key.startswith("RAY_")}, **env},
             stdout=subprocess.PIPE,
             text=True,
         )
