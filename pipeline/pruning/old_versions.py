@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline.errors import CorruptError, EnvironmentFault
 from pipeline.pruning.starts import Starts
 from pipeline.pruning.verdict import Kind, Verdict, goes, kept
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.json_records import RecordedInit
 from pipeline.runs.owner import look_at_owner
 from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking import delete_version
@@ -60,11 +59,11 @@ def needed_by(listed: ListedVersion, starts: Starts, shared: Counter[str]) -> st
     return None
 
 
-def delete_versions(uri: str, plan: Iterable[Verdict], inits: Mapping[str, RecordedInit]) -> Iterator[Verdict]:
+def delete_versions(uri: str, plan: Iterable[Verdict], recorded: Starts) -> Iterator[Verdict]:
     """Delete the versions and files of a plan. Yield what was deleted or, against the plan, kept.
 
     The registry and the tracker are asked again before each deletion. A version that somebody needs by now is kept.
-    `inits` is what runs and sweeps in storage started from, by their names. Raises EnvironmentFault, CorruptError.
+    `recorded` is what the records in storage name as sources. Raises EnvironmentFault, CorruptError.
     """
     for verdict in plan:
         if verdict.kind == "files":
@@ -75,7 +74,7 @@ def delete_versions(uri: str, plan: Iterable[Verdict], inits: Mapping[str, Recor
         versions = {listed.uri: listed for listed in delete_version.all_versions(uri)}
         if (listed := versions.get(verdict.name)) is None:
             continue  # somebody else has deleted it
-        starts = Starts.read(uri, inits, versions.values())
+        starts = Starts.read(uri, recorded, versions.values())
         reason = needed_by(listed, starts, _shared(versions.values())) or _needed_by_its_run(listed)
         if reason is None:
             aliases = delete_version.aliases_of(uri, listed)  # again, right before the deletion

@@ -40,7 +40,7 @@ class Prune:
     def plan(self) -> list[Verdict]:
         """Return a verdict on everything. Nothing is changed. Raises EnvironmentFault, CorruptError."""
         versions, folders = all_versions(self.uri), self._folders()
-        starts = Starts.read(self.uri, folders.inits, versions)
+        starts = Starts.read(self.uri, folders.starts, versions)
         of_versions = judge_versions(self.uri, versions, starts, self.keep_versions)
         going = {verdict.name for verdict in of_versions if verdict.goes}
         left = [listed for listed in versions if listed.uri not in going]
@@ -55,10 +55,10 @@ class Prune:
         """
         going = [verdict for verdict in plan if verdict.goes]
         of_versions = [verdict for verdict in going if verdict.kind in ("version", "files")]
-        yield from delete_versions(self.uri, of_versions, self._folders().inits)
+        yield from delete_versions(self.uri, of_versions, self._folders().starts)
         if of_checkpoints := [verdict for verdict in going if verdict.kind == "checkpoint"]:
             versions, folders = all_versions(self.uri), self._folders()
-            starts = Starts.read(self.uri, folders.inits, versions)
+            starts = Starts.read(self.uri, folders.starts, versions)
             old = OldCheckpoints(self.uri, folders, versions, starts, self.keep_checkpoints)
             yield from old.delete(of_checkpoints, note)
         yield from delete_statistics([verdict for verdict in going if verdict.kind == "statistics"], self.bucket, RUNS)

@@ -24,6 +24,9 @@ from pipeline.runs.json_records import (
 from pipeline.runs.spending import Spending
 from pipeline.storage import files, validate_json
 
+STUDIES = "studies"
+"""Name of the folder of the studies, below the folder of the runs."""
+
 
 @dataclass(frozen=True)
 class StoredRun:
@@ -258,7 +261,7 @@ class StoredStudy:
     @classmethod
     def of(cls, job: TrainJob, name: str) -> StoredStudy:
         """Return the folder of the study of this name, given a job of one of its runs. The folder need not exist."""
-        return cls(files.join(job.checkpoint.root, "studies", name))
+        return cls(files.join(job.checkpoint.root, STUDIES, name))
 
     @property
     def name(self) -> str:

@@ -32,11 +32,12 @@ from pipeline.runs.json_records import (
     RecordedInit,
     RunRecord,
     ScoreRecord,
+    StudyRecord,
     SweepRecord,
 )
 from pipeline.runs.owner import claim
 from pipeline.runs.score_protocol import Score
-from pipeline.runs.stored_run import StoredRun, StoredSweep
+from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep
 from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import MlflowRun, client
@@ -191,6 +192,21 @@ def test_what_somebody_names_is_kept(place: Place) -> None:
     assert "withdrawn" in reason(plan, "models:/a/5")
     delete(place.prune(), plan)
     assert place.versions("a") == [1, 2, 3, 4, 5, 7]
+
+
+def test_what_a_study_starts_its_runs_from_is_kept(place: Place) -> None:
+    """The next row of the study may start from it. No run has started from it yet."""
+    first, *_ = checkpoints = place.run("a", 1000, 2000, 3000)
+    study = StoredStudy(f"{place.bucket}/runs/studies/recipe")
+    record = StudyRecord(name="recipe", mlflow_run_id="0", init_versions={f"{place.bucket}/runs/a": first.name})
+    study.write_record(record)
+    assert reason(place.prune().plan(), first.url) == "the study recipe started from it"
+    for checkpoint in checkpoints:
+        place.register("a", checkpoint)
+    study.write_record(record.model_copy(update={"init_versions": {"models:/a@old": "1"}}))
+    plan = place.prune().plan()
+    assert reason(plan, "models:/a/1") == "the study recipe started from it"
+    assert "models:/a/2" in gone(plan)
 
 
 def test_a_version_that_no_run_of_sagan_registered_is_kept(place: Place) -> None:
