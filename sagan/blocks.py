@@ -1,4 +1,4 @@
-"""Blocks of the two networks: residual (Miyato & Koyama 2018; brain-research/self-attention-gan), and of DCGAN."""
+"""Blocks of the networks: residual (Miyato & Koyama 2018; brain-research/self-attention-gan), DCGAN's, AC-GAN's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sagan.attention import SelfAttention
 from sagan.batch_norm import BatchNorm, Groups, conditional
 from sagan.config import ModelConfig, ResidualForm
+from sagan.dropout import drop_half
 from sagan.rectifier import rectify
 from sagan.resample import conv_down, double, halve, up_conv
 from sagan.spectral_norm import (
@@ -17,7 +18,14 @@ from sagan.spectral_norm import (
     StridedConv2d,
     StridedTransposedConv2d,
     TransposedConv2d,
+    Window,
 )
+
+DOUBLE = HALVE = Window(side=5, stride=2, padding=2, output_padding=1)
+"""Windows of DCGAN's convolutions."""
+GROW, GROW_LAST = Window(side=5, stride=2, padding=0), Window(side=8, stride=2, padding=0)
+"""Windows of AC-GAN's transposed convolutions: from size s to 2s + 3, and in the last layer to 2s + 6."""
+_HALVE_AC, _SHRINK = Window(side=3, stride=2, padding=1), Window(side=3, stride=1, padding=0)
 
 
 class GeneratorBlock(nn.Module):
@@ -81,7 +89,7 @@ class TransposedBlock(nn.Module):
         super().__init__()
         self.slope = config.slope_g
         self.norm = conditional(in_, config.known_num_classes, config.batch_norm_eps)
-        self.conv = StridedTransposedConv2d(in_, out, spectral)
+        self.conv = StridedTransposedConv2d(in_, out, spectral, DOUBLE)
 
     def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
         """Return [b, out, 2H, 2W] for x [b, in, H, W]. `y` and `groups` are those of `BatchNorm.forward`."""
@@ -97,7 +105,7 @@ class StridedBlock(nn.Module):
     def __init__(self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *, first: bool) -> None:
         super().__init__()
         self.slope = config.slope_d
-        self.conv = StridedConv2d(in_, out, spectral)
+        self.conv = StridedConv2d(in_, out, spectral, HALVE)
         self.norm = None if first else BatchNorm(out, config.batch_norm_eps)
 
     def forward(self, x: Tensor, groups: Groups | None) -> Tensor:
@@ -105,6 +113,52 @@ class StridedBlock(nn.Module):
         if self.norm is None:
             return self.conv(x)
         return self.norm(self.conv(rectify(x, self.slope)), None, groups)
+
+
+class GrowingBlock(nn.Module):
+    """Block of AC-GAN's generator from size s to 2s + 3: batch norm, ReLU, 5×5 transposed convolution without a bias.
+
+    The first block of a network is the convolution alone. The label enters before the blocks.
+    """
+
+    def __init__(self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *, first: bool) -> None:
+        super().__init__()
+        self.slope = config.slope_g
+        self.norm = None if first else BatchNorm(in_, config.batch_norm_eps)
+        self.conv = StridedTransposedConv2d(in_, out, spectral, GROW, bias=False)
+
+    def forward(self, x: Tensor, groups: Groups | None) -> Tensor:
+        """Return [b, out, 2H + 3, 2W + 3] for x [b, in, H, W]. `groups` are those of `BatchNorm.forward`."""
+        return self.conv(x if self.norm is None else self.norm(x, None, groups, self.slope))
+
+
+class ShrinkingBlock(nn.Module):
+    """Block of AC-GAN's discriminator: leaky ReLU, dropout, 3×3 convolution without a bias, batch norm.
+
+    It halves height and width, rounded up, where `down` is true. Otherwise it takes 2 off each. The first block of a
+    network is the convolution alone.
+    """
+
+    def __init__(
+        self, in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *, down: bool, first: bool
+    ) -> None:
+        super().__init__()
+        self.slope = config.slope_d
+        self.conv = StridedConv2d(in_, out, spectral, _HALVE_AC if down else _SHRINK, bias=False)
+        self.norm = None if first else BatchNorm(out, config.batch_norm_eps)
+
+    def forward(self, x: Tensor, groups: Groups | None, masks: Tensor | None) -> Tensor:
+        """Return the convolved map of x [b, in, H, W].
+
+        Args:
+            x: float [b, in, H, W].
+            groups: those of `BatchNorm.forward`.
+            masks: masks of x for `drop_half`; None for no dropout.
+        """
+        if self.norm is None:
+            return self.conv(x)
+        h = rectify(x, self.slope)
+        return self.norm(self.conv(h if masks is None else drop_half(h, masks)), None, groups)
 
 
 def control_shape(form: ResidualForm, channels: int) -> tuple[int, int]:

@@ -45,6 +45,10 @@ _WIDTHS_D = {
     128: ((1, True), (2, True), (4, True), (8, True), (16, True), (16, False)),
     256: ((1, True), (2, True), (4, True), (8, True), (8, True), (16, True), (16, False)),
 }
+# The same of the first AC-GAN, at 128 px. The generator's input has one pixel. A block of the discriminator that does
+# not halve the map takes 2 off its size.
+_ACGAN_G = (12, 6, 4, 3, 1)
+_ACGAN_D = ((1, True), (2, False), (4, True), (8, False), (16, True), (32, False))
 # The same of DCGAN, at every resolution. The generator's input has a sixteenth of the resolution.
 _DCGAN_G = (8, 4, 2, 1)
 _DCGAN_D = ((1, True), (2, True), (4, True), (8, True))
@@ -67,9 +71,11 @@ class ModelConfig:
     """Pixels per side: 32, 64, 128 or 256. The default comes from the collection's manifest."""
     num_classes: int | None = None
     """Number of classes; 0 trains without labels. The default comes from the collection's manifest."""
-    architecture: Literal["resnet", "dcgan"] = "resnet"
+    architecture: Literal["resnet", "dcgan", "acgan"] = "resnet"
     """Layers of both networks. resnet: the residual blocks of SAGAN. dcgan: four 5×5 convolutions at stride 2,
-    transposed in the generator, with batch norm in both networks (Radford et al. 2016)."""
+    transposed in the generator, with batch norm in both networks (Radford et al. 2016). acgan: the first
+    AC-GAN at 128 px, six convolutions with batch norm in both networks, the label in the generator's input, and dropout
+    in the discriminator (Odena et al. 2017)."""
     z_dim: int = 128
     """Length of the latent vector z ~ N(0, 1)."""
     channels_g: int = 64
@@ -83,7 +89,7 @@ class ModelConfig:
     """Multiples of `channels_d`: the output of each block. The default depends on the resolution."""
     attention: tuple[int, ...] | None = None
     """Sizes of the feature maps that get self-attention in both networks; [] for none. The default depends on the
-    resolution. For dcgan it is []."""
+    resolution. For dcgan it is []. acgan has none."""
     attention_form: AttentionForm | ResidualForm = "released"
     """Form of attention. released: pooled keys and values, values of C/2 channels, an output convolution. icml: no
     pooling, values of C/8 channels, an output convolution. first: no pooling, values of C channels, no output
@@ -139,6 +145,11 @@ class ModelConfig:
         for name in _SEQUENCES:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
+        if self.architecture == "acgan" and (self.resolution not in (None, 128) or self.attention):
+            raise ValueError(
+                f"model.architecture acgan has 128 px and no attention, but model.resolution is {self.resolution} and "
+                f"model.attention is {list(self.attention or ())}"
+            )
         if self.resolution is not None:
             sizes = {self.first_size * 2**i for i in range(1, len(self._standard_g))}
             sizes &= {self.resolution // 2**i for i in range(1, 10)} - {4, 2, 1}
@@ -205,11 +216,11 @@ class ModelConfig:
 
     @property
     def _standard_g(self) -> tuple[int, ...]:
-        return _WIDTHS_G[self.known_resolution] if self.architecture == "resnet" else _DCGAN_G
+        return {"resnet": _WIDTHS_G[self.known_resolution], "dcgan": _DCGAN_G, "acgan": _ACGAN_G}[self.architecture]
 
     @property
     def _standard_d(self) -> tuple[tuple[int, bool], ...]:
-        return _WIDTHS_D[self.known_resolution] if self.architecture == "resnet" else _DCGAN_D
+        return {"resnet": _WIDTHS_D[self.known_resolution], "dcgan": _DCGAN_D, "acgan": _ACGAN_D}[self.architecture]
 
     @property
     def known_resolution(self) -> int:
@@ -243,7 +254,13 @@ class ModelConfig:
     @property
     def first_size(self) -> int:
         """Size of the generator's first feature map."""
-        return 4 if self.architecture == "resnet" else self.known_resolution // 16
+        return {"resnet": 4, "dcgan": self.known_resolution // 16, "acgan": 1}[self.architecture]
+
+    def next_size_d(self, size: int, down: bool) -> int:
+        """Return the size of the discriminator's feature map after a block. `down` is that of `widths_d`."""
+        if down:
+            return -(-size // 2)
+        return size - 2 if self.architecture == "acgan" else size
 
     @property
     def widths_g(self) -> list[int]:

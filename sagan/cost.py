@@ -35,6 +35,8 @@ def forward_macs(config: ModelConfig) -> tuple[int, int]:
     """
     if config.architecture == "dcgan":
         return _dcgan_macs(config)
+    if config.architecture == "acgan":
+        return _acgan_macs(config)
     size = config.first_size
     generator = config.z_dim * size**2 * config.widths_g[0]
     for in_, out in pairwise(config.widths_g):
@@ -69,6 +71,22 @@ def _dcgan_macs(config: ModelConfig) -> tuple[int, int]:
         size //= 2
         discriminator += size**2 * 25 * in_ * out
         discriminator += _attention(config.attention_form, out, size) if size in config.attention_sizes else 0
+        in_ = out
+    return generator, discriminator + _heads(config, in_ * size**2)
+
+
+def _acgan_macs(config: ModelConfig) -> tuple[int, int]:
+    size = config.first_size
+    generator = config.z_dim * size**2 * config.widths_g[0]
+    for in_, out in pairwise(config.widths_g):
+        generator += size**2 * 25 * in_ * out
+        size = 2 * size + 3
+    generator += size**2 * 64 * config.widths_g[-1] * 3
+
+    discriminator, in_, size = 0, 3, config.known_resolution
+    for out, down in config.widths_d:
+        size = config.next_size_d(size, down)
+        discriminator += size**2 * 9 * in_ * out
         in_ = out
     return generator, discriminator + _heads(config, in_ * size**2)
 

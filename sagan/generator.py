@@ -1,4 +1,4 @@
-"""Generator of brain-research/self-attention-gan, with widths for other resolutions, or of DCGAN."""
+"""Generator of brain-research/self-attention-gan, with widths for other resolutions, or of DCGAN or AC-GAN."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sagan.batch_norm import LAST_DECAY, BatchNorm, Groups
-from sagan.blocks import GeneratorBlock, TransposedBlock, attention_block
+from sagan.blocks import DOUBLE, GROW_LAST, GeneratorBlock, GrowingBlock, TransposedBlock, attention_block
 from sagan.config import ModelConfig
-from sagan.spectral_norm import Conv2d, Linear, StridedTransposedConv2d
+from sagan.spectral_norm import Conv2d, Embedding, Linear, Spectral, StridedTransposedConv2d
 
 
 class Generator(nn.Module):
@@ -27,10 +27,12 @@ class Generator(nn.Module):
         widths, self.slope = config.widths_g, config.slope_g
         self.size = size = config.first_size
         self.linear = Linear(config.z_dim, size**2 * widths[0], spectral)
-        block = GeneratorBlock if config.architecture == "resnet" else TransposedBlock
+        # AC-GAN: the layer on z and the one-hot label is the sum of a layer on z and a row for the label.
+        has_rows = config.architecture == "acgan" and config.known_num_classes
+        self.embedding = Embedding(config.known_num_classes, size**2 * widths[0], None) if has_rows else None
         blocks: list[nn.Module] = []
         for in_, out in pairwise(widths):
-            blocks.append(block(in_, out, config, spectral))
+            blocks.append(_block(in_, out, config, spectral, first=not blocks))
             size *= 2
             if size in config.attention_sizes:
                 blocks.append(attention_block(out, config, spectral, self.slope))
@@ -39,7 +41,9 @@ class Generator(nn.Module):
         self.conv = (
             Conv2d(widths[-1], 3, 3, spectral)
             if config.architecture == "resnet"
-            else StridedTransposedConv2d(widths[-1], 3, spectral)
+            else StridedTransposedConv2d(widths[-1], 3, spectral, DOUBLE)
+            if config.architecture == "dcgan"
+            else StridedTransposedConv2d(widths[-1], 3, spectral, GROW_LAST, bias=False)
         )
 
     def forward(self, z: Tensor, y: Tensor | None, groups: Groups | None = None) -> Tensor:
@@ -52,7 +56,22 @@ class Generator(nn.Module):
                 it where a group spans ranks. With None, batch norm uses its running averages, and one rank may run the
                 forward alone.
         """
-        h = self.linear(z).view(len(z), -1, self.size, self.size).contiguous(memory_format=torch.channels_last)
+        h = self.linear(z)
+        if self.embedding is not None:
+            h = h + self.embedding(y)
+        h = h.view(len(z), -1, self.size, self.size).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            h = block(h, y, groups) if isinstance(block, GeneratorBlock | TransposedBlock) else block(h)
+            if isinstance(block, GeneratorBlock | TransposedBlock):
+                h = block(h, y, groups)
+            else:
+                h = block(h, groups) if isinstance(block, GrowingBlock) else block(h)
         return torch.tanh(self.conv(self.norm(h, None, groups, self.slope)))
+
+
+def _block(in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *, first: bool) -> nn.Module:
+    """Return the next block of the configuration's architecture."""
+    if config.architecture == "resnet":
+        return GeneratorBlock(in_, out, config, spectral)
+    if config.architecture == "dcgan":
+        return TransposedBlock(in_, out, config, spectral)
+    return GrowingBlock(in_, out, config, spectral, first=first)

@@ -1,4 +1,4 @@
-"""Random numbers of a run: latents, labels, flips, uniform numbers and permutations.
+"""Random numbers of a run: latents, labels, flips, uniform numbers, bytes and permutations.
 
 Seed, purpose and position determine a number, and the result is the same on every machine. Row p of a stream is a fixed
 block of Philox counters. So any rows can be drawn without the rows before them, and no draw depends on the number of
@@ -31,6 +31,9 @@ class Purpose(IntEnum):
     AUGMENT_REAL = 11
     AUGMENT_D = 12
     AUGMENT_G = 13
+    DROP_REAL = 14
+    DROP_D = 15
+    DROP_G = 16
     SHARD_ORDER = 101
     WINDOW_ORDER = 102
     PACKING = 103
@@ -83,6 +86,12 @@ def draw_flips(seed: int, positions: range) -> torch.Tensor:
 def draw_uniform(seed: int, purpose: Purpose, positions: range, width: int) -> torch.Tensor:
     """Return uniform numbers in (0, 1), float64 [len(positions), width]."""
     return torch.from_numpy(_uniform(_words(seed, purpose, positions, width)))
+
+
+def draw_bytes(seed: int, purpose: Purpose, positions: range, width: int) -> torch.Tensor:
+    """Return random bytes, uint8 [len(positions), width]. All values are equally likely."""
+    words = _words(seed, purpose, positions, -(-width // 8)).astype("<u8")  # the same bytes on every machine
+    return torch.from_numpy(words.view(np.uint8)[:, :width].copy())
 
 
 def permutation(n: int, seed: int, purpose: Purpose, *where: int) -> np.ndarray:

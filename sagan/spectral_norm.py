@@ -176,26 +176,39 @@ class TransposedConv2d(SpectralNorm):
         return self.normalised_weight.permute(0, 3, 1, 2)
 
 
-class StridedConv2d(SpectralNorm):
-    """5×5 convolution at stride 2 that halves an even size (DCGAN). The weight is [out, height, width, in]."""
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves over its input, in pixels. `side` is the side of its kernel."""
 
-    def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
-        super().__init__(_standard_layout(initial_weight(out, in_, 5, 5).permute(0, 2, 3, 1)), out, spectral)
+    side: int
+    stride: int
+    padding: int
+    output_padding: int = 0
+
+
+class StridedConv2d(SpectralNorm):
+    """Convolution with a window of its own (DCGAN, AC-GAN). The weight is [out, height, width, in]."""
+
+    def __init__(self, in_: int, out: int, spectral: Spectral | None, window: Window, *, bias: bool = True) -> None:
+        weight = initial_weight(out, in_, window.side, window.side).permute(0, 2, 3, 1)
+        super().__init__(_standard_layout(weight), out if bias else 0, spectral)
+        self.moves = {"stride": window.stride, "padding": window.padding}
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(F.conv2d, x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, stride=2, padding=2)
+        return convolve(F.conv2d, x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, **self.moves)
 
 
 class StridedTransposedConv2d(SpectralNorm):
-    """5×5 transposed convolution at stride 2 that doubles the size (DCGAN). The weight is [in, height, width, out]."""
+    """Transposed convolution with a window of its own (DCGAN, AC-GAN). The weight is [in, height, width, out]."""
 
-    def __init__(self, in_: int, out: int, spectral: Spectral | None) -> None:
-        weight = _standard_layout(initial_weight(out, in_, 5, 5).permute(1, 2, 3, 0))
-        super().__init__(weight, out, spectral, transposed=True)
+    def __init__(self, in_: int, out: int, spectral: Spectral | None, window: Window, *, bias: bool = True) -> None:
+        weight = initial_weight(out, in_, window.side, window.side).permute(1, 2, 3, 0)
+        super().__init__(_standard_layout(weight), out if bias else 0, spectral, transposed=True)
+        self.moves = {"stride": window.stride, "padding": window.padding, "output_padding": window.output_padding}
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.normalised_weight.permute(0, 3, 1, 2)
-        return convolve(F.conv_transpose2d, x, kernel, self.bias, stride=2, padding=2, output_padding=1)
+        return convolve(F.conv_transpose2d, x, kernel, self.bias, **self.moves)
 
 
 class Linear(SpectralNorm):

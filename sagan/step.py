@@ -15,6 +15,7 @@ from sagan import batch_norm, diffaugment, moving_average, spectral_norm
 from sagan.batch_norm import Groups
 from sagan.config import Augmentation
 from sagan.device import on_device
+from sagan.dropout import draw_masks
 from sagan.learning_rate import learning_rate_factor
 from sagan.losses import Loss, logits
 from sagan.random import Purpose, draw_labels, draw_latents
@@ -29,15 +30,18 @@ METRICS = ("loss_d", "loss_g", "logit_real", "logit_fake", "gradient_d", "gradie
 
 @dataclass(frozen=True)
 class _Streams:
-    """Purposes of the random numbers of an update. `augmentation` has one for each kind of image that D gets."""
+    """Purposes of the random numbers of an update. `augmentation` and `masks` have one for each kind of D's images."""
 
     latents: Purpose
     labels: Purpose
     augmentation: tuple[Purpose, ...]
+    masks: tuple[Purpose, ...]
 
 
-_OF_D = _Streams(Purpose.Z_D, Purpose.Y_D, (Purpose.AUGMENT_REAL, Purpose.AUGMENT_D))
-_OF_G = _Streams(Purpose.Z_G, Purpose.Y_G, (Purpose.AUGMENT_G,))
+_OF_D = _Streams(
+    Purpose.Z_D, Purpose.Y_D, (Purpose.AUGMENT_REAL, Purpose.AUGMENT_D), (Purpose.DROP_REAL, Purpose.DROP_D)
+)
+_OF_G = _Streams(Purpose.Z_G, Purpose.Y_G, (Purpose.AUGMENT_G,), (Purpose.DROP_G,))
 
 
 class Step:
@@ -150,7 +154,7 @@ class Step:
                 both = both.contiguous(memory_format=torch.channels_last)
                 # Real and generated images are normalised apart.
                 groups_d = draw.groups.twice() if self.norm_d else None
-                outputs = self.discriminator(both, both_labels, groups_d).split([len(real), len(fake)])
+                outputs = self.discriminator(both, both_labels, groups_d, draw.masks).split([len(real), len(fake)])
             loss = self.loss.discriminator(*outputs) / self.batch
             self._backward(loss)
             with torch.no_grad():
@@ -175,7 +179,7 @@ class Step:
             for draw in self._passes(self.generator, draws):
                 with self._autocast():
                     images = self.generator(draw.latents, draw.labels, draw.groups)
-                    output = state.discriminator(self._augmented(images, draw), draw.labels, draw.groups)
+                    output = state.discriminator(self._augmented(images, draw), draw.labels, draw.groups, draw.masks)
                 loss = self.loss.generator(output) / self.batch
                 self._backward(loss)
                 total_loss += loss.detach()
@@ -216,14 +220,21 @@ class Step:
             else None
         )
         augmentation = self._draw_augmentation(positions, streams.augmentation) if self.augment is not None else None
+        masks = self._draw_masks(positions, streams.masks) if self.state.discriminator.dropped else None
         rows = slice((positions.start - rank_share.start) // self.world.size, None, self.passes)
-        return Draw(rows, latents, labels, Groups(positions, self.groups, pass_world, self.device), augmentation)
+        return Draw(rows, latents, labels, Groups(positions, self.groups, pass_world, self.device), augmentation, masks)
 
     def _draw_augmentation(self, positions: range, purposes: tuple[Purpose, ...]) -> Tensor:
         """Return the parameters of the changes of images at `positions`, for one purpose after the other."""
         seed, size = self.state.seed, self.state.model.known_resolution
         parameters = [diffaugment.draw_parameters(seed, purpose, positions, size) for purpose in purposes]
         return on_device(torch.cat(parameters), self.device, self.dtype)
+
+    def _draw_masks(self, positions: range, purposes: tuple[Purpose, ...]) -> Tensor:
+        """Return the masks of dropout for images at `positions`, for one purpose after the other."""
+        dropped = self.state.discriminator.dropped
+        masks = [draw_masks(self.state.seed, purpose, positions, dropped) for purpose in purposes]
+        return on_device(torch.cat(masks), self.device)
 
     def _backward(self, loss: Tensor) -> None:
         """Compute gradients. The factor cancels DDP's mean over ranks, so that losses of ranks add up."""

@@ -21,6 +21,8 @@ class Draw:
         augmentation: parameters of the changes of the images that the discriminator gets (see `sagan.diffaugment`), in
             the state's dtype: [2b, 7] of real and then of generated images in the discriminator's update, [b, 7] in the
             generator's. None where images are not changed.
+        masks: masks of the discriminator's dropout (see `sagan.dropout`), uint8, with the rows of `augmentation`. None
+            for a network without dropout.
     """
 
     rows: slice
@@ -28,6 +30,7 @@ class Draw:
     labels: Tensor | None
     groups: Groups
     augmentation: Tensor | None
+    masks: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -47,5 +50,5 @@ class Inputs:
     def tensors(self) -> list[Tensor]:
         """Return the tensors whose values differ from step to step."""
         draws = [draw for update in (*self.draws_d, self.draws_g) for draw in update]
-        drawn = [tensor for draw in draws for tensor in (draw.latents, draw.labels, draw.augmentation)]
+        drawn = [tensor for draw in draws for tensor in (draw.latents, draw.labels, draw.augmentation, draw.masks)]
         return [tensor for pair in self.real for tensor in pair] + [tensor for tensor in drawn if tensor is not None]

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,13 @@ from tests.progress_timeout import pytest_fixture_setup, pytest_timeout_cancel_t
 __all__ = ["pytest_fixture_setup", "pytest_timeout_cancel_timer", "pytest_timeout_set_timer"]
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start: several processes share the cores
+
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

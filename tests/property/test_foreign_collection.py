@@ -27,7 +27,7 @@ from sagan.ranks import World
 from tests.faults.hostile.random_changes import changed_tensors, changed_value, damaged
 from tests.hostile_collection import contents_below, write_index
 
-thorough = settings(max_examples=100, deadline=None)
+thorough = settings(max_examples=100)
 RANDOM = st.randoms(use_true_random=False)  # Hypothesis draws its numbers, and finds a simple change that fails
 CANARY = "mine"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.streaming.order import Order
 from sagan.ranks import World
 
-thorough = settings(max_examples=50, deadline=None)  # no deadline: how busy the machine is is not what is tested
+thorough = settings(max_examples=50)
 
 shard_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 orders = st.builds(

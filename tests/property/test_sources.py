@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.collection.manifest import Collection
@@ -94,7 +94,7 @@ def in_bucket(folder: Path) -> str:
     return bucket
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(tree=TREES)
 def test_a_folder_its_tar_and_a_bucket_pack_alike(tree: dict) -> None:
     with tempfile.TemporaryDirectory() as temp:
@@ -123,7 +123,7 @@ def test_a_folder_its_tar_and_a_bucket_pack_alike(tree: dict) -> None:
 IMAGES = st.lists(st.tuples(st.integers(0, 255), st.integers(0, 2), st.sampled_from("123t")), min_size=1, max_size=8)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(images=IMAGES, protocol=st.sampled_from([2, 4]))
 def test_cifar_packs_alike_as_a_folder_compressed_and_in_a_bucket(
     images: list[tuple[int, int, str]], protocol: int

@@ -23,6 +23,7 @@ from tests.simulated_gpu.simulated_gpu import Record, host, upload
 
 BATCH = 4
 BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16, spectral_norm_start="cold")
+ACGAN: dict[str, Any] = {"architecture": "acgan", "resolution": 128, "channels_g": 2, "channels_d": 1, "slope_d": 0.2}
 SYSTEMS = {
     "conditional": (replace(BASE, spectral_norm_start="converged"), OptimConfig()),
     "unconditional": (replace(BASE, num_classes=0), OptimConfig()),
@@ -35,6 +36,7 @@ SYSTEMS = {
     "residual control": (replace(BASE, attention_form="residual_3x3"), OptimConfig()),
     "DCGAN": (replace(BASE, architecture="dcgan", attention=(), spectral_norm_d=False), OptimConfig(loss="bce")),
     "AC-GAN": (replace(BASE, condition_d="classifier"), OptimConfig(loss="bce")),
+    "AC-GAN of 2017": (replace(BASE, **ACGAN, condition_d="classifier"), OptimConfig(loss="bce")),
     "leaky": (replace(BASE, num_classes=0, slope_g=0.02, slope_d=0.2), OptimConfig()),
     "attention at 32": (
         replace(BASE, resolution=64, channels_d=8, attention=(32,), multipliers_g=(2,) * 5, multipliers_d=(1,) * 5),

@@ -34,6 +34,7 @@ DCGAN = ModelConfig(
     spectral_norm_d=False,
     init_std=0.02,
 )
+ACGAN = replace(DCGAN, resolution=128, num_classes=10, architecture="acgan", condition_d="classifier", channels_d=1)
 # ε: biases before a batch norm have no gradient, and small initial weights make its rounding noise larger
 BCE = OptimConfig(lr_d=2e-4, lr_g=2e-4, ema_decay=0.9, beta1=0.5, eps=1e-7, loss="bce")
 
@@ -81,6 +82,8 @@ SYSTEMS = {
     ),
     "augmented": Case(optim=OptimConfig(n_dis=2, ema_decay=0.9), batch=30, updates=3, augment="diffaugment"),
     "augmented DCGAN": Case(DCGAN, BCE, augment="diffaugment"),
+    "AC-GAN of 2017": Case(ACGAN, BCE, batch=30, updates=3),
+    "AC-GAN of 2017, groups of 8": Case(replace(ACGAN, batch_norm_group=8), BCE, updates=3),
     "leaky": Case(replace(CONDITIONAL, num_classes=0, slope_g=0.02, slope_d=0.2)),
 }
 FAST = ("conditional", "unconditional", "groups of 8", "augmented")
@@ -104,9 +107,9 @@ CONTROLS = {
 }
 
 
-def real(start, world, num_classes, batch=BATCH):
+def real(start, world, num_classes, batch=BATCH, size=32):
     share = world.share(start, start + batch)
-    pixels = draw_latents(1, Purpose.DEQUANTISE, share, 3 * 32 * 32).view(-1, 3, 32, 32).clamp(-1, 1)
+    pixels = draw_latents(1, Purpose.DEQUANTISE, share, 3 * size**2).view(-1, 3, size, size).clamp(-1, 1)
     return pixels, draw_labels(1, Purpose.DEQUANTISE, share, num_classes)
 
 
@@ -125,7 +128,8 @@ def train(world, case):
     keep.append(_keep_gradients(state.discriminator, state.optimizer_d, found))
     for update in range(case.updates):
         starts = [state.images + k * case.batch for k in range(case.optim.n_dis)]
-        pairs = [real(start, world, case.model.known_num_classes or 10, case.batch) for start in starts]
+        classes, size = case.model.known_num_classes or 10, case.model.known_resolution
+        pairs = [real(start, world, classes, case.batch, size) for start in starts]
         losses.append(world.sum_(step([(pixels.to(case.dtype), y) for pixels, y in pairs])))
         for hook in keep:
             hook.remove()

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.evaluation.extractors.published_networks import import_torch_fidelity
@@ -17,7 +17,6 @@ def features(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) + torch.arange(columns)
 
 
-@settings(deadline=None)  # other processes share the CPUs
 @given(cuts=st.lists(st.integers(1, 59), max_size=8), seed=st.integers(0, 5))
 def test_frechet_distance_do_not_depend_on_how_rows_are_cut(cuts: list[int], seed: int) -> None:
     x = features(60, 5, seed)

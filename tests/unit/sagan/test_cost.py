@@ -28,6 +28,7 @@ COUNTS = [
 ]
 
 DCGAN = {"architecture": "dcgan", "num_classes": 0, "z_dim": 100}
+ACGAN = {"architecture": "acgan", "num_classes": 10, "z_dim": 100, "condition_d": "classifier", "channels_d": 16}
 
 OTHERS = [
     # what differs from the defaults at 128 px with 1 000 classes, generator, discriminator
@@ -36,6 +37,8 @@ OTHERS = [
     # DCGAN, the layers of compare_gan: 5×5 convolutions with biases, batch norm, a linear layer on the flattened map
     ({"resolution": 64} | DCGAN, 5_135_363, 4_316_545),
     ({"resolution": 128} | DCGAN, 7_617_539, 4_341_121),
+    # AC-GAN as in 2017, the layers of clvrai/ACGAN-PyTorch for ten classes
+    (ACGAN, 11_465_728, 2_525_563),
     # AC-GAN: 1 000 biases more than projection
     ({"attention": (), "condition_d": "classifier"}, 41_996_931, 39_443_137 + 1_000),
     ({"num_classes": 10, "channels_g": 4, "channels_d": 4}, 256_332, 151_438),
@@ -58,6 +61,7 @@ COSTS = [
     # 100 · 16 · 512 + 25 (8² · 512 · 256 + 16² · 256 · 128 + 32² · 128 · 64 + 64² · 64 · 3) / 4, and the same back
     ({"resolution": 64} | DCGAN, "0.16302", "0.16221", "3.900"),
     ({"resolution": 128} | DCGAN, "0.65208", "0.64884", "15.598"),
+    (ACGAN, "0.580636", "0.365869", "10.499"),  # as torch counts the peer's networks, without the label's row in G
     ({"resolution": 32, "num_classes": 10}, "1.705", "0.279", "18.1"),
     ({"resolution": 64}, "1.997", "1.114", "33.8"),
     ({"resolution": 64, "multipliers_g": (16, 16, 8, 4, 2)}, "7.256", "1.114", "75.9"),

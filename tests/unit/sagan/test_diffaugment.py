@@ -14,7 +14,7 @@ from sagan.diffaugment import augment, draw_parameters
 from sagan.random import Purpose
 from sagan.ranks import World
 from tests.unit.sagan.float64 import EXACT, rand
-from tests.unit.sagan.training import BATCH, CONFIG, real, run, same
+from tests.unit.sagan.training import ACGAN, BATCH, CONFIG, real, run, same
 
 SIZE = 16
 NONE = [0.0, 1.0, 1.0, 0, 0, SIZE, SIZE]  # the cutout is outside the image
@@ -171,6 +171,7 @@ def test_every_update_gives_the_discriminator_changed_images():
         pytest.param({"num_classes": 0}, {"loss": "bce"}, id="cross-entropy, no classes"),
         pytest.param({"condition_d": "classifier"}, {}, id="AC-GAN"),
         pytest.param({"architecture": "dcgan"}, {"loss": "bce"}, id="DCGAN"),
+        pytest.param(ACGAN, {"loss": "bce"}, id="AC-GAN of 2017"),
     ],
 )
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

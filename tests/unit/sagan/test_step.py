@@ -11,7 +11,7 @@ from sagan.attention import SelfAttention
 from sagan.batch_norm import BatchNorm
 from sagan.spectral_norm import Conv2d
 from sagan.step import passes
-from tests.unit.sagan.training import BATCH, CONFIG, real, run, same
+from tests.unit.sagan.training import ACGAN, BATCH, CONFIG, real, run, same
 
 GOLDEN = [
     [2.1040396353925286, -3.420773416734215],
@@ -61,7 +61,7 @@ def test_the_learning_rates_of_a_decay_are_those_of_the_position():
 
 class TestMicroBatches:
     @pytest.mark.parametrize("augment", [None, "diffaugment"])
-    @pytest.mark.parametrize("differs", [{}, {"num_classes": 0}, {"architecture": "dcgan"}])
+    @pytest.mark.parametrize("differs", [{}, {"num_classes": 0}, {"architecture": "dcgan"}, ACGAN])
     def test_several_passes_are_the_same_step(self, differs, augment):
         config = replace(CONFIG, batch_norm_group=2, **differs)
         whole, parts = (TrainState(config, OptimConfig(), seed=1).to(torch.float64) for _ in range(2))
@@ -69,7 +69,7 @@ class TestMicroBatches:
             step = Step(state, BATCH, micro_batch=micro_batch, augment=augment)
             assert step.passes == (4 if micro_batch else 1)
             for _ in range(3):
-                pixels, y = real(state.images)
+                pixels, y = real(state.images, size=config.known_resolution)
                 step([(pixels.double(), y)])
         # 1e-9: sums in another order, see tests/system/test_equivalence.py
         for (name, a), (_, b) in zip(whole.tensors(), parts.tensors(), strict=True):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from sagan import OptimConfig, TrainState
 from sagan.train_state import FACTS, FORMAT, TENSORS
-from tests.unit.sagan.training import BATCH, CONFIG, run, same
+from tests.unit.sagan.training import ACGAN, BATCH, CONFIG, run, same
 
 
 @pytest.mark.parametrize("n_dis", [1, 2])
@@ -50,6 +50,7 @@ def test_a_copy_is_written_as_the_state_was_when_it_was_taken(tmp_path):
         pytest.param({"attention_form": "residual_1x1"}, {}, id="residual control"),
         pytest.param({"architecture": "dcgan", "attention": (), "init_std": 0.02}, {"loss": "bce"}, id="DCGAN"),
         pytest.param({"condition_d": "classifier"}, {"loss": "bce"}, id="AC-GAN"),
+        pytest.param(ACGAN, {"loss": "bce"}, id="AC-GAN of 2017"),
         pytest.param({"spectral_norm_g": False}, {"lr_d": 1e-4}, id="norm on D only, equal rates"),
         pytest.param({"spectral_norm_gradient": "through", "spectral_norm_start": "cold"}, {}, id="official norm"),
         pytest.param({"thin_d": True, "attention": ()}, {"lr_decay_kimg": (0, 1), "n_dis": 2}, id="SNGAN-projection"),

@@ -12,7 +12,7 @@ import torch
 from sagan import Model, ModelConfig, OptimConfig, TrainState
 from sagan.random import Purpose, draw_latents
 from sagan.warm_start import Choice, Source, WarmStart, tensors_of
-from tests.unit.sagan.training import CONFIG, run, same
+from tests.unit.sagan.training import ACGAN, CONFIG, run, same
 
 NAMES = ["ant", "bee", "cow"]
 OTHERS = ["bee", "dog", "ant", "elk"]
@@ -126,9 +126,14 @@ def parameters(state: TrainState) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.tensors() if name.endswith(ends)}
 
 
-@pytest.mark.parametrize("condition", ["projection", "classifier"])
-def test_a_class_has_the_row_of_its_name_or_the_mean_row(condition):
-    state = trained(replace(CONFIG, condition_d=condition))
+# Conditional batch norm has 12 tables. A table of the generator has an average and two moments, and a table of the
+# discriminator has two moments. The generator of the first AC-GAN has one table.
+@pytest.mark.parametrize(
+    ("differs", "expected_tables"),
+    [({}, 12 * 4 + 3), ({"condition_d": "classifier"}, 12 * 4 + 3 * 2), (ACGAN, 4 + 3 * 2)],
+)
+def test_a_class_has_the_row_of_its_name_or_the_mean_row(differs, expected_tables):
+    state = trained(replace(CONFIG, **differs))
     new, plan = start(state, names=OTHERS, num_classes=4)
     old = parameters(state)
     tables = 0
@@ -140,8 +145,7 @@ def test_a_class_has_the_row_of_its_name_or_the_mean_row(condition):
                 assert torch.equal(row, expected), name
         else:
             assert torch.equal(tensor, old[name]), name
-    # Conditional batch norm has 12 tables, each with an average and two moments; the discriminator's have two moments.
-    assert tables == 12 * 4 + 3 * (1 if condition == "projection" else 2)
+    assert tables == expected_tables
     (row,) = [line for line in plan.taken if line.startswith("discriminator") and "tables" in line]
     assert "the row of the same name for bee, ant, and the mean of the 3 rows for dog, elk" in row
     assert "classes that only the source has: cow" in plan.skipped

@@ -11,7 +11,7 @@ from pipeline.study.bootstrap import mean_interval
 
 NUMBERS = st.floats(-1e6, 1e6)
 SAMPLES = st.lists(NUMBERS, min_size=2, max_size=12)
-thorough = settings(max_examples=50, deadline=None)
+thorough = settings(max_examples=50)
 
 
 @pytest.mark.parametrize("values", [[], [18.65]])
