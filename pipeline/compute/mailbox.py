@@ -147,6 +147,7 @@ class Mailbox:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
         self._actor = ray.remote(_Actor).options(**options).remote()
         self._answers: dict[str, Any] = {}
+        self._collected: Any = None  # answer to a call of `collect` that came too late for it
         self.sender = Sender(self._actor)
 
     def collect(self, timeout_s: float = 5.0) -> list[Any]:
@@ -157,10 +158,16 @@ class Mailbox:
         """
         import ray
 
+        if self._collected is None:
+            self._collected = self._actor.collect.remote()
         try:
-            messages: list[Any] = ray.get(self._actor.collect.remote(), timeout=timeout_s)
-        except ray.exceptions.RayError:  # its process died and is being started again
+            messages: list[Any] = ray.get(self._collected, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:  # the next call waits for the same answer: its messages are not lost
             return []
+        except ray.exceptions.RayError:  # its process died and is being started again
+            self._collected = None
+            return []
+        self._collected = None
         new = []
         for message in messages:
             if isinstance(message, Question) and message.key in self._answers:

@@ -169,9 +169,12 @@ def _train(
         contextlib.closing(worker_group.RoomWatch(job, beside)) as room,
     ):
         workers.start()
-        training = scoring_goes_on = True
-        while training or scoring_goes_on:
-            training = not workers.done.wait(POLL_SECONDS)
+        training = scoring_goes_on = unheard = True
+        while training or scoring_goes_on or unheard:
+            if training:
+                training = not workers.done.wait(POLL_SECONDS)
+            else:
+                time.sleep(POLL_SECONDS)
             owner.require()
             if asked_to_stop() and not signals:
                 signals.append(signal.SIGTERM)
@@ -196,6 +199,7 @@ def _train(
                 if on_score is not None:
                     on_score(images, value)
             housekeeping.follow(status)
+            unheard = scoring_goes_on  # the last task may have sent its score after the messages were received
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
             lost = not training and _are_lost(workers.error, status, job)
             if lost:

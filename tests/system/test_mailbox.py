@@ -1,4 +1,4 @@
-"""What the workers ask the driver is answered, though the process dies that carries question and answer."""
+"""Questions of the workers are answered and messages arrive, though the process that carries them dies or stops."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def test_a_question_is_answered_once_though_the_mailbox_dies() -> None:
             assert mailbox.collect() == [], "the driver has answered it"
             time.sleep(0.1)
     assert (question.message, asked.result()) == ("may I?", "yes")
+
+
+def test_messages_that_come_too_late_for_a_call_come_with_the_next_one() -> None:
+    mailbox = Mailbox()
+    mailbox.sender.deliver("a score")
+    (process,) = ray_workers("_Actor", ray.get_runtime_context().gcs_address)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        assert mailbox.collect(timeout_s=0.5) == []
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert next_message(mailbox) == "a score"

@@ -1,4 +1,4 @@
-"""Ray exports the gauges of a run, and every panel of the run's dashboard has data in Prometheus."""
+"""Ray exports the gauges of a run. In Prometheus, every panel has data, and the alerts fire that should."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import signal
 import urllib.parse
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from infra.local.server_process import Server
 from infra.local.servers import Ray
-from infra.monitoring.panels import RUN
+from infra.monitoring.panels import CLUSTER, RUN
 from pipeline.training.status.run_gauges import GAUGES
+from tests.document_blocks import ROOT
 from tests.progress_timeout import progress_seen
 from tests.system.command_process import Driver, training_workers
 
@@ -28,7 +30,7 @@ ENDLESS: dict[str, Any] = {"train.kimg": 1000, "checkpoint.kimg": 0.64, "evaluat
 
 
 class Prometheus(Server):
-    """Prometheus that reads the nodes of Ray every second."""
+    """Prometheus that reads the nodes of Ray and evaluates the alerts every second."""
 
     name = "Prometheus"
 
@@ -39,19 +41,29 @@ class Prometheus(Server):
     def command(self) -> list[str]:
         configuration = self.scratch / "prometheus.yaml"
         scrape = {"job_name": "ray", "scrape_interval": "1s", "file_sd_configs": [{"files": [str(self.listed)]}]}
-        configuration.write_text(json.dumps({"scrape_configs": [scrape]}))
+        values = {
+            "global": {"evaluation_interval": "1s"},
+            "rule_files": [str(ROOT / "infra" / "monitoring" / "alerts.yaml")],
+            "scrape_configs": [scrape],
+        }
+        configuration.write_text(json.dumps(values))
         address = f"--web.listen-address=127.0.0.1:{self.port}"
         return ["prometheus", f"--config.file={configuration}", f"--storage.tsdb.path={self.scratch}/data", address]
 
     def ready(self) -> bool:
         return "Server is ready to receive web requests" in self.log.read_text(errors="replace")
 
-    def answer(self, query: str) -> list[object]:
+    def answer(self, query: str) -> list[dict[str, Any]]:
         """The series of the answer to a query."""
         url = f"http://127.0.0.1:{self.port}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
         with urllib.request.urlopen(url) as response:
-            result: list[object] = json.load(response)["data"]["result"]
+            result: list[dict[str, Any]] = json.load(response)["data"]["result"]
         return result
+
+    def firing(self) -> set[str]:
+        """The names of the alerts that fire, but for that of the disk: how full it is, is not the run's."""
+        series = self.answer('ALERTS{alertstate="firing", alertname!="DiskIsFull"}')
+        return {one["metric"]["alertname"] for one in series}
 
 
 def discovery(cluster: Ray) -> Path:
@@ -73,9 +85,10 @@ def exported(listed: Path) -> set[str]:
     }
 
 
-def test_every_panel_has_data_of_a_run_with_a_kill(tmp_path: Path) -> None:
-    with Ray(cpus=4) as cluster:
+def test_every_panel_has_data_of_a_run_with_kills_and_the_alert_of_the_kills_fires(tmp_path: Path) -> None:
+    with Ray(cpus=4) as cluster, ExitStack() as stack:
         listed = discovery(cluster)
+        prometheus = stack.enter_context(Prometheus(listed)) if shutil.which("prometheus") else None
         environment = {
             **cluster.env,
             "SAGAN_BUCKET": str(tmp_path),
@@ -83,18 +96,27 @@ def test_every_panel_has_data_of_a_run_with_a_kill(tmp_path: Path) -> None:
         }
         run = Driver(tmp_path, environment, name="watched", **{**ENDLESS, "train.max_failures": -1})
         run.until("score at")
-        os.kill(training_workers(cluster.env["RAY_ADDRESS"])[0], signal.SIGKILL)
-        run.until("resumed from")
+        while prometheus and not prometheus.answer('ray_sagan_restarts{run="watched"} == 0'):
+            run.until("checkpoint")
+        assert not prometheus or not prometheus.firing(), "a run that nothing has happened to"
+        for _ in range(4):
+            os.kill(training_workers(cluster.env["RAY_ADDRESS"])[0], signal.SIGKILL)
+            run.until("resumed from")
+            run.until("checkpoint")  # three failures at one position would end the run
         run.until("score at")
         while not set(GAUGES) - SOMETIMES <= exported(listed):  # Ray exports every few seconds
             run.until("checkpoint")
-        if shutil.which("prometheus"):
-            with Prometheus(listed) as prometheus:
-                for panel in RUN:
-                    query = panel.query.replace("$run", "watched")
-                    while not any(name in query for name in SOMETIMES) and not prometheus.answer(query):
-                        run.until("checkpoint")
-                    progress_seen()
+        if prometheus:
+            queries = [panel.query.replace("$run", "watched") for panel in RUN]
+            queries += [panel.query for panel in CLUSTER if "GPU" not in panel.title]
+            for query in queries:
+                while not any(name in query for name in SOMETIMES) and not prometheus.answer(query):
+                    run.until("checkpoint")
+                progress_seen()
+            while "WorkersRestartOften" not in prometheus.firing():
+                run.until("checkpoint")
+            # Scores of so short a run may be worse than an earlier one.
+            assert prometheus.firing() - {"ScoreGetsWorse"} == {"WorkersRestartOften"}
         run.signal(signal.SIGTERM)
         assert run.end() == 130
     if not shutil.which("prometheus"):
