@@ -127,9 +127,9 @@ class GrowingBlock(nn.Module):
         self.norm = None if first else BatchNorm(in_, config.batch_norm_eps)
         self.conv = StridedTransposedConv2d(in_, out, spectral, GROW, bias=False)
 
-    def forward(self, x: Tensor, groups: Groups | None) -> Tensor:
-        """Return [b, out, 2H + 3, 2W + 3] for x [b, in, H, W]. `groups` are those of `BatchNorm.forward`."""
-        return self.conv(x if self.norm is None else self.norm(x, None, groups, self.slope))
+    def forward(self, x: Tensor, y: Tensor | None, groups: Groups | None) -> Tensor:
+        """Return [b, out, 2H + 3, 2W + 3] for x [b, in, H, W]. `y` and `groups` are those of `BatchNorm.forward`."""
+        return self.conv(x if self.norm is None else self.norm(x, y, groups, self.slope))
 
 
 class ShrinkingBlock(nn.Module):

@@ -38,13 +38,7 @@ class Generator(nn.Module):
                 blocks.append(attention_block(out, config, spectral, self.slope))
         self.blocks = nn.ModuleList(blocks)
         self.norm = BatchNorm(widths[-1], config.batch_norm_eps, LAST_DECAY)
-        self.conv = (
-            Conv2d(widths[-1], 3, 3, spectral)
-            if config.architecture == "resnet"
-            else StridedTransposedConv2d(widths[-1], 3, spectral, DOUBLE)
-            if config.architecture == "dcgan"
-            else StridedTransposedConv2d(widths[-1], 3, spectral, GROW_LAST, bias=False)
-        )
+        self.conv = _last_layer(widths[-1], config, spectral)
 
     def forward(self, z: Tensor, y: Tensor | None, groups: Groups | None = None) -> Tensor:
         """Return images, float [b, 3, H, W] in [−1, 1].
@@ -61,10 +55,8 @@ class Generator(nn.Module):
             h = h + self.embedding(y)
         h = h.view(len(z), -1, self.size, self.size).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            if isinstance(block, GeneratorBlock | TransposedBlock):
-                h = block(h, y, groups)
-            else:
-                h = block(h, groups) if isinstance(block, GrowingBlock) else block(h)
+            upsamples = isinstance(block, GeneratorBlock | TransposedBlock | GrowingBlock)
+            h = block(h, y, groups) if upsamples else block(h)
         return torch.tanh(self.conv(self.norm(h, None, groups, self.slope)))
 
 
@@ -75,3 +67,12 @@ def _block(in_: int, out: int, config: ModelConfig, spectral: Spectral | None, *
     if config.architecture == "dcgan":
         return TransposedBlock(in_, out, config, spectral)
     return GrowingBlock(in_, out, config, spectral, first=first)
+
+
+def _last_layer(channels: int, config: ModelConfig, spectral: Spectral | None) -> Conv2d | StridedTransposedConv2d:
+    """Return the layer of the configuration's architecture that makes the image."""
+    if config.architecture == "resnet":
+        return Conv2d(channels, 3, 3, spectral)
+    if config.architecture == "dcgan":
+        return StridedTransposedConv2d(channels, 3, spectral, DOUBLE)
+    return StridedTransposedConv2d(channels, 3, spectral, GROW_LAST, bias=False)

@@ -192,10 +192,10 @@ class StridedConv2d(SpectralNorm):
     def __init__(self, in_: int, out: int, spectral: Spectral | None, window: Window, *, bias: bool = True) -> None:
         weight = initial_weight(out, in_, window.side, window.side).permute(0, 2, 3, 1)
         super().__init__(_standard_layout(weight), out if bias else 0, spectral)
-        self.moves = {"stride": window.stride, "padding": window.padding}
+        self.options = {"stride": window.stride, "padding": window.padding}
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(F.conv2d, x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, **self.moves)
+        return convolve(F.conv2d, x, self.normalised_weight.permute(0, 3, 1, 2), self.bias, **self.options)
 
 
 class StridedTransposedConv2d(SpectralNorm):
@@ -204,11 +204,11 @@ class StridedTransposedConv2d(SpectralNorm):
     def __init__(self, in_: int, out: int, spectral: Spectral | None, window: Window, *, bias: bool = True) -> None:
         weight = initial_weight(out, in_, window.side, window.side).permute(1, 2, 3, 0)
         super().__init__(_standard_layout(weight), out if bias else 0, spectral, transposed=True)
-        self.moves = {"stride": window.stride, "padding": window.padding, "output_padding": window.output_padding}
+        self.options = {"stride": window.stride, "padding": window.padding, "output_padding": window.output_padding}
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.normalised_weight.permute(0, 3, 1, 2)
-        return convolve(F.conv_transpose2d, x, kernel, self.bias, **self.moves)
+        return convolve(F.conv_transpose2d, x, kernel, self.bias, **self.options)
 
 
 class Linear(SpectralNorm):

@@ -11,7 +11,7 @@ from sagan.batch_norm import Groups
 from sagan.dropout import draw_masks, drop_half, mask_bytes
 from sagan.losses import Loss
 from sagan.random import Purpose
-from sagan.spectral_norm import StridedConv2d, StridedTransposedConv2d
+from tests.unit.sagan.torch_layers import pairs, same_gradients
 from tests.unit.sagan.training import run
 
 BOUND = {"rtol": 1e-10, "atol": 1e-10}
@@ -59,17 +59,6 @@ def plain_discriminator():
         layers += [nn.LeakyReLU(0.2), Drop()]
         in_ = out
     return nn.Sequential(*layers, nn.Flatten())
-
-
-def pairs(ours, theirs):
-    """(our parameter, as torch lays it out; torch's parameter), layer by layer."""
-    mine = [m for m in ours.modules() if next(m.parameters(recurse=False), None) is not None]
-    plain = [m for m in theirs.modules() if next(m.parameters(recurse=False), None) is not None]
-    for a, b in zip(mine, plain, strict=True):
-        kernel = isinstance(a, StridedConv2d | StridedTransposedConv2d)
-        yield a.weight, b.weight, (lambda w: w.permute(0, 3, 1, 2)) if kernel else (lambda w: w)
-        if a.bias is not None:
-            yield a.bias, b.bias, lambda w: w
 
 
 @pytest.fixture
@@ -153,11 +142,6 @@ def test_losses_and_all_gradients_equal_those_of_torchs_layers(both):
     same_gradients(layers, generator[1:])
     first = generator[0].weight.grad
     torch.testing.assert_close(state.generator.embedding.weight.grad, first[:, 5:].t(), **BOUND)
-
-
-def same_gradients(ours, theirs):
-    for a, b, layout in pairs(ours, theirs):
-        torch.testing.assert_close(layout(a.grad), b.grad, rtol=0, atol=1e-10 * max(1.0, float(b.grad.abs().max())))
 
 
 def test_half_of_the_values_are_dropped_and_no_two_images_share_a_mask():

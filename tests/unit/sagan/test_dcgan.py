@@ -7,7 +7,8 @@ from torch import nn
 from sagan import ModelConfig, OptimConfig, TrainState, World, batch_norm
 from sagan.batch_norm import Groups
 from sagan.losses import Loss
-from sagan.spectral_norm import SpectralNorm, StridedConv2d, StridedTransposedConv2d
+from sagan.spectral_norm import SpectralNorm
+from tests.unit.sagan.torch_layers import pairs, same_gradients
 from tests.unit.sagan.training import run
 
 BOUND = {"rtol": 1e-10, "atol": 1e-10}
@@ -40,16 +41,6 @@ def plain_discriminator(c, size):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * c * size**2, 1), nn.Flatten(0))
 
 
-def pairs(ours, theirs):
-    """(our parameter, as torch lays it out; torch's parameter), layer by layer."""
-    mine = [m for m in ours.modules() if next(m.parameters(recurse=False), None) is not None]
-    plain = [m for m in theirs.modules() if next(m.parameters(recurse=False), None) is not None]
-    for a, b in zip(mine, plain, strict=True):
-        kernel = isinstance(a, StridedConv2d | StridedTransposedConv2d)
-        yield a.weight, b.weight, (lambda w: w.permute(0, 3, 1, 2)) if kernel else (lambda w: w)
-        yield a.bias, b.bias, lambda w: w
-
-
 @pytest.fixture
 def both():
     """The state, with weights that hide nothing, and torch's networks with the same."""
@@ -61,11 +52,6 @@ def both():
             nn.init.normal_(a, 0.3, 0.4)
             b.data.copy_(layout(a.data))
     return state, generator, discriminator
-
-
-def same_gradients(ours, theirs):
-    for a, b, layout in pairs(ours, theirs):
-        torch.testing.assert_close(layout(a.grad), b.grad, rtol=0, atol=1e-10 * max(1.0, float(b.grad.abs().max())))
 
 
 def test_losses_and_all_gradients_equal_those_of_torchs_layers(both):
