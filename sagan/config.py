@@ -73,9 +73,9 @@ class ModelConfig:
     """Number of classes; 0 trains without labels. The default comes from the collection's manifest."""
     architecture: Literal["resnet", "dcgan", "acgan"] = "resnet"
     """Layers of both networks. resnet: the residual blocks of SAGAN. dcgan: four 5×5 convolutions at stride 2,
-    transposed in the generator, with batch norm in both networks (Radford et al. 2016). acgan: the first
-    AC-GAN at 128 px, six convolutions with batch norm in both networks, the label in the generator's input, and dropout
-    in the discriminator (Odena et al. 2017)."""
+    transposed in the generator, with batch norm in both networks (Radford et al. 2016). acgan: the first AC-GAN, at
+    128 px: batch norm in both networks, the label in the generator's input, dropout in the discriminator (Odena et al.
+    2017)."""
     z_dim: int = 128
     """Length of the latent vector z ~ N(0, 1)."""
     channels_g: int = 64
