@@ -86,6 +86,8 @@ class Step:
         self.passes = passes(batch, self.world.size, self.groups, micro_batch)
         self.generator = self._distribute(state.generator)
         self.discriminator = self._distribute(state.discriminator)
+        if self.world.size > 1:
+            self._fix_bucket_layout()
         optimizers = (state.optimizer_d, state.optimizer_g)
         self.graph = StepGraph(self._compute, optimizers) if StepGraph.serves(self.device, self.world) else None
 
@@ -142,25 +144,7 @@ class Step:
         each summed over this rank's images and divided by the global batch size, and the norm of the gradient.
         """
         state = self.state
-        metrics = torch.zeros(3, dtype=self.dtype, device=self.device)
-        statistics = []
-        for draw in self._passes(self.discriminator, draws):
-            real = images[draw.rows]
-            with torch.no_grad(), self._autocast():
-                fake = state.generator(draw.latents, draw.labels, draw.groups)
-            with self._autocast():
-                both_labels = torch.cat([labels[draw.rows], draw.labels]) if draw.labels is not None else None
-                both = self._augmented(torch.cat([real.to(fake.dtype), fake]), draw)
-                both = both.contiguous(memory_format=torch.channels_last)
-                # Real and generated images are normalised apart.
-                groups_d = draw.groups.twice() if self.norm_d else None
-                outputs = self.discriminator(both, both_labels, groups_d, draw.masks).split([len(real), len(fake)])
-            loss = self.loss.discriminator(*outputs) / self.batch
-            self._backward(loss)
-            with torch.no_grad():
-                metrics += torch.stack([loss, *(logits(output).sum() / self.batch for output in outputs)])
-            if self.norm_d:
-                statistics.append(batch_norm.used(state.discriminator))
+        metrics, statistics = self._backward_discriminator(images, labels, draws)
         gradient = self._descend(state.optimizer_d)
         spectral_norm.advance(state.discriminator, self.world)
         if self.norm_d:
@@ -173,21 +157,71 @@ class Step:
         Returns this rank's parts of the loss and of the norm of the gradient.
         """
         state = self.state
-        total_loss = torch.zeros((), dtype=self.dtype, device=self.device)
-        statistics = []
-        with _frozen(state.discriminator):
-            for draw in self._passes(self.generator, draws):
-                with self._autocast():
-                    images = self.generator(draw.latents, draw.labels, draw.groups)
-                    output = state.discriminator(self._augmented(images, draw), draw.labels, draw.groups, draw.masks)
-                loss = self.loss.generator(output) / self.batch
-                self._backward(loss)
-                total_loss += loss.detach()
-                statistics.append(batch_norm.used(state.generator))
+        loss, statistics = self._backward_generator(draws)
         gradient = self._descend(state.optimizer_g)
         spectral_norm.advance(state.generator, self.world)
         batch_norm.track(state.generator, torch.stack(statistics).mean(0), self.world)
-        return total_loss, gradient
+        return loss, gradient
+
+    # --- gradients ---------------------------------------------------------------------------------------------------
+
+    def _backward_discriminator(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> tuple[Tensor, list[Tensor]]:
+        """Compute the discriminator's gradients.
+
+        Returns this rank's parts of the loss and of both mean logits, [3], and each pass's batch statistics.
+        """
+        metrics = torch.zeros(3, dtype=self.dtype, device=self.device)
+        statistics = []
+        for draw in self._passes(self.discriminator, draws):
+            real = images[draw.rows]
+            with torch.no_grad(), self._autocast():
+                fake = self.state.generator(draw.latents, draw.labels, draw.groups)
+            with self._autocast():
+                both_labels = torch.cat([labels[draw.rows], draw.labels]) if draw.labels is not None else None
+                both = self._augmented(torch.cat([real.to(fake.dtype), fake]), draw)
+                both = both.contiguous(memory_format=torch.channels_last)
+                # Real and generated images are normalised apart.
+                groups_d = draw.groups.twice() if self.norm_d else None
+                outputs = self.discriminator(both, both_labels, groups_d, draw.masks).split([len(real), len(fake)])
+            loss = self.loss.discriminator(*outputs) / self.batch
+            self._backward(loss)
+            with torch.no_grad():
+                metrics += torch.stack([loss, *(logits(output).sum() / self.batch for output in outputs)])
+            if self.norm_d:
+                statistics.append(batch_norm.used(self.state.discriminator))
+        return metrics, statistics
+
+    def _backward_generator(self, draws: list[Draw]) -> tuple[Tensor, list[Tensor]]:
+        """Compute the generator's gradients. Return this rank's part of the loss, and each pass's batch statistics."""
+        total_loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        statistics = []
+        with _frozen(self.state.discriminator):
+            for draw in self._passes(self.generator, draws):
+                with self._autocast():
+                    images = self.generator(draw.latents, draw.labels, draw.groups)
+                    augmented = self._augmented(images, draw)
+                    output = self.state.discriminator(augmented, draw.labels, draw.groups, draw.masks)
+                loss = self.loss.generator(output) / self.batch
+                self._backward(loss)
+                total_loss += loss.detach()
+                statistics.append(batch_norm.used(self.state.generator))
+        return total_loss, statistics
+
+    def _fix_bucket_layout(self) -> None:
+        """Let DDP lay out its buckets now: compute gradients of both networks for black images, and drop them.
+
+        DDP lays out its buckets anew after its first backward pass. Where a gradient lies in a bucket decides in which
+        order three or more ranks are summed. Without this pass, the first step of a process would round differently
+        from the same step of a process that trains on.
+        """
+        start, size = self.state.images, self.state.model.known_resolution
+        share = len(self.world.share(start, start + self.batch))
+        black = torch.full((share, 3, size, size), -1.0, dtype=self.dtype, device=self.device)
+        inputs = self._inputs([(black, torch.zeros(share, dtype=torch.int64, device=self.device))])
+        self._backward_discriminator(*inputs.real[0], inputs.draws_d[0])
+        self._backward_generator(inputs.draws_g)
+        for optimizer in (self.state.optimizer_d, self.state.optimizer_g):
+            optimizer.zero_grad()
 
     # --- a pass ------------------------------------------------------------------------------------------------------
 

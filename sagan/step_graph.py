@@ -17,8 +17,8 @@ from sagan.ranks import World
 from sagan.step_inputs import Inputs
 
 WARM_UP = 11
-"""Steps before the recorded one. They create the moments of Adam, and cuDNN and cuBLAS choose their kernels. DDP makes
-its buckets anew after the first step, and takes times with CUDA's events in the first ten."""
+"""Steps before the recorded one. They create the moments of Adam, and cuDNN and cuBLAS choose their kernels. DDP lays
+out its buckets in the first, and takes times with CUDA's events in the first ten."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from sagan.ranks import World
 from tests.simulated_gpu import simulated_gpu
 from tests.simulated_gpu.simulated_gpu import Record, host, upload
 
-RANKS, BATCH, STEPS = 2, 5, 3  # unequal shares; DDP makes its buckets anew after the first step
+RANKS, BATCH, STEPS = 2, 5, 3  # unequal shares
 BASE = ModelConfig(resolution=32, num_classes=10, channels_g=4, channels_d=4, z_dim=16, spectral_norm_start="cold")
 CASES: list[tuple[ModelConfig, int, dict[str, Any]]] = [  # configuration, global batch, options of the step
     (BASE, BATCH, {"precision": "bf16"}),

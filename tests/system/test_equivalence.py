@@ -253,3 +253,22 @@ def test_a_grid_on_one_rank_moves_nothing_and_cannot_hang(tmp_path):
     mp.spawn(_lone_grid, (2, tmp_path), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _restarted(rank, size, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    world = World.current()
+    undisturbed, restarted = (TrainState(CONDITIONAL, RATES, seed=3) for _ in range(2))
+    step = Step(undisturbed, BATCH, world)
+    for _ in range(3):
+        step([real(undisturbed.images, world, 10)])
+        Step(restarted, BATCH, world)([real(restarted.images, world, 10)])
+    for (name, a), (_, b) in zip(undisturbed.tensors(), restarted.tensors(), strict=True):
+        assert torch.equal(a, b), name
+    dist.destroy_process_group()
+
+
+def test_a_state_that_goes_on_in_a_new_process_has_the_same_bits(tmp_path):
+    """Sums of three ranks depend on the order of the summands, and those of two ranks do not."""
+    mp.spawn(_restarted, (3, tmp_path), nprocs=3)
