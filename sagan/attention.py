@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sagan.config import AttentionForm
-from sagan.spectral_norm import Conv2d, Spectral
+from sagan.config import AttentionForm, Spectral
+from sagan.spectral_norm import Conv2d
 
 
 def value_channels(form: AttentionForm, channels: int) -> int:

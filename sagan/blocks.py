@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from sagan.attention import SelfAttention
 from sagan.batch_norm import BatchNorm, Groups, conditional
-from sagan.config import ModelConfig, ResidualForm
+from sagan.config import ModelConfig, ResidualForm, Spectral
 from sagan.dropout import drop_half
 from sagan.rectifier import rectify
 from sagan.resample import conv_down, double, halve, up_conv
 from sagan.spectral_norm import (
     Conv2d,
-    Spectral,
     SpectralNorm,
     StridedConv2d,
     StridedTransposedConv2d,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from sagan.spectral_norm import Spectral
-
 RESOLUTIONS = (32, 64, 128, 256)
 MOST_CLASSES = 100_000
 """Largest number of classes. ImageNet-21K has 21 841."""
@@ -52,6 +50,19 @@ _ACGAN_D = ((1, True), (2, False), (4, True), (8, False), (16, True), (32, False
 # The same of DCGAN, at every resolution. The generator's input has a sixteenth of the resolution.
 _DCGAN_G = (8, 4, 2, 1)
 _DCGAN_D = ((1, True), (2, True), (4, True), (8, True))
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """Parameters of the spectral normalisation of a layer. A layer with None instead is not normalised.
+
+    Attributes:
+        eps: smallest length that a vector is divided by.
+        through_iteration: whether gradients flow through u and v (official code) or treat them as constants.
+    """
+
+    eps: float = 1e-12
+    through_iteration: bool = False
 
 
 @dataclass(frozen=True)
@@ -340,3 +351,30 @@ class OptimConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the values by field name."""
         return asdict(self)
+
+
+def passes(batch: int, ranks: int, groups: int, micro_batch: int | None) -> int:
+    """Return the number of passes in which each rank processes its share of a batch.
+
+    A pass has at most `micro_batch` images. A batch-norm group must lie inside one pass, since its statistics need all
+    its images.
+
+    Args:
+        batch: size of the global batch.
+        ranks: number of ranks.
+        groups: number of batch-norm groups in the global batch.
+        micro_batch: largest number of images of a rank in one pass; None for one pass.
+
+    Raises ValueError where no number of passes meets both conditions.
+    """
+    share = -(-batch // ranks)
+    if micro_batch is None or micro_batch >= share:
+        return 1
+    for count in range(-(-share // micro_batch), share + 1):
+        if groups % (ranks * count) == 0:
+            return count
+    raise ValueError(
+        f"a batch of {batch} on {ranks} workers cannot be split into passes of at most {micro_batch} images: its "
+        f"{groups} batch-norm group(s) of {batch // groups} images would be cut; set model.batch_norm_group to at most "
+        f"{micro_batch}, or leave the micro-batch out"
+    )

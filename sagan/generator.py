@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sagan.batch_norm import LAST_DECAY, BatchNorm, Groups
 from sagan.blocks import DOUBLE, GROW_LAST, GeneratorBlock, GrowingBlock, TransposedBlock, attention_block
-from sagan.config import ModelConfig
-from sagan.spectral_norm import Conv2d, Embedding, Linear, Spectral, StridedTransposedConv2d
+from sagan.config import ModelConfig, Spectral
+from sagan.spectral_norm import Conv2d, Embedding, Linear, StridedTransposedConv2d
 
 
 class Generator(nn.Module):

@@ -16,25 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sagan.bias import convolve
+from sagan.config import Spectral
 from sagan.initial_weights import initial_weight
 from sagan.ranks import World
 
 # From a random u, σ reaches 80 % of its true value after one iteration and 99.8 % after thirty. So a network starts
 # from a converged u.
 WARM_UP_ITERATIONS = 30
-
-
-@dataclass(frozen=True)
-class Spectral:
-    """Parameters of the spectral normalisation of a layer. A layer with None instead is not normalised.
-
-    Attributes:
-        eps: smallest length that a vector is divided by.
-        through_iteration: whether gradients flow through u and v (official code) or treat them as constants.
-    """
-
-    eps: float = 1e-12
-    through_iteration: bool = False
 
 
 class _DivideBySigma(torch.autograd.Function):

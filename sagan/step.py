@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sagan import batch_norm, diffaugment, moving_average, spectral_norm
 from sagan.batch_norm import Groups
-from sagan.config import Augmentation
+from sagan.config import Augmentation, passes
 from sagan.device import on_device
 from sagan.dropout import draw_masks
 from sagan.learning_rate import learning_rate_factor
@@ -62,7 +62,8 @@ class Step:
         augment: "diffaugment" to change all images that the discriminator gets, real and generated ones, in both
             updates (see `sagan.diffaugment`). None for no changes.
 
-    Raises ValueError where a batch cannot be accumulated exactly (see `passes`), and where `augment` is unknown.
+    Raises ValueError where a batch cannot be accumulated exactly (see `sagan.config.passes`), and where `augment` is
+    unknown.
     """
 
     def __init__(
@@ -311,30 +312,3 @@ def _frozen(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.requires_grad_(True)
-
-
-def passes(batch: int, ranks: int, groups: int, micro_batch: int | None) -> int:
-    """Return the number of passes in which each rank processes its share of a batch.
-
-    A pass has at most `micro_batch` images. A batch-norm group must lie inside one pass, since its statistics need all
-    its images.
-
-    Args:
-        batch: size of the global batch.
-        ranks: number of ranks.
-        groups: number of batch-norm groups in the global batch.
-        micro_batch: largest number of images of a rank in one pass; None for one pass.
-
-    Raises ValueError where no number of passes meets both conditions.
-    """
-    share = -(-batch // ranks)
-    if micro_batch is None or micro_batch >= share:
-        return 1
-    for count in range(-(-share // micro_batch), share + 1):
-        if groups % (ranks * count) == 0:
-            return count
-    raise ValueError(
-        f"a batch of {batch} on {ranks} workers cannot be split into passes of at most {micro_batch} images: its "
-        f"{groups} batch-norm group(s) of {batch // groups} images would be cut; set model.batch_norm_group to at most "
-        f"{micro_batch}, or leave the micro-batch out"
-    )

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config.locations import NodePath, TrackingUri, Url, absolute
-from sagan.config import RESOLUTIONS, Augmentation, ModelConfig, OptimConfig
-from sagan.step import passes
+from sagan.config import RESOLUTIONS, Augmentation, ModelConfig, OptimConfig, passes
 
 
 def _is_file(extractor: str) -> bool:

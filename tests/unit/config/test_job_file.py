@@ -1,6 +1,8 @@
 """A job file is typed, completed and checked before anything starts; what is wrong is named with line and key."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -370,3 +372,12 @@ def test_the_value_of_a_variable_is_never_quoted(job, monkeypatch, line, secret)
     assert secret not in text
     assert repr(secret)[1:-1] not in text
     assert secret.split()[-1] not in text
+
+
+def test_a_job_is_read_without_what_takes_seconds_to_import():
+    code = (
+        "import sys; import pipeline.cli; from pipeline.config.job_file import load_job; "
+        "load_job('jobs/quickstart.yaml'); print({'torch', 'ray', 'mlflow'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from sagan import spectral_norm
 from sagan.blocks import ResidualControl
-from sagan.spectral_norm import Spectral
+from sagan.config import Spectral
 from tests.unit.sagan.float64 import EXACT, rand
 
 FORMS = ("residual_1x1", "residual_3x3")

@@ -6,8 +6,8 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from sagan import spectral_norm
+from sagan.config import Spectral
 from sagan.ranks import World
-from sagan.spectral_norm import Spectral
 from tests.unit.sagan.float64 import EXACT, rand
 
 CONVERGED = Spectral()

@@ -9,8 +9,8 @@ import torch
 from sagan import ModelConfig, OptimConfig, Step, TrainState, batch_norm
 from sagan.attention import SelfAttention
 from sagan.batch_norm import BatchNorm
+from sagan.config import passes
 from sagan.spectral_norm import Conv2d
-from sagan.step import passes
 from tests.unit.sagan.training import ACGAN, BATCH, CONFIG, real, run, same
 
 GOLDEN = [
