@@ -26,7 +26,7 @@ quickstart: setup  ## the main job on this machine: S3, Ray, training, scores, c
 
 # The tests with Ray take longest and come first (tests/conftest.py). pytest-xdist must keep this order.
 test: setup  ## unit, property and short system tests; SAGAN_TEST_DATA names the folder of real images
-	$(PYTEST) -m "not slow" --ignore=tests/gpu -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PYTEST) -m "not slow" --ignore=tests/gpu -n 3 --dist loadgroup --no-loadscope-reorder
 
 # Tests of two files run at the same time, each with servers and a Ray cluster of its own.
 test-slow: setup  ## rehearsals of the jobs, the sweep, the README, kills and signals

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_a_rank_is_stopped_for_a_while(place: Place, undisturbed: str) -> None:
         "MLFLOW_TRACKING_URI": "",
     }
     while not (seen := json.loads(subprocess.run(command, env=without_cluster, capture_output=True).stdout))["waits"]:
-        continue
+        time.sleep(0.02)
     assert f"process {process} on " in seen["waits"][0]["what"]
     os.kill(process, signal.SIGCONT)
     run.until("training waited ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from tests.unit.evaluation.conftest import commit_checkpoint
 from tests.unit.training.test_lost_mlflow_run import job_in, start_run
 
 START = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from pipeline.collection.manifest import Collection
 from tests.unit.training.test_lost_mlflow_run import job_in
@@ -41,7 +42,7 @@ with driving(job_in(Collection.open(sys.argv[1]), folder, folder / "runs")) as (
     now.earlier_device_s = 7200
     told.follow(now)
     while (state := run.stored.state()) is None or state.state != "training":
-        pass
+        time.sleep(0.02)
     os._exit(1)
 """
 
@@ -67,7 +68,7 @@ def words(url: str) -> str:
 def until(job: TrainJob, key: str, value: object) -> dict[str, Any]:
     """What `sagan status` says as soon as `key` has a value. The time-out of tests ends it."""
     while (seen := status(StoredRun.of(job).url))[key] != value:
-        pass
+        time.sleep(0.02)
     return seen
 
 
@@ -150,7 +151,7 @@ def test_what_a_run_waits_for_is_a_tag_of_mlflow(job: TrainJob) -> None:
         told.follow(now)
         mlflow = client(run.tracking_uri)
         while "the start waits" not in mlflow.get_run(run.mlflow_run_id).data.tags.get(WAITING, ""):
-            pass
+            time.sleep(0.02)
     assert mlflow.get_run(run.mlflow_run_id).data.tags[WAITING] == "no"
 
 
