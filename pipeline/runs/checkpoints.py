@@ -93,7 +93,7 @@ def complete_checkpoints(url: str) -> list[StoredCheckpoint]:
 
 
 def abandoned_checkpoints(url: str) -> list[StoredCheckpoint]:
-    """Return the incomplete checkpoints below `url` that are older than the newest complete one, the oldest first.
+    """Return the incomplete checkpoints below `url` that are not newer than the newest complete one, the oldest first.
 
     Nobody uploads them any more. Raises EnvironmentFault.
     """
@@ -102,7 +102,7 @@ def abandoned_checkpoints(url: str) -> list[StoredCheckpoint]:
     return [
         checkpoint
         for checkpoint in found
-        if complete and checkpoint not in complete and checkpoint.images < complete[-1].images
+        if complete and checkpoint not in complete and checkpoint.images <= complete[-1].images
     ]
 
 
