@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,15 +22,20 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahea
         ahead: Number of calls that may be started beyond the one whose result is due.
 
     An exception of the function is raised in place of the result of its item. Closing the generator ends the threads.
+
+    The generator starts calls only when no call waits for a thread, and then as many as it may. A thread that wakes up
+    holds up the consumer for about a millisecond, because both need Python's interpreter. The threads thus wake up
+    after several results where `ahead` exceeds `threads`.
     """
-    pending: deque[Future[R]] = deque()
+    source, pending = iter(items), deque[Future[R]]()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
+            while True:
+                if len(pending) <= threads:
+                    new = itertools.islice(source, max(0, ahead + 1 - len(pending)))
+                    pending.extend(pool.submit(function, item) for item in new)
+                if not pending:
+                    return
                 yield pending.popleft().result()
         finally:
             for future in pending:

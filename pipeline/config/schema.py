@@ -108,8 +108,9 @@ class DataSection(Section):
     """Seconds for which a worker retries a failed download before it raises an error. It prints messages meanwhile."""
     threads: int = Field(2, ge=1)
     """Number of threads per worker that decode images."""
-    ahead: int = Field(4, ge=1)
-    """Number of batches that a worker decodes ahead of training."""
+    ahead: int = Field(16, ge=1)
+    """Greatest number of batches that a worker decodes ahead of training. When no batch waits for a thread, the threads
+    decode up to this number again; until then they sleep and do not disturb training."""
 
 
 class TrainSection(Section):

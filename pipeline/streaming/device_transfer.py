@@ -25,7 +25,7 @@ def to_device(batch: Batch, device: torch.device | str, flip_seed: int | None) -
     images = _copy_to_cuda(batch.images, device) if device.type == "cuda" else batch.images.to(device)
     if flip_seed is not None:
         images = mirror_at_random(images, batch.positions, flip_seed)
-    return images.to(torch.float32) * (2 / 255) - 1, on_device(batch.labels, device)
+    return images.to(torch.float32).mul_(2 / 255).sub_(1), on_device(batch.labels, device)
 
 
 def _copy_to_cuda(images: torch.Tensor, device: torch.device) -> torch.Tensor:

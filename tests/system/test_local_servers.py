@@ -288,6 +288,7 @@ def test_ray_runs_executable_jobs_from_the_checkout_stops_them_and_leaves(s3, tm
     assert finding("Ray").status == "fail"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(400)
 def test_nothing_listens_beyond_loopback(s3, mlflow_server, ray_cluster, tmp_path):

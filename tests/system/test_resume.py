@@ -162,7 +162,9 @@ def test_interrupted_killed_and_resumed_it_ends_in_the_same_state(place, left_al
     assert dict(theirs).items() <= dict(ours).items(), "every point of the undisturbed run, and of the extra borders"
 
 
-@pytest.mark.parametrize(("name", "cpus"), [("beside", 1), ("in-line", MORE_THAN_THERE_ARE)])
+@pytest.mark.parametrize(
+    ("name", "cpus"), [("beside", 1), pytest.param("in-line", MORE_THAN_THERE_ARE, marks=pytest.mark.slow)]
+)
 def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(place, left_alone, name, cpus):
     folder, bucket, env = place
     every = range(320, 1601, 320)
