@@ -47,7 +47,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_changed_inputs_are_refused_or_read_right(tmp_path: Path) -> None:
     failures = tmp_path / "failures"
-    done = run("-m", "tests.faults.hostile", "--seed", "19", "--inputs", "120", "--failures", str(failures))
+    done = run("-m", "tests.faults.hostile", "--seed", "19", "--inputs", "60", "--failures", str(failures))
     assert done.returncode == 0, done.stdout + done.stderr
     assert not failures.exists()
 

@@ -77,8 +77,10 @@ def train(
     return state, metrics
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    ("system", "precision"),
+    [*((system, "bf16") for system in SYSTEMS), *((system, "float32") for system in ("conditional", "DCGAN"))],
+)
 def test_a_system_trains_as_on_the_cpu(system: str, precision: str) -> None:
     """Bits differ in bf16 where CUDA's autocast lists differ from the CPU's: an operator then has another dtype."""
     config, optim = SYSTEMS[system]
@@ -101,11 +103,10 @@ def test_a_system_trains_as_on_the_cpu(system: str, precision: str) -> None:
         ("AC-GAN", {"augment": "diffaugment"}),
     ],
 )
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_options_train_as_on_the_cpu(system: str, options: dict[str, Any], precision: str) -> None:
+def test_options_train_as_on_the_cpu(system: str, options: dict[str, Any]) -> None:
     config, optim = SYSTEMS[system]
-    _, expected = train(config, optim, precision, "cpu", **options)
-    _, found = train(config, optim, precision, simulated_gpu.NAME, **options)
+    _, expected = train(config, optim, "bf16", "cpu", **options)
+    _, found = train(config, optim, "bf16", simulated_gpu.NAME, **options)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -20,6 +20,7 @@ from pipeline.training.worker import training_loop
 from tests.faults.kills import FileSender
 from tests.simulated_gpu import simulated_gpu
 from tests.simulated_gpu.simulated_gpu import Record
+from tests.tracker_database import tracker_database
 from tests.unit.training.test_lost_mlflow_run import start_run
 
 BATCH, STEPS = 16, 4  # the first worker ends after half of the steps
@@ -44,7 +45,7 @@ def work(
         "train": {"kimg": steps * BATCH / 1000, "batch": BATCH, "precision": "bf16", "log_kimg": BATCH / 1000},
         "checkpoint": {"root": str(folder / "runs"), "kimg": 2 * BATCH / 1000},
         "evaluate": {"extractor": "classifier", "kimg": 1000, "samples": 100},
-        "track": {"uri": f"sqlite:///{folder}/mlflow.db", "register": False},
+        "track": {"uri": tracker_database(folder), "register": False},
     }
     job = parse_job(values, "test")
     assert isinstance(job, TrainJob)

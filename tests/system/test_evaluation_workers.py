@@ -109,15 +109,22 @@ def assert_equal(ours: Features, theirs: Features, *, rtol: float = 0, atol: flo
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def test_three_workers_give_the_features_of_one_process_in_the_same_order_and_its_score(
+def test_three_workers_give_the_features_and_the_score_of_one_process_also_when_one_dies(
     extractor: str, digits: Collection, model: Model, tmp_path: Path
 ) -> None:
     def score(scorer: Scorer) -> dict[str, float]:
         return scorer.score(model, scorer.protocol(model, seed=0, samples=SAMPLES)).values
 
     with scorer_with(extractor, digits, tmp_path, 1) as alone, scorer_with(extractor, digits, tmp_path, 3) as together:
-        for ours, theirs in zip(both(together, model), both(alone, model), strict=True):
-            assert_equal(ours, theirs)
+        expected = both(alone, model)
+
+        def require_the_same() -> None:
+            for ours, theirs in zip(both(together, model), expected, strict=True):
+                assert_equal(ours, theirs)
+
+        require_the_same()
+        os.kill(ray_workers("PoolActor", ray.get_runtime_context().gcs_address)[0], signal.SIGKILL)
+        require_the_same()
         assert score(together) == score(alone)
 
 
@@ -131,19 +138,6 @@ def test_the_batch_changes_features_by_rounding_alone(
     ):
         for ours, theirs in zip(both(other, model), both(usual, model), strict=True):
             assert_equal(ours, theirs, **ROUNDING)
-
-
-def test_a_worker_that_dies_is_replaced(extractor: str, digits: Collection, model: Model, tmp_path: Path) -> None:
-    with scorer_with(extractor, digits, tmp_path, 1) as alone, scorer_with(extractor, digits, tmp_path, 2) as together:
-        expected = both(alone, model)
-
-        def require_the_same() -> None:
-            for ours, theirs in zip(both(together, model), expected, strict=True):
-                assert_equal(ours, theirs)
-
-        require_the_same()
-        os.kill(ray_workers("PoolActor", ray.get_runtime_context().gcs_address)[0], signal.SIGKILL)
-        require_the_same()
 
 
 def test_workers_that_find_no_room_are_refused(extractor: str, digits: Collection, tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ REFUSED = {  # place → what is refused there; everything else comes back
     "variable of a name": ODD - {"a..b"},
     "name of a run": ODD - {"a..b"},
 }
-SECONDS_EACH = {"key of a collection", "folder of checkpoints", "key of checkpoints", "current folder"}
-SECONDS_EACH |= {"folder of artifacts", "key of artifacts", "folder of a model"}
+SECONDS_EACH = {"key of a collection", "key of a source", "folder of checkpoints", "key of checkpoints", "experiment"}
+SECONDS_EACH |= {"current folder", "folder of artifacts", "key of artifacts", "folder of a model"}
 PLACES = [
     "folder of a collection",
     "key of a collection",

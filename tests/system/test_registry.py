@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
+from infra.local.server_process import BIN, CHECKOUT, Server, answers
 from infra.local.servers import MlflowServer
 from pipeline.cli import app
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
@@ -40,6 +40,7 @@ from pipeline.tracking.model_card import model_card
 from sagan.config import ModelConfig, OptimConfig
 from sagan.train_state import TrainState
 from sagan.trained_model import Model
+from tests.closed_port import closed_port, url_of
 
 pytestmark = pytest.mark.system
 
@@ -550,22 +551,22 @@ def test_a_model_that_is_not_there_is_said_with_those_that_are(
 
 
 def test_what_an_outage_kept_back_arrives_when_the_server_is_back(server: MlflowServer, run_id: str) -> None:
-    port = free_port()  # a way to the server that is closed at first
-    tracker = MlflowRun(f"http://127.0.0.1:{port}", run_id)
-    for step in (1, 2):
-        tracker.log({"loss": float(step)}, step, step)
-    with pytest.raises(EnvironmentFault, match="cannot be used"):
-        promote_best(tracker.uri, "x")
-    with way_to(server.port, port):
-        tracker.log({"loss": 3.0}, 3, 3)
-        assert tracker.close(timeout_s=60) == 0
+    with closed_port() as way:
+        tracker = MlflowRun(url_of(way), run_id)
+        for step in (1, 2):
+            tracker.log({"loss": float(step)}, step, step)
+        with pytest.raises(EnvironmentFault, match="cannot be used"):
+            promote_best(tracker.uri, "x")
+        with way_opened(way, server.port):
+            tracker.log({"loss": 3.0}, 3, 3)
+            assert tracker.close(timeout_s=60) == 0
     history = client(server.uri).get_metric_history(run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 @contextmanager
-def way_to(server: int, port: int) -> Iterator[None]:
-    """Forwards connections at `port` to the port of a server."""
+def way_opened(way: socket.socket, server: int) -> Iterator[None]:
+    """Forward connections to a closed port to the port of a server."""
 
     class Forward(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -580,7 +581,10 @@ def way_to(server: int, port: int) -> Iterator[None]:
             sink.shutdown(socket.SHUT_WR)
 
     socketserver.ThreadingTCPServer.daemon_threads = True
-    with socketserver.ThreadingTCPServer(("127.0.0.1", port), Forward) as forwarder:
+    with socketserver.ThreadingTCPServer(way.getsockname(), Forward, bind_and_activate=False) as forwarder:
+        forwarder.socket.close()
+        forwarder.socket = way
+        forwarder.server_activate()
         threading.Thread(target=forwarder.serve_forever, daemon=True).start()
         yield
         forwarder.shutdown()

@@ -163,12 +163,13 @@ def test_interrupted_killed_and_resumed_it_ends_in_the_same_state(place, left_al
 
 
 @pytest.mark.parametrize(
-    ("name", "cpus"), [("beside", 1), pytest.param("in-line", MORE_THAN_THERE_ARE, marks=pytest.mark.slow)]
+    ("name", "cpus", "interval"),
+    [("beside", 1, 640), pytest.param("in-line", MORE_THAN_THERE_ARE, 320, marks=pytest.mark.slow)],
 )
-def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(place, left_alone, name, cpus):
+def test_scored_while_it_trains_it_ends_in_the_same_state_and_keeps_the_best(place, left_alone, name, cpus, interval):
     folder, bucket, env = place
-    every = range(320, 1601, 320)
-    ranked = {"evaluate.kimg": 0.32, "evaluate.score": "isc_classifier", "track.register": "false"}
+    every = sorted({*range(interval, 1601, interval), 1600})
+    ranked = {"evaluate.kimg": interval / 1000, "evaluate.score": "isc_classifier", "track.register": "false"}
     run = Driver(folder, env, name=name, **ranked, **{"evaluate.cpus": cpus, "checkpoint.keep": 1})
     assert run.end() == 0, run.output
     summary = run.summary(name)

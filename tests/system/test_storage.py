@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infra.local.servers import S3, free_port
+from infra.local.servers import S3
 from pipeline.collection.manifest import Collection
 from pipeline.collection.verify import verify_collection
 from pipeline.config.schema import DataSection, PackSection
@@ -21,6 +21,7 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files, filesystems
 from pipeline.streaming.stream import Stream
 from sagan.ranks import World
+from tests.closed_port import closed_port, url_of
 
 pytestmark = pytest.mark.system
 
@@ -136,10 +137,11 @@ def test_a_bucket_that_does_not_exist_is_named(s3: Any, tmp_path: Path, call: st
 
 @pytest.mark.parametrize("call", ["read", "write"])
 def test_a_server_that_is_down_is_named(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    endpoint = f"http://127.0.0.1:{free_port()}"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(EnvironmentFault, match=f"s3://bucket.*at {endpoint}: the storage cannot be reached"):
-        CALLS[call]("s3://bucket/runs", tmp_path)
+    with closed_port() as held:
+        endpoint = url_of(held)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(EnvironmentFault, match=f"s3://bucket.*at {endpoint}: the storage cannot be reached"):
+            CALLS[call]("s3://bucket/runs", tmp_path)
 
 
 def test_no_credentials_at_all(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +158,8 @@ def test_no_credentials_at_all(s3: Any, tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_client_of_a_proxy_is_not_kept(bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     """A proxy that was set for a while decides nothing afterwards, also where nothing was stored before."""
     filesystems._filesystem.cache_clear()
-    with monkeypatch.context() as proxied:
-        proxied.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    with closed_port() as held, monkeypatch.context() as proxied:
+        proxied.setenv(variable, url_of(held))
         proxied.setenv("no_proxy", "")
         proxied.setenv("NO_PROXY", "")
         with pytest.raises(EnvironmentFault):

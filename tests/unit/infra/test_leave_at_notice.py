@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.server_process import free_port
+from tests.closed_port import closed_port, url_of
 from tests.metadata_server import MetadataServer
 
 AGENT = Path(__file__).resolve().parents[3] / "infra/machines/leave_at_notice.py"
@@ -91,10 +91,11 @@ def test_a_server_that_fails_does_not_end_the_program(cloud):
 
 
 def test_without_a_server_the_program_runs_to_its_end():
-    env = {"SAGAN_METADATA_URL": f"http://127.0.0.1:{free_port()}"}
-    with agent("aws", env, "print('ran'); raise SystemExit(7)") as machine:
-        machine.until("ran")
-        assert machine.process.wait() == 7
+    with closed_port() as held:
+        env = {"SAGAN_METADATA_URL": url_of(held)}
+        with agent("aws", env, "print('ran'); raise SystemExit(7)") as machine:
+            machine.until("ran")
+            assert machine.process.wait() == 7
 
 
 def test_a_token_of_aws_that_has_expired_is_renewed():

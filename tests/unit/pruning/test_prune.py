@@ -43,6 +43,7 @@ from pipeline.tracking import registry
 from pipeline.tracking.mlflow_run import MlflowRun, client
 from pipeline.tracking.registry import CHAMPION
 from sagan.trained_model import Model
+from tests.tracker_database import tracker_database
 from tests.unit.evaluation.conftest import NETWORKS, commit_checkpoint
 from tests.unit.score_protocol import PROTOCOL
 
@@ -51,7 +52,7 @@ class Place:
     """A bucket with runs, and a tracker with its registry."""
 
     def __init__(self, folder: Path, model: Path) -> None:
-        self.bucket, self.uri, self._model = str(folder / "bucket"), f"sqlite:///{folder}/mlflow.db", model
+        self.bucket, self.uri, self._model = str(folder / "bucket"), tracker_database(folder), model
         self._artifacts = str(folder / "artifacts")
 
     def prune(self, **keep: int) -> Prune:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from infra.local.server_process import free_port
 from pipeline.errors import EnvironmentFault
 from pipeline.tracking.mlflow_run import MlflowRun, client
+from tests.closed_port import closed_port, url_of
 
 
 def start(uri: str, folder: Path, **changes: Any) -> MlflowRun:
@@ -92,15 +92,15 @@ def test_one_point_that_is_refused_does_not_hold_up_the_others(
 
 
 def test_a_tracker_that_is_away_is_found_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault) as caught:
-        start(f"http://127.0.0.1:{free_port()}", tmp_path)
+    with closed_port() as held, pytest.raises(EnvironmentFault) as caught:
+        start(url_of(held), tmp_path)
     assert "MLflow at http://127.0.0.1" in caught.value.message
     assert "track.uri" in caught.value.remedy
 
 
 def test_a_tracker_that_is_away_later_neither_raises_nor_blocks(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        tracker = MlflowRun(f"http://127.0.0.1:{free_port()}", "some-run")
+    with closed_port() as held, caplog.at_level(logging.WARNING):
+        tracker = MlflowRun(url_of(held), "some-run")
         for step in range(100):
             tracker.log({"loss": 1.0}, step, step)
         assert tracker.close(timeout_s=3) == 100

@@ -32,6 +32,7 @@ from pipeline.training.status import messages
 from pipeline.training.worker import training_loop
 from sagan import Model, TrainState
 from tests.faults.kills import FileSender
+from tests.tracker_database import tracker_database
 from tests.unit.sagan.training import CONFIG, run, same
 from tests.unit.training.test_lost_mlflow_run import start_run
 
@@ -44,7 +45,7 @@ class Place:
 
     def __init__(self, folder: Path, collection: Collection) -> None:
         self.folder, self.collection = folder, collection
-        self.uri = f"sqlite:///{folder}/mlflow.db"
+        self.uri = tracker_database(folder)
         self.runs = 0
 
     def values(self, init: dict[str, Any] | None, name: str | None = None, **model: Any) -> dict[str, Any]:

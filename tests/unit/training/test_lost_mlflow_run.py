@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.server_process import free_port
 from infra.local.servers import MlflowServer
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import parse_job
@@ -19,6 +18,7 @@ from pipeline.tracking.mlflow_run import client
 from pipeline.training.driver import finish_tracking
 from pipeline.training.find_or_start import find_or_start, owned
 from pipeline.training.shared_types import TrainingRun
+from tests.closed_port import closed_port, url_of
 from tests.tracker_database import tracker_database
 from tests.unit.evaluation.conftest import commit_checkpoint
 
@@ -101,12 +101,13 @@ def test_a_deleted_experiment_is_named_with_what_to_do(packed: Collection, tmp_p
 def test_a_run_resumes_without_mlflow_and_gets_its_points_at_the_end(
     packed: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = free_port()
-    job = job_in(packed, tmp_path, tmp_path / "runs").model_copy(
-        update={"track": TrackSection(uri=f"http://127.0.0.1:{port}", experiment="e")}
-    )
-    with pytest.raises(EnvironmentFault, match="cannot be used"):
-        start_run(job)  # a new run needs its MLflow run
+    with closed_port() as held:
+        job = job_in(packed, tmp_path, tmp_path / "runs").model_copy(
+            update={"track": TrackSection(uri=url_of(held), experiment="e")}
+        )
+        _, port = held.getsockname()
+        with pytest.raises(EnvironmentFault, match="cannot be used"):
+            start_run(job)  # a new run needs its MLflow run
     server = MlflowServer(tmp_path / "mlflow", port=port)
     with server:
         for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
