@@ -32,7 +32,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahea
         try:
             while True:
                 if len(pending) <= threads:
-                    new = itertools.islice(source, max(0, ahead + 1 - len(pending)))
+                    new = itertools.islice(source, ahead + 1 - len(pending))
                     pending.extend(pool.submit(function, item) for item in new)
                 if not pending:
                     return

@@ -104,6 +104,19 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
     return MlflowException, OSError, SQLAlchemyError, CommandError
 
 
+def refuses_user(error: Exception) -> bool:
+    """Return whether an exception of MLflow says that the user is not known (401) or may not do this (403).
+
+    The text of the exception does not tell: the port of a server or the id of a run may contain the same digits.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() in (401, 403)
+    response = getattr(error, "response", None)  # of requests, which MLflow leaves to its callers for artifacts
+    return getattr(response, "status_code", None) in (401, 403)
+
+
 def _unusable(uri: str, error: Exception) -> EnvironmentFault:
     """Return the EnvironmentFault that describes an exception of MLflow, with its remedy.
 
@@ -119,7 +132,7 @@ def _unusable(uri: str, error: Exception) -> EnvironmentFault:
         remedy = "use a database: set track.uri or MLFLOW_TRACKING_URI to sqlite:///FILE or to a server"
     elif "Invalid Host" in text:
         remedy = "start the server with `mlflow server --allowed-hosts HOST:PORT`, or use a host name that it allows"
-    elif "401" in text or "403" in text:
+    elif refuses_user(error):
         remedy = "check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     else:
         remedy = (

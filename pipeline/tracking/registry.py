@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import file_sets, files, validate_json
 from pipeline.tracking import pulled_folder
-from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors
+from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors, refuses_user
 from sagan.train_state import FACTS, TENSORS
 from sagan.trained_model import Model
 
@@ -369,7 +369,7 @@ def registry_errors(uri: str) -> Iterator[None]:
         yield
     except mlflow_errors() as error:
         remedy = "check that MLflow and its artifact store can be reached; check track.uri or MLFLOW_TRACKING_URI"
-        if any(status in str(error) for status in ("error code 401", "error code 403")):
+        if refuses_user(error):
             remedy = "log in as a user who may do this: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         raise EnvironmentFault(
             f"the model registry at {uri} cannot be used: {first_line(error, uri)}", remedy

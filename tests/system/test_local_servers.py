@@ -22,7 +22,9 @@ from infra.local import end_with_parent
 from infra.local.server_process import BIN, CHECKOUT, free_port
 from infra.local.servers import S3, Credentials, MlflowServer, Ray
 from infra.local.state_folder import local_mlflow, local_s3
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, LastingFault
+from pipeline.tracking import registry
+from pipeline.tracking.mlflow_run import check_tracker
 from tests.system.command_process import Driver
 from tests.system.test_doctor import finding
 
@@ -220,6 +222,12 @@ def test_mlflow_asks_for_the_login(mlflow_server, monkeypatch):
             stranger.get_registered_model("guarded")
         with pytest.raises(MlflowException, match="401|not authenticated"):
             stranger.set_registered_model_tag("guarded", "a", "b")
+        with pytest.raises(LastingFault) as refused:
+            check_tracker(mlflow_server.uri)
+        assert "MLFLOW_TRACKING_PASSWORD" in refused.value.remedy
+        with pytest.raises(EnvironmentFault) as refused:
+            registry.checkpoints(mlflow_server.uri, "guarded")
+        assert "log in as" in refused.value.remedy
     found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert mlflow_server.login.secret not in found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, LastingFault
 from pipeline.tracking.mlflow_run import MlflowRun, client
 from tests.closed_port import closed_port, url_of
 
@@ -96,6 +96,12 @@ def test_a_tracker_that_is_away_is_found_at_the_start(tmp_path: Path) -> None:
         start(url_of(held), tmp_path)
     assert "MLflow at http://127.0.0.1" in caught.value.message
     assert "track.uri" in caught.value.remedy
+
+
+def test_an_outage_is_no_refusal_whatever_the_id_of_the_run(tmp_path: Path) -> None:
+    with closed_port() as held, pytest.raises(EnvironmentFault) as caught:
+        start(url_of(held), tmp_path, run_id="4010a403")
+    assert not isinstance(caught.value, LastingFault)
 
 
 def test_a_tracker_that_is_away_later_neither_raises_nor_blocks(caplog: pytest.LogCaptureFixture) -> None:
