@@ -228,6 +228,12 @@ def test_micro_batches_on_four_ranks(trained):
         require_equal(alone[name][0], together[name])
 
 
+def forked(function, size, folder):
+    """Run `function(rank, size, folder)` in processes that need not each import torch and what it imports later."""
+    mp.set_forkserver_preload(["sagan", "torch._dynamo"])
+    mp.start_processes(function, (size, folder), nprocs=size, start_method="forkserver")
+
+
 def _lone_grid(rank, size, folder):
     """Rank 0 alone draws grids; the other goes on to the next collective at once."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
@@ -249,7 +255,7 @@ def _lone_grid(rank, size, folder):
 
 
 def test_a_grid_on_one_rank_moves_nothing_and_cannot_hang(tmp_path):
-    mp.spawn(_lone_grid, (2, tmp_path), nprocs=2)
+    forked(_lone_grid, 2, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -270,4 +276,4 @@ def _restarted(rank, size, folder):
 
 def test_a_state_that_goes_on_in_a_new_process_has_the_same_bits(tmp_path):
     """Sums of three ranks depend on the order of the summands, and those of two ranks do not."""
-    mp.spawn(_restarted, (3, tmp_path), nprocs=3)
+    forked(_restarted, 3, tmp_path)

@@ -150,15 +150,8 @@ class Serving(Server):
 
 
 @pytest.fixture(scope="module")
-def server(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A real MLflow server. This process's environment has its login, but not its URI, as long as it runs."""
-    with (
-        MlflowServer(tmp_path_factory.mktemp("mlflow"), artifacts=s3.bucket(), env=s3.env) as running,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-            patch.setenv(name, running.env[name])
-        yield running
+def server(mlflow_server: MlflowServer) -> MlflowServer:
+    return mlflow_server
 
 
 @pytest.fixture

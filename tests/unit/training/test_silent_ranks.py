@@ -41,7 +41,8 @@ def sum_for_ever(rank: int, store: Path, driver: Connection, pause_s: float) -> 
 @contextmanager
 def two_ranks(folder: Path, pause_s: float = 0.0) -> Iterator[tuple[list[int], list[Connection]]]:
     """(process ids, what the driver hears of each)."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.training.worker.watchdog"])  # the ranks need not each import torch
     with ExitStack() as ended:
         processes, heard = [], []
         for rank in range(2):
