@@ -78,21 +78,24 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], there: Callable[[], b
     needed = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
     _request_nodes(needed)
     wait = Wait(who="the start", what=f"nodes for {what}", until="the autoscaler adds them", since_s=time.time())
+    began = time.monotonic()
     try:
         asked, said = _cluster_status().cluster_resource_state.cluster_resource_state_version, False
         while not there():
-            answer = _cluster_status().autoscaling_state
-            if answer.last_seen_cluster_resource_state_version > asked:
+            answer = None
+            with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
+                answer = _cluster_status().autoscaling_state
+            if answer is not None and answer.last_seen_cluster_resource_state_version > asked:
                 if answer.infeasible_cluster_resource_constraints:
                     return
                 if not said:
                     print(wait.line, flush=True)
                 said = True
-            elif time.time() - wait.since_s > _SILENT_S:
+            elif not said and time.monotonic() - began > _SILENT_S:
                 return
             time.sleep(_LOOK_S)
         if said:
-            print(f"{wait.who} waited {time.time() - wait.since_s:.0f} s", flush=True)
+            print(f"{wait.who} waited {time.monotonic() - began:.0f} s", flush=True)
     finally:
         _request_nodes([])
 

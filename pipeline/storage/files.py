@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import EnvironmentFault, SaganError
 from pipeline.storage import storage_errors
-from pipeline.storage.filesystems import ATTEMPTS, SILENCE_S, filesystem, is_local, local_path
+from pipeline.storage.filesystems import ATTEMPTS, SILENCE_S, filesystem, forget_clients, is_local, local_path
 from pipeline.storage.scratch_folder import ScratchFolder
 
 _SLOWEST = 50_000  # bytes per second: a slower download fails
@@ -347,6 +347,8 @@ def _storage(url: str, attempts: int = ATTEMPTS) -> Iterator[tuple[Any, str]]:
     except SaganError:
         raise
     except Exception as error:
+        if storage_errors.lacks_credentials(error):
+            forget_clients()
         if storage_errors.s3_code(error) == "403":
             # The response to HEAD has no body with the reason, but the response to a listing has.
             try:
@@ -354,8 +356,7 @@ def _storage(url: str, attempts: int = ATTEMPTS) -> Iterator[tuple[Any, str]]:
             except Exception as reason:
                 error = reason
         links_to_itself = isinstance(error, OSError) and error.errno == errno.ELOOP
-        no_bucket = storage_errors.s3_code(error) == "NoSuchBucket"
-        if links_to_itself or (isinstance(error, FileNotFoundError) and not no_bucket):
+        if links_to_itself or (isinstance(error, FileNotFoundError) and storage_errors.says_missing(error)):
             raise FileNotFoundError(f"{url} does not exist") from error
         raise storage_errors.fault(url, error) from error
 
@@ -363,7 +364,8 @@ def _storage(url: str, attempts: int = ATTEMPTS) -> Iterator[tuple[Any, str]]:
 class _Arriving(Callback):
     """A callback that ends a download that is too slow or too large.
 
-    The read time-out ends only a download that is silent.
+    The read time-out ends only a download that is silent. The speed counts from the answer of the storage: a request
+    that the client has repeated, because nothing came, has not slowed the download down.
     """
 
     def __init__(self, url: str, advance: Callable[[int], None], most: int | None) -> None:
@@ -372,6 +374,7 @@ class _Arriving(Callback):
 
     def set_size(self, size: int | None) -> None:
         super().set_size(size)
+        self._began = time.monotonic()  # the storage has answered
         if size is not None:
             self._check_size(size)
 
@@ -426,10 +429,10 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 
 def _missing_is_empty(call: Callable[..., Any], path: str, **options: Any) -> list[str]:
-    """Return what `call` lists; [] where `path` does not exist. Raises where the bucket does not exist."""
+    """Return what `call` lists; [] where `path` does not exist. Raises where the storage does not say so."""
     try:
         return list(call(path, **options) or [])
     except FileNotFoundError as error:
-        if storage_errors.s3_code(error) == "NoSuchBucket":
+        if not storage_errors.says_missing(error):
             raise
         return []

@@ -34,6 +34,8 @@ def filesystem(url: str, attempts: int = ATTEMPTS) -> tuple[Any, str]:
     # Servers other than AWS answer a range request with the checksum of the whole object. botocore would reject it.
     os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    # A role's credentials come from the machine's metadata server, which may be busy. botocore asks it once, for 1 s.
+    os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     return _filesystem(protocol, _settings(), os.getpid(), attempts), strip_protocol(url)
 
 
@@ -44,6 +46,11 @@ def _settings() -> tuple[tuple[str, str], ...]:
     """
     names = ("HOME", *(name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")))
     return tuple((name, os.environ.get(name, "")) for name in sorted(names))
+
+
+def forget_clients() -> None:
+    """Create new clients from now on. A client that has found no credentials does not look for them again."""
+    _filesystem.cache_clear()
 
 
 @lru_cache(maxsize=16)

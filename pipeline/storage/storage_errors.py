@@ -38,6 +38,22 @@ def s3_code(error: BaseException) -> str:
     return ""
 
 
+def lacks_credentials(error: BaseException) -> bool:
+    """Return whether an exception says that botocore has found no credentials."""
+    return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+
+
+def says_missing(error: FileNotFoundError) -> bool:
+    """Return whether the storage says that an object does not exist, and not another server or that the bucket is gone.
+
+    S3 names what is missing, except in its answer to HEAD, which has no body. A proxy in front of it may answer 404
+    while it does not know its servers.
+    """
+    code = s3_code(error)
+    operation = getattr(error.__cause__, "operation_name", "")
+    return code != "NoSuchBucket" and (code != "404" or operation.startswith("Head"))
+
+
 def fault(url: str, error: Exception) -> EnvironmentFault:
     """Return the EnvironmentFault that describes an exception of a file system, with its remedy."""
     endpoint = (
@@ -60,8 +76,13 @@ def fault(url: str, error: Exception) -> EnvironmentFault:
         )
     if code.startswith("Expired") or code == "InvalidToken":
         return LastingFault(f"{where}: the credentials have expired ({code})", "get new credentials and start again")
+    if code == "RequestTimeTooSkewed":
+        return EnvironmentFault(
+            f"{where}: the clock of this machine differs from that of the storage by too much (RequestTimeTooSkewed)",
+            "synchronise the machine's clock",
+        )
     kind = type(error).__name__
-    if kind in ("NoCredentialsError", "PartialCredentialsError"):
+    if lacks_credentials(error):
         return LastingFault(
             f"{where}: no credentials found",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use a machine that has a role",

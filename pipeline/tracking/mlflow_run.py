@@ -96,12 +96,14 @@ def check_tracker(uri: str) -> None:
 
 
 def mlflow_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions with which MLflow reports that a server or a database cannot be used."""
+    """Return the exceptions with which MLflow reports that a server, a database or S3 cannot be used."""
     from alembic.util.exc import CommandError
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, OSError, SQLAlchemyError, CommandError
+    return MlflowException, OSError, SQLAlchemyError, CommandError, Boto3Error, BotoCoreError, ClientError
 
 
 def refuses_user(error: Exception) -> bool:

@@ -142,9 +142,10 @@ def _train(
     has nodes. Where the number of workers may change, the same happens when more fit, and after a failure. It also
     happens where Ray Train's controller dies. Returns the last status of the run.
     """
-    job, owner = run.job, run.owner
+    owner = run.owner
     assert owner is not None, "a run that has ended is not trained"
-    beside = worker_group.require_room(job)
+    beside = worker_group.require_room(run.job)
+    job = run.job = worker_group.with_device(run.job)
     if not beside:
         print(
             f"{job.name}: the cluster has no room to score beside training: training waits for each score", flush=True
@@ -159,7 +160,6 @@ def _train(
     scoring = Scoring.of(run, mailbox.sender, evaluation)
     scores = ScoringBeside(scoring) if beside else None
     in_line = None if beside else scoring.in_line(uses_gpu(job.resources.device))
-    workers = _Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))
     here, ends, spent = this_node(), False, False
     with (
         stop_signals("training stops after this step and writes a checkpoint") as signals,
@@ -167,6 +167,7 @@ def _train(
         Console(job, shown_on) as console,
         contextlib.closing(NodeWatch()) as nodes,
         contextlib.closing(worker_group.RoomWatch(job, beside)) as room,
+        contextlib.closing(_Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))) as workers,
     ):
         workers.start()
         training = scoring_goes_on = unheard = True
@@ -211,7 +212,7 @@ def _train(
             if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break
             if not training and (status.stopped or lost):
-                workers.start()
+                workers.start(another.pause_s if lost else 0.0)
                 training = True
         if scores is not None:
             scores.cancel()
@@ -344,15 +345,22 @@ class _Background:
     call: Callable[[], None]
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
+    _closed: threading.Event = field(default_factory=threading.Event)
 
-    def start(self) -> None:
+    def start(self, pause_s: float = 0.0) -> None:
+        """Call it after a pause."""
         self.error = None
         self.done.clear()
-        threading.Thread(target=self._run, daemon=True, name="ray-train").start()
+        threading.Thread(target=self._run, args=(pause_s,), daemon=True, name="ray-train").start()
 
-    def _run(self) -> None:
+    def close(self) -> None:
+        """Do not begin the call any more."""
+        self._closed.set()
+
+    def _run(self, pause_s: float) -> None:
         try:
-            self.call()
+            if not self._closed.wait(pause_s):
+                self.call()
         except BaseException as error:
             self.error = error
         finally:

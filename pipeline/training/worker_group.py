@@ -52,6 +52,15 @@ def require_room(job: TrainJob) -> bool:
     return room()
 
 
+def with_device(job: TrainJob) -> TrainJob:
+    """Return the job with the device that `resources.device: auto` means now.
+
+    A cluster that loses its GPUs for a while must not train on CPUs meanwhile.
+    """
+    device = "cuda" if uses_gpu(job.resources.device) else "cpu"
+    return job.model_copy(update={"resources": job.resources.model_copy(update={"device": device})})
+
+
 def needs(job: TrainJob) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Return what each worker needs, and what each process needs that scores a checkpoint beside training.
 

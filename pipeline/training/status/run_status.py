@@ -35,6 +35,15 @@ from pipeline.training.status.messages import (
 from pipeline.training.status.slow_ranks import RankSeen, silent_ranks, stragglers
 
 
+def steady_clock() -> Callable[[], float]:
+    """Return a clock of Unix time that goes on evenly from now.
+
+    It ignores corrections of the machine's clock, and it stands still while the machine is suspended.
+    """
+    offset = time.time() - time.monotonic()
+    return lambda: offset + time.monotonic()
+
+
 @dataclass
 class Status:
     """The status of a run, as its driver knows it.
@@ -71,7 +80,7 @@ class Status:
             after them.
         logged_images: Number of images between the logs of this driver's groups.
         logged_device_s: Device seconds between these logs.
-        clock: Returns the Unix time in seconds.
+        clock: Returns the Unix time in seconds. It must not jump, because device hours are counted with it.
     """
 
     images: int = 0
@@ -97,7 +106,7 @@ class Status:
     waits: dict[str, Wait] = field(default_factory=dict)
     slow_since_s: dict[int, float] = field(default_factory=dict)
     last_error: str | None = None
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = field(default_factory=steady_clock)
     workers_gone_s: float | None = None
     earlier_device_s: float = 0.0
     held_since_s: float = 0.0

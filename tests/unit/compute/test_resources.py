@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from pipeline.compute.resources import count_fitting, fits
+from pipeline.compute import resources
+from pipeline.compute.resources import count_fitting, fits, wait_for_nodes
 
 
 def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -52,3 +55,23 @@ def test_processes_fit_together(
     fit: bool,
 ) -> None:
     assert fits(nodes, count, each, beside) == fit
+
+
+def test_a_head_that_does_not_answer_for_a_moment_does_not_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def status() -> SimpleNamespace:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise ConnectionError("the head does not answer")
+        state = SimpleNamespace(last_seen_cluster_resource_state_version=2, infeasible_cluster_resource_constraints=[])
+        asked = SimpleNamespace(cluster_resource_state_version=1)
+        return SimpleNamespace(autoscaling_state=state, cluster_resource_state=asked)
+
+    monkeypatch.setattr(resources, "_has_autoscaler", lambda: True)
+    monkeypatch.setattr(resources, "_request_nodes", lambda _: None)
+    monkeypatch.setattr(resources, "_cluster_status", status)
+    monkeypatch.setattr(resources, "_LOOK_S", 0.0)
+    wait_for_nodes([node(1)], lambda: looks >= 5, "a worker")
+    assert looks == 5

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError, EndpointConnectionError
 
 from pipeline.errors import EnvironmentFault, LastingFault
 from pipeline.tracking.mlflow_run import MlflowRun, client
+from pipeline.tracking.registry import registry_errors
 from tests.closed_port import closed_port, url_of
 
 
@@ -112,3 +115,17 @@ def test_a_tracker_that_is_away_later_neither_raises_nor_blocks(caplog: pytest.L
         assert tracker.close(timeout_s=3) == 100
     assert sum("fails; points wait" in message for message in caplog.messages) <= 1
     assert "100 points" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        S3UploadFailedError("an upload failed"),
+        EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
+        ClientError({"Error": {"Code": "SlowDown"}}, "PutObject"),
+    ],
+)
+def test_an_outage_of_the_artifact_store_is_a_fault_of_the_environment(error: Exception) -> None:
+    """MLflow leaves the exceptions of its S3 client to its callers."""
+    with pytest.raises(EnvironmentFault), registry_errors("http://127.0.0.1:1"):
+        raise error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pipeline.compute.cluster import LeavingNode
@@ -247,3 +249,10 @@ def test_the_time_of_an_image_is_that_between_logs_on_all_workers() -> None:
     status.apply(GroupStarted(1200, "000000001200-0", 305.0))
     status.apply(Logged(1300, {}, 310.0))
     assert status.device_s_per_image == (4 * 10 + 2 * 5) / 500
+
+
+def test_a_jump_of_the_machines_clock_is_no_device_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, now = status_of_a_group_on("a", "b"), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 4 * 3600)
+    status.notice_scoring(1.0)
+    assert status.device_hours < 1

@@ -1,13 +1,20 @@
-"""After which exceptions of Ray Train another group of workers starts."""
+"""After which exceptions of Ray Train another group of workers starts, when, and on which device."""
 
 from __future__ import annotations
+
+import threading
+from contextlib import closing
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
-from pipeline.training.worker_group import can_start_again, found_no_room
+from pipeline.compute import devices
+from pipeline.config.job_file import parse_job
+from pipeline.config.schema import TrainJob
+from pipeline.training.driver import _Background
+from pipeline.training.worker_group import can_start_again, found_no_room, needs, with_device
 
 
 @pytest.mark.parametrize(
@@ -28,3 +35,25 @@ def test_a_group_starts_again_after_a_failure_and_where_it_found_no_room(
     assert (can_start_again(error, changes_size=True), found_no_room(error)) == (again, no_room)
     controller_died = isinstance(error, ActorDiedError)
     assert can_start_again(error, changes_size=False) == controller_died, "Ray Train starts a fixed number again itself"
+
+
+def test_a_group_starts_after_its_pause_and_not_after_the_end() -> None:
+    begun = threading.Event()
+    with closing(_Background(begun.set)) as workers:
+        workers.start(0.01)
+        assert begun.wait(60)
+        workers.done.wait(60)
+        begun.clear()
+        workers.start(3600)
+    assert workers.done.wait(60)
+    assert not begun.is_set()
+
+
+def test_a_run_that_began_on_gpus_waits_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"kind": "train", "name": "r", "data": {"train": "set"}, "train": {"kimg": 1, "batch": 16}}
+    job = parse_job(values, "test")
+    assert isinstance(job, TrainJob)
+    for gpus, cpus in ((8.0, 64.0), (0.0, 64.0)):
+        monkeypatch.setattr(devices, "cluster_resources", lambda gpus=gpus, cpus=cpus: {"CPU": cpus, "GPU": gpus})
+        job = with_device(job)
+        assert needs(job)[0]["GPU"] == 1
