@@ -30,6 +30,7 @@ class Server(ABC):
     name: str
     starting_s = 120.0  # longest silence at the start; a start usually takes seconds, and longer on a busy machine
     leaving_s = 30.0  # time limit for the end; Ray needs up to 20 s
+    passing: tuple[str, ...] = ("in use",)  # what the output says, in lower case, where another start may succeed
 
     def __init__(self, *, port: int | None = None, env: dict[str, str] | None = None) -> None:
         """Prepare a server, which `with` starts.
@@ -100,7 +101,8 @@ class Server(ABC):
             self._launch()
             if self._wait():
                 return
-            if "in use" not in self.log.read_text(errors="replace").lower():
+            log = self.log.read_text(errors="replace").lower()
+            if not any(reason in log for reason in self.passing):
                 break
         raise EnvironmentFault(
             f"{self.name} did not start. The last lines of its output are:\n{self._last_lines()}",

@@ -196,6 +196,8 @@ class Ray(Server):
     """A Ray head with a job server. Jobs and workers use the code of this checkout and the `python` of this process."""
 
     name = "Ray"
+    # On a busy machine, the parts of Ray may find each other too late. Ray's time limit of 30 s cannot be set.
+    passing = (*Server.passing, "timed out waiting for node info")
 
     def __init__(self, cpus: int = 4, *, env: dict[str, str] | None = None, port: int | None = None) -> None:
         """Prepare a Ray head, which `with` starts.
