@@ -6,6 +6,7 @@ Ray would wait without a message for resources that do not exist.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], there: Callable[[], b
     Returns at once where the nodes hold the processes, and where the cluster has no autoscaler of Ray's version 2.
     Returns also where the autoscaler says that its node types or their limits do not allow such nodes. Therefore the
     caller checks the cluster after the call. Ray keeps one request for nodes for the whole cluster, and this one
-    replaces another.
+    replaces another. It is repeated where another one replaces it: an actor of Ray Train, which stays in the cluster,
+    sends its own request every 20 s, and that is mostly empty.
 
     Args:
         bundles: Amounts that each process needs, by name ("CPU", "GPU"). A process fits on one node.
@@ -84,7 +86,12 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], there: Callable[[], b
         while not there():
             answer = None
             with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
-                answer = _cluster_status().autoscaling_state
+                status = _cluster_status()
+                if _requested(status) == Counter(frozenset(bundle.items()) for bundle in needed):
+                    answer = status.autoscaling_state
+                else:
+                    _request_nodes(needed)
+                    asked = status.cluster_resource_state.cluster_resource_state_version
             if answer is not None and answer.last_seen_cluster_resource_state_version > asked:
                 if answer.infeasible_cluster_resource_constraints:
                     return
@@ -122,6 +129,15 @@ def _cluster_status() -> Any:
 
     client = ray._private.worker.global_worker.gcs_client  # `ray.autoscaler.v2.sdk` opens a connection for each call
     return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10))
+
+
+def _requested(status: Any) -> Counter[frozenset[tuple[str, float]]]:
+    """Return the request for nodes that the cluster has now: the number of processes by what each one needs."""
+    bundles: Counter[frozenset[tuple[str, float]]] = Counter()
+    for constraint in status.cluster_resource_state.cluster_resource_constraints:
+        for row in constraint.resource_requests:
+            bundles[frozenset(row.request.resources_bundle.items())] += row.count
+    return bundles
 
 
 def shown_amounts(cpus: float, gpus: float) -> str:

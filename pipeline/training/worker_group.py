@@ -118,6 +118,7 @@ class RoomWatch:
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_S):
+            _ask_autoscaler(self._job, self._job.train.workers)  # an actor of Ray Train replaces the request
             with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
                 fits = _fitting(self._job, self._beside) > 0
                 self._since = (self._since or time.monotonic()) if fits else None

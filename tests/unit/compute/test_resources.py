@@ -57,21 +57,35 @@ def test_processes_fit_together(
     assert fits(nodes, count, each, beside) == fit
 
 
-def test_a_head_that_does_not_answer_for_a_moment_does_not_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = 0
+def test_a_wait_for_nodes_outlives_a_silent_head_and_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor of Ray Train replaces the request for nodes by an empty one. Without it, no autoscaler adds nodes."""
+    looks, requested = 0, list[list[dict[str, float]]]()
+
+    def request(bundles: list[dict[str, float]]) -> None:
+        requested.append(bundles)
 
     def status() -> SimpleNamespace:
         nonlocal looks
         looks += 1
         if looks == 3:
             raise ConnectionError("the head does not answer")
-        state = SimpleNamespace(last_seen_cluster_resource_state_version=2, infeasible_cluster_resource_constraints=[])
-        asked = SimpleNamespace(cluster_resource_state_version=1)
+        if looks == 4:
+            requested.append([])
+        rows = [SimpleNamespace(request=SimpleNamespace(resources_bundle=bundle), count=1) for bundle in requested[-1]]
+        asked = SimpleNamespace(
+            cluster_resource_state_version=looks,
+            cluster_resource_constraints=[SimpleNamespace(resource_requests=rows)],
+        )
+        state = SimpleNamespace(
+            last_seen_cluster_resource_state_version=looks + 1, infeasible_cluster_resource_constraints=looks == 8
+        )
         return SimpleNamespace(autoscaling_state=state, cluster_resource_state=asked)
 
     monkeypatch.setattr(resources, "_has_autoscaler", lambda: True)
-    monkeypatch.setattr(resources, "_request_nodes", lambda _: None)
+    monkeypatch.setattr(resources, "_request_nodes", request)
     monkeypatch.setattr(resources, "_cluster_status", status)
     monkeypatch.setattr(resources, "_LOOK_S", 0.0)
-    wait_for_nodes([node(1)], lambda: looks >= 5, "a worker")
-    assert looks == 5
+    needed = {"CPU": 1.0}
+    wait_for_nodes([needed], lambda: False, "a worker")
+    assert looks == 8, "the wait ends where the autoscaler says that it has no such nodes"
+    assert requested == [[needed], [], [needed], []]
