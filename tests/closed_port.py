@@ -1,4 +1,4 @@
-"""A port at which nobody listens, and nobody else can."""
+"""A port that stays closed: nobody listens there, and no other program can."""
 
 from __future__ import annotations
 

@@ -429,7 +429,7 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 
 def _missing_is_empty(call: Callable[..., Any], path: str, **options: Any) -> list[str]:
-    """Return what `call` lists; [] where `path` does not exist. Raises where the storage does not say so."""
+    """Return what `call` lists; [] where the storage says that `path` does not exist."""
     try:
         return list(call(path, **options) or [])
     except FileNotFoundError as error:

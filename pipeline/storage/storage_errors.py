@@ -44,10 +44,10 @@ def lacks_credentials(error: BaseException) -> bool:
 
 
 def says_missing(error: FileNotFoundError) -> bool:
-    """Return whether the storage says that an object does not exist, and not another server or that the bucket is gone.
+    """Return whether the storage itself says that an object does not exist.
 
-    S3 names what is missing, except in its answer to HEAD, which has no body. A proxy in front of it may answer 404
-    while it does not know its servers.
+    S3 names what is missing: the object or the bucket. Its answer to HEAD is an exception, because it has no body. A
+    404 without a name comes from a proxy that has lost the storage for a while.
     """
     code = s3_code(error)
     operation = getattr(error.__cause__, "operation_name", "")

@@ -170,6 +170,7 @@ def _train(
         contextlib.closing(_Background(lambda: worker_group.run_workers(run, mailbox.sender, in_line))) as workers,
     ):
         workers.start()
+        groups = status.groups
         training = scoring_goes_on = unheard = True
         while training or scoring_goes_on or unheard:
             if training:
@@ -212,8 +213,9 @@ def _train(
             if isinstance(status.failure, LostRun) or (left and ends) or (failed and not training):
                 break
             if not training and (status.stopped or lost):
-                workers.start(another.pause_s if lost else 0.0)
-                training = True
+                never_asked = lost and status.groups == groups  # a group that asks gets its pause as the answer
+                workers.start(another.pause_s if never_asked else 0.0)
+                groups, training = status.groups, True
         if scores is not None:
             scores.cancel()
     if signals:
@@ -348,13 +350,13 @@ class _Background:
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def start(self, pause_s: float = 0.0) -> None:
-        """Call it after a pause."""
+        """Begin the call after a pause in seconds, unless `close` comes first."""
         self.error = None
         self.done.clear()
         threading.Thread(target=self._run, args=(pause_s,), daemon=True, name="ray-train").start()
 
     def close(self) -> None:
-        """Do not begin the call any more."""
+        """Prevent a call that has not begun. A call that has begun is not ended."""
         self._closed.set()
 
     def _run(self, pause_s: float) -> None:

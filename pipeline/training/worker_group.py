@@ -25,6 +25,7 @@ from pipeline.training.score_while_training import Scoring
 from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.worker.training_loop import train_worker
 
+_JOIN_S = 20.0  # limit for the end of a thread that waits for an answer of the cluster's head
 _LOOK_S = 1.0  # seconds between two looks at the free resources of the cluster
 _SETTLE_S = 10.0  # the resources of an ended group become free after some seconds
 _UPLOAD_S = (
@@ -96,13 +97,15 @@ class RoomWatch:
         self._group = 0
         self._since: float | None = None
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="room", daemon=True)
         if job.train.changes_size:
             _ask_autoscaler(job, job.train.workers)
-            threading.Thread(target=self._watch, name="room", daemon=True).start()
+            self._thread.start()
 
     def close(self) -> None:
         if self._job.train.changes_size:
             self._ended.set()
+            self._thread.join(_JOIN_S)  # it must not ask for nodes once more after the request was withdrawn
             _ask_autoscaler(self._job, 0)
 
     def grown(self, group: int, workers: int) -> bool:

@@ -229,7 +229,7 @@ def test_micro_batches_on_four_ranks(trained):
 
 
 def forked(function, size, folder):
-    """Run `function(rank, size, folder)` in processes that need not each import torch and what it imports later."""
+    """Run `function(rank, size, folder)` in `size` processes, forked from one that has imported torch."""
     mp.set_forkserver_preload(["sagan", "torch._dynamo"])
     mp.start_processes(function, (size, folder), nprocs=size, start_method="forkserver")
 

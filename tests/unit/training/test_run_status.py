@@ -253,6 +253,7 @@ def test_the_time_of_an_image_is_that_between_logs_on_all_workers() -> None:
 
 def test_a_jump_of_the_machines_clock_is_no_device_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     status, now = status_of_a_group_on("a", "b"), time.time
+    assert status.clock is not now, "a clock that is bound already would not see the jump"
     monkeypatch.setattr(time, "time", lambda: now() + 4 * 3600)
     status.notice_scoring(1.0)
     assert status.device_hours < 1
