@@ -17,6 +17,7 @@ from pipeline.errors import EnvironmentFault
 from pipeline.runs.json_records import Wait
 
 _LOOK_S = 1.0  # seconds between two looks at the cluster
+_END_ACTOR_S = 60.0  # limit for the end of an actor; a head that is restarted answers by then
 _SILENT_S = 60.0  # an autoscaler that has not looked at a request by then does not run; it looks every few seconds
 
 
@@ -262,3 +263,21 @@ def release_placement_groups(groups: PlacementGroups) -> None:
 
     for identifier in groups.orphaned:
         remove_placement_group(PlacementGroup(identifier))
+
+
+def end_actor(actor_id: str) -> None:
+    """End an actor of this driver that does not answer, and remove its placement groups.
+
+    Waits at most 60 seconds until the cluster's head knows that the actor is dead. An actor that the driver cannot
+    reach may be alive, and would start its workers again.
+    """
+    import ray
+
+    actor, until = ray.ActorID.from_hex(actor_id), time.monotonic() + _END_ACTOR_S
+    while time.monotonic() < until:
+        with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
+            if ray._private.state.actors(actor_id).get("State", "DEAD") == "DEAD":
+                release_placement_groups(placement_groups())
+                return
+            ray._private.worker.global_worker.core_worker.kill_actor(actor, True)  # `ray.kill` without a handle
+        time.sleep(_LOOK_S)

@@ -175,7 +175,7 @@ def feature_actors(section: EvaluateSection, load: Callable[[str], Extractor]) -
         "evaluation workers",
         section.cpus,
         section.gpus,
-        lambda fit: f"set evaluate.workers={fit}, lower evaluate.cpus or evaluate.gpus, or add nodes",
+        lambda fit: f"set evaluate.workers={max(1, fit)}, lower evaluate.cpus or evaluate.gpus, or add nodes",
     )
     make = partial(FeatureWorker, load, max(1, int(section.cpus)), bool(section.gpus))
     return ActorPool(make, section.workers, section.cpus, section.gpus)

@@ -136,6 +136,8 @@ class RunRecord(Record):
     """Number of images that were trained on and were in no checkpoint when workers died."""
     device_hours: Amount = 0.0
     """Device hours that the run had held at the newest start or checkpoint, over all drivers."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Device on which the run trains; None before it has started."""
     data: RecordedData
     evaluate: RecordedEvaluation
     init: RecordedInit | None = None

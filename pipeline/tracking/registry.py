@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,6 +35,7 @@ CHAMPION = "champion"
 FILES_SHA256 = "files_sha256"
 ATTEMPTS = 10  # attempts of a change that another process may undo
 MOST_VERSIONS = 200_000  # MLflow lists at most this many versions at once
+_SHOWN = 20  # models that an error names
 
 
 @dataclass(frozen=True)
@@ -286,14 +287,18 @@ def _resolve(uri: str, model_uri: str) -> tuple[str, Version]:
         champion_of(uri, name, alias) if alias else next((v for v in known if v.number == int(match["number"])), None)
     )
     if version is None:
-        names = ", ".join(model.name for model in client(uri).search_registered_models(max_results=20))
-        raise UsageError(
-            f"{model_uri} is not in the registry at {uri}",
-            f"choose one of the versions of {name}: {', '.join(str(v.number) for v in known)}"
-            if known
-            else f"choose one of the registered models: {names or '(there are none)'}",
-        )
+        raise UsageError(f"{model_uri} is not in the registry at {uri}", _choice(uri, name, known))
     return name, version
+
+
+def _choice(uri: str, name: str, known: Sequence[Version]) -> str:
+    """Return what to choose instead of a version of model `name` that does not exist. `known` are those that do."""
+    if known:
+        return f"choose one of the versions of {name}: {', '.join(str(version.number) for version in known)}"
+    newest = client(uri).search_registered_models(max_results=_SHOWN, order_by=["last_updated_timestamp DESC"])
+    if not newest:
+        return "train with track.register: true; the registry has no model yet"
+    return f"choose one of the registered models; the newest are {', '.join(model.name for model in newest)}"
 
 
 def _ensure_model(mlflow: Any, name: str) -> None:

@@ -144,8 +144,9 @@ def _train(
     """
     owner = run.owner
     assert owner is not None, "a run that has ended is not trained"
-    beside = worker_group.require_room(run.job)
-    job = run.job = worker_group.with_device(run.job)
+    job = run.job = worker_group.with_device(run.job, run.record.device)
+    run.record = run.record.model_copy(update={"device": job.resources.device})
+    beside = worker_group.require_room(job)
     if not beside:
         print(
             f"{job.name}: the cluster has no room to score beside training: training waits for each score", flush=True
@@ -205,7 +206,8 @@ def _train(
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
             lost = not training and _are_lost(workers.error, status, job)
             if lost:
-                status.apply(GroupLost(worker_group.found_no_room(workers.error)))
+                fault = workers.error if isinstance(workers.error, EnvironmentFault) else None
+                status.apply(GroupLost(worker_group.found_no_room(workers.error), fault))
                 another = next_start([*status.attempts, []], job.train.max_failures)
                 status.failure = status.failure or another.refusal  # the next group might be lost before it asks
             failed = status.failure is not None or (workers.error is not None and not lost)

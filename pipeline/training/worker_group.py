@@ -5,22 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from typing import Literal
 
 from pipeline.compute.cluster import connect, ray_storage, this_node
 from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.mailbox import Sender
 from pipeline.compute.resources import (
     count_fitting,
+    end_actor,
     fits,
     free_resources,
     node_resources,
-    placement_groups,
-    release_placement_groups,
     require_resources,
     wait_for_nodes,
 )
 from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
+from pipeline.errors import EnvironmentFault, LastingFault
 from pipeline.training.score_while_training import Scoring
 from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.worker.training_loop import train_worker
@@ -44,21 +45,29 @@ def require_room(job: TrainJob) -> bool:
     connect(least_cpus(job))
     key = "train.workers" if job.train.min_workers is None else "train.min_workers"
     worker, scoring = needs(job)
+    smaller = "resources.device=cpu" if worker["GPU"] else "resources.cpus_per_worker to fewer"
+
+    def remedy(fit: int) -> str:
+        return f"set {f'{key}={fit}' if fit else smaller}, or add nodes"
 
     def room() -> bool:
         return fits(node_resources(), workers, worker, scoring)
 
     wait_for_nodes([worker] * workers + scoring, room, f"{workers} workers and scores beside them")
-    require_resources(workers, "workers", worker["CPU"], worker["GPU"], lambda fit: f"set {key}={fit} or add nodes")
+    require_resources(workers, "workers", worker["CPU"], worker["GPU"], remedy)
     return room()
 
 
-def with_device(job: TrainJob) -> TrainJob:
-    """Return the job with the device that `resources.device: auto` means now.
+def with_device(job: TrainJob, trained_on: Literal["cpu", "cuda"] | None) -> TrainJob:
+    """Return the job with the device that `resources.device: auto` means.
 
-    A cluster that loses its GPUs for a while must not train on CPUs meanwhile.
+    It is the device on which the run has trained, or else what the cluster has now. A run whose cluster has lost its
+    GPUs for a while must not train on CPUs meanwhile.
     """
-    device = "cuda" if uses_gpu(job.resources.device) else "cpu"
+    device = job.resources.device
+    if device == "auto":
+        connect(least_cpus(job))
+        device = trained_on or ("cuda" if uses_gpu("auto") else "cpu")
     return job.model_copy(update={"resources": job.resources.model_copy(update={"device": device})})
 
 
@@ -155,15 +164,16 @@ def _number(job: TrainJob, beside: bool) -> int:
 def can_start_again(error: BaseException | None, changes_size: bool) -> bool:
     """Return whether the driver starts another group after an exception of `run_workers`.
 
-    It does where the process of Ray Train's controller died, which nobody else starts again. Where the number of
-    workers may change, it also does where a group failed, or found no room in time.
+    It does where the process of Ray Train's controller died or cannot be reached, which nobody else starts again, and
+    where it could not start because the storage is away. Where the number of workers may change, it also does where a
+    group failed, or found no room in time.
     """
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import RayActorError
     from ray.train import ControllerError, PreemptionError, WorkerGroupError
     from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 
-    if isinstance(error, ActorDiedError) or not changes_size:
-        return isinstance(error, ActorDiedError)
+    if isinstance(error, RayActorError | EnvironmentFault) or not changes_size:
+        return isinstance(error, RayActorError | EnvironmentFault) and not isinstance(error, LastingFault)
     if isinstance(error, ControllerError):
         return isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS)  # as Ray Train would try again
     return isinstance(error, WorkerGroupError | PreemptionError)
@@ -183,13 +193,13 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
     Ray Train starts failed workers again without limit, in the same number. Where the number may change, and where its
     controller died, it raises an exception instead, and the caller calls again. The driver decides about each start
     (`restart_budget`). Ray Train knows nothing of the checkpoints: it would end the run where storage fails while it
-    writes its own records.
+    writes its own records. Raises EnvironmentFault where the controller could not start because the storage is away.
 
     Args:
         driver: Takes the messages of the workers.
         score_in_line: Scores a checkpoint on rank 0 while the other ranks wait; None where tasks beside training score.
     """
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -238,7 +248,8 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
     )
     try:
         trainer.fit()
-    except ActorDiedError:  # the controller; Ray would keep what it reserved for its workers until the driver ends
-        with suppress(Exception):  # the head does not answer
-            release_placement_groups(placement_groups())
+    except RayActorError as error:  # of the controller
+        end_actor(error.actor_id)  # Ray would keep what it reserved for its workers until the driver ends
+        if error.actor_init_failed:  # it reads its own records first
+            run.stored.checkpoints()
         raise

@@ -44,7 +44,7 @@ from pipeline.runs.stored_run import StoredRun
 from pipeline.tracking.mlflow_run import client
 from tests.faults.kills import KEYS, last_checkpoint, points_by_key
 from tests.faults.storage_proxy import FaultProxy, fault_proxy
-from tests.system.command_process import Driver, end_drivers, ray_workers, training_workers
+from tests.system.command_process import Driver, end_drivers, head_process, ray_workers, training_workers
 from tests.system.ray_node import RayNode
 
 STEP, INTERVAL, SCORED, LENGTH = 32, 320, 640, 1600  # images of a step, between checkpoints and scores, and of the run
@@ -456,6 +456,18 @@ def _stop_rank(run: Run) -> None:
         time.sleep(run.dice.uniform(1, 15))
 
 
+def _kill_controller(run: Run) -> None:
+    os.kill(run.process("TrainController"), signal.SIGKILL)
+
+
+def _kill_controller_unheard(run: Run) -> None:
+    """The head is stopped while the controller dies. The driver loses its connection and does not hear of the death."""
+    controller = run.process("TrainController")
+    with _stopped(head_process(run.cluster.address)):
+        os.kill(controller, signal.SIGKILL)
+        time.sleep(run.dice.uniform(5, 10))  # Ray waits a second for news of an actor that it has lost
+
+
 def _lose_last_messages(run: Run) -> None:
     """The driver is stopped until its workers have ended. The mailbox dies with their last messages."""
     with _stopped(run.driver.process.pid):
@@ -505,9 +517,8 @@ EVENTS = {
     "worker": Event(_GROUP, _kill_worker, kills=True, restarts=True),
     "rank0": Event(("step", "checkpoint"), _kill_rank0, kills=True, restarts=True),
     "driver": Event((*_GROUP, "score"), _kill_driver, kills=True, restarts=True),
-    "controller": Event(
-        _GROUP, lambda run: os.kill(run.process("TrainController"), signal.SIGKILL), kills=True, restarts=True
-    ),
+    "controller": Event(_GROUP, _kill_controller, kills=True, restarts=True),
+    "controller-unheard": Event(_GROUP, _kill_controller_unheard, kills=True, restarts=True),
     "mailbox": Event((*_GROUP, "score"), lambda run: os.kill(run.process("_Actor"), signal.SIGKILL)),
     "mailbox-end": Event(("late step",), _lose_last_messages, restarts=True),
     "scoring": Event(("score",), lambda run: os.kill(run.process("_call"), signal.SIGKILL)),

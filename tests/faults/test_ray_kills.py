@@ -35,6 +35,8 @@ def test_recovery_is_the_longest_time_without_a_step_after_the_event(
 def test_a_run_whose_controller_is_killed_goes_on_by_itself(tmp_path: Path) -> None:
     """Seed 7 kills it during the steps. A controller that dies before its workers have started restarts nothing."""
     with cluster(tmp_path) as made:
-        result = check("controller", 7, made, train_undisturbed(made))
-    assert result.moment.phase == "step"
-    assert result.ended.restarts == 1
+        undisturbed = train_undisturbed(made)
+        for event in ("controller", "controller-unheard"):
+            result = check(event, 7, made, undisturbed)
+            assert result.moment.phase == "step"
+            assert result.ended.restarts == 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,14 @@ def ray_workers(actor: str, cluster: str) -> list[int]:
             if ours and command.startswith(f"ray::{actor}".encode()):
                 found.append(int(entry.name))
     return found
+
+
+def head_process(cluster: str) -> int:
+    """Process id of the server (GCS) that keeps the state of the cluster at HOST:PORT, on this machine."""
+    option = f"--gcs_server_port={cluster.rpartition(':')[2]}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if option in (entry / "cmdline").read_bytes().split(b"\0"):
+                    return int(entry.name)
+    raise LookupError(f"no server of the cluster at {cluster} runs on this machine")

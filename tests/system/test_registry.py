@@ -527,6 +527,8 @@ def test_processes_that_register_and_promote_at_a_time_end_at_the_best(
 def test_a_model_that_is_not_there_is_said_with_those_that_are(
     server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path
 ) -> None:
+    for number in range(20):  # an error names so many models
+        client(server.uri).create_registered_model(f"0-{name}-{number}")
     registry.register(server.uri, name, folder, run_id, tags(1.0))
     for uri in (f"models:/{name}@champion", f"models:/{name}/7"):
         with pytest.raises(UsageError, match=uri) as caught:

@@ -157,7 +157,7 @@ class Status:
                 if self.nodes and not self.grows:
                     self.grows = True
                     self.lines.append("more workers fit: a checkpoint is written, and more workers start")
-            case GroupLost(found_no_room):
+            case GroupLost(found_no_room, fault):
                 if found_no_room and not self._no_room:
                     self._no_room = True
                     self.lines.append("the workers have found no room in time, and as many as fit start")
@@ -165,6 +165,9 @@ class Status:
                     self.lines.append("the workers are gone, and others start")
                 if not (found_no_room or self.stopped or self._counted):
                     self.attempts.append([])
+                if fault is not None and self.attempts:
+                    self.attempts[-1].append(WorkerFailed(fault, self.images, type(fault).__name__))
+                    self.lines.append(f"the workers could not start: {fault.message}")
                 self._counted = False
                 self._end_group()
                 self.workers_gone_s = self.workers_gone_s or self.clock()

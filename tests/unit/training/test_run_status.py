@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipeline.compute.cluster import LeavingNode
-from pipeline.errors import SaganError
+from pipeline.errors import EnvironmentFault, SaganError
 from pipeline.training.restart_budget import next_start
 from pipeline.training.status.messages import (
     Alive,
@@ -113,6 +113,16 @@ def test_groups_that_are_lost_before_they_ask_count_as_failures() -> None:
     status.apply(LOST)  # of a group that has not asked either
     status.apply(GroupLost(found_no_room=False))
     assert next_start([*status.attempts, []], 2).refusal is not None
+
+
+def test_groups_that_could_not_start_without_storage_end_the_run_with_the_fault_of_storage() -> None:
+    status = Status()
+    for _ in range(2):
+        status.apply(GroupLost(found_no_room=False, fault=EnvironmentFault("s3://b does not answer", "start it")))
+    refusal = next_start([*status.attempts, []], 1).refusal
+    assert isinstance(refusal, EnvironmentFault)
+    assert "the last error: s3://b does not answer" in refusal.message
+    assert status.lines[-1] == "the workers could not start: s3://b does not answer"
 
 
 def test_a_group_that_is_lost_while_it_leaves_has_not_failed() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
+from typing import Literal
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from pipeline.compute import devices
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
+from pipeline.errors import EnvironmentFault, LastingFault
+from pipeline.training import worker_group
 from pipeline.training.driver import _Background
 from pipeline.training.worker_group import can_start_again, found_no_room, needs, with_device
 
@@ -23,6 +26,9 @@ from pipeline.training.worker_group import can_start_again, found_no_room, needs
         (None, False, False),
         (RuntimeError("no such function"), False, False),
         (ActorDiedError(), True, False),
+        (ActorUnavailableError("connection reset", None), True, False),
+        (EnvironmentFault("the storage does not answer"), True, False),
+        (LastingFault("the keys have expired"), False, False),
         (ControllerError(ValueError("no such resource")), False, False),
         (ControllerError(WorkerGroupStartupTimeoutError(2)), True, True),
         (ControllerError(WorkerGroupStartupFailedError("an actor died while it started")), True, False),
@@ -33,8 +39,8 @@ def test_a_group_starts_again_after_a_failure_and_where_it_found_no_room(
     error: BaseException | None, again: bool, no_room: bool
 ) -> None:
     assert (can_start_again(error, changes_size=True), found_no_room(error)) == (again, no_room)
-    controller_died = isinstance(error, ActorDiedError)
-    assert can_start_again(error, changes_size=False) == controller_died, "Ray Train starts a fixed number again itself"
+    of_controller = again and isinstance(error, RayActorError | EnvironmentFault)
+    assert can_start_again(error, changes_size=False) == of_controller, "Ray Train starts a fixed number again itself"
 
 
 def test_a_group_starts_after_its_pause_and_not_after_the_end() -> None:
@@ -53,7 +59,12 @@ def test_a_run_that_began_on_gpus_waits_for_gpus(monkeypatch: pytest.MonkeyPatch
     values = {"kind": "train", "name": "r", "data": {"train": "set"}, "train": {"kimg": 1, "batch": 16}}
     job = parse_job(values, "test")
     assert isinstance(job, TrainJob)
-    for gpus, cpus in ((8.0, 64.0), (0.0, 64.0)):
-        monkeypatch.setattr(devices, "cluster_resources", lambda gpus=gpus, cpus=cpus: {"CPU": cpus, "GPU": gpus})
-        job = with_device(job)
-        assert needs(job)[0]["GPU"] == 1
+    monkeypatch.setattr(worker_group, "connect", lambda least_cpus: None)
+    cases: list[tuple[float, Literal["cuda"] | None]] = [(8.0, None), (0.0, "cuda")]
+    for gpus, trained_on in cases:
+        monkeypatch.setattr(devices, "cluster_resources", lambda gpus=gpus: {"CPU": 64.0, "GPU": gpus})
+        started = with_device(job, trained_on)
+        assert started.resources.device == "cuda"
+        assert needs(started)[0]["GPU"] == 1
+    explicit = job.model_copy(update={"resources": job.resources.model_copy(update={"device": "cpu"})})
+    assert needs(with_device(explicit, "cuda"))[0]["GPU"] == 0
