@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
 from pipeline.config.locations import sqlite_uri
-from pipeline.errors import UsageError
+from pipeline.errors import EnvironmentFault, UsageError
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,10 @@ class MlflowServer(Server):
         }
 
 
+LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes of the path of a temporary folder below which Python's multiprocessing can make a socket, on Linux."""
+
+
 class Ray(Server):
     """A Ray head with a job server. Jobs and workers use the code of this checkout and the `python` of this process."""
 
@@ -211,6 +216,15 @@ class Ray(Server):
         self.cpus = cpus
         self.gcs_port = 0
         self.token = secrets.token_hex(32)
+
+    def _start(self) -> None:
+        temporary = self._env.get("TMPDIR") or tempfile.gettempdir()
+        if len(os.fsencode(temporary)) > LONGEST_TMPDIR:
+            raise EnvironmentFault(
+                f"the path of the temporary folder {temporary} is too long for the sockets of Ray's dashboard",
+                f"set TMPDIR to a folder whose path has at most {LONGEST_TMPDIR} bytes",
+            )
+        super()._start()
 
     def command(self) -> list[str]:
         self.gcs_port = free_port()

@@ -304,8 +304,8 @@ class ResourcesSection(Section):
     """Resources of each worker."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the workers. `auto` gives each worker a GPU where the cluster has GPUs when the run starts for the first
-    time, else CPUs. A run that is resumed keeps its device."""
+    """Device of the workers. `auto` gives each worker a GPU where the cluster has GPUs at the run's first start, else
+    CPUs. A run that is resumed keeps its device."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """Number of CPUs per worker. Rounded down, but at least 1, it is also the worker's OMP_NUM_THREADS."""
     price_per_device_hour: float | None = Field(None, ge=1e-6, le=1e9)

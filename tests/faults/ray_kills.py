@@ -147,10 +147,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """Start the servers and the nodes. In the `with` block, this process has the credentials of the servers."""
-    (folder / "tmp").mkdir()
     with ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="sagan-ray-kills-", dir="/tmp")))
+        (folder / "tmp").mkdir()  # a short path, as Ray needs
         s3 = held.enter_context(S3(folder / "s3"))
         bucket = s3.bucket(Cluster.bucket)
         mlflow = held.enter_context(MlflowServer(folder / "mlflow", artifacts=f"{bucket}/mlflow"))
@@ -648,7 +649,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=EVENTS, default=[*EVENTS], help="events, which take turns")
     options = parser.parse_args()
     runs, held = Counter[str](), defaultdict[str, list[Result]](list)
-    with tempfile.TemporaryDirectory(prefix="sagan-ray-kills-") as folder, cluster(Path(folder)) as made:
+    with cluster() as made:
         undisturbed = train_undisturbed(made)
         print(f"undisturbed: {undisturbed.seconds:.1f} s, with packing and the training of a classifier", flush=True)
         for seed in range(options.first, options.first + options.seeds):

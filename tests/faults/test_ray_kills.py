@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pipeline.runs.checkpoints import LoggedPoint
@@ -32,9 +30,9 @@ def test_recovery_is_the_longest_time_without_a_step_after_the_event(
 @pytest.mark.system
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_a_run_whose_controller_is_killed_goes_on_by_itself(tmp_path: Path) -> None:
+def test_a_run_whose_controller_is_killed_goes_on_by_itself() -> None:
     """Seed 7 kills it during the steps. A controller that dies before its workers have started restarts nothing."""
-    with cluster(tmp_path) as made:
+    with cluster() as made:
         undisturbed = train_undisturbed(made)
         for event in ("controller", "controller-unheard"):
             result = check(event, 7, made, undisturbed)

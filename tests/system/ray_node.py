@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
 
@@ -65,7 +65,8 @@ class RayNode(Server):
         """End all processes of the node at once, without notice."""
         _, *processes = self.pids
         for process in processes:
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # a process of the node may end by itself meanwhile
+                os.kill(process, signal.SIGKILL)
         self.wait_for_end()
 
     def wait_for_end(self) -> None:

@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError
 import infra.local.server_process
 from infra.local import end_with_parent
 from infra.local.server_process import BIN, CHECKOUT, free_port
-from infra.local.servers import S3, Credentials, MlflowServer, Ray
+from infra.local.servers import LONGEST_TMPDIR, S3, Credentials, MlflowServer, Ray
 from infra.local.state_folder import local_mlflow, local_s3
 from pipeline.errors import EnvironmentFault, LastingFault
 from pipeline.tracking import registry
@@ -323,3 +323,17 @@ def listeners_of_a_run(folder, environment, name, others):
     run.signal(signal.SIGINT)
     assert run.end() == 130, run.output
     return found
+
+
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_named(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * (LONGEST_TMPDIR - len(str(tmp_path)) - 1))
+    deep.mkdir()
+    long = deep.with_name(deep.name + "x")
+    long.mkdir()
+    listens = "from multiprocessing.connection import Listener; Listener(family='AF_UNIX')"
+    for folder, works in ((deep, True), (long, False)):
+        done = subprocess.run([sys.executable, "-c", listens], env=os.environ | {"TMPDIR": str(folder)}, check=False)
+        assert (done.returncode == 0) == works
+    with pytest.raises(EnvironmentFault, match="is too long for the sockets") as caught, Ray(env={"TMPDIR": str(long)}):
+        pass
+    assert caught.value.remedy.startswith("set TMPDIR")
