@@ -265,19 +265,21 @@ def release_placement_groups(groups: PlacementGroups) -> None:
         remove_placement_group(PlacementGroup(identifier))
 
 
-def end_actor(actor_id: str) -> None:
+def end_actor(actor_id: str | None) -> None:
     """End an actor of this driver that does not answer, and remove its placement groups.
 
     Waits at most 60 seconds until the cluster's head knows that the actor is dead. An actor that the driver cannot
-    reach may be alive, and would start its workers again.
+    reach may be alive, and would start its workers again. Where Ray's error has not said which actor it was, only the
+    placement groups of actors that are dead are removed.
     """
     import ray
 
-    actor, until = ray.ActorID.from_hex(actor_id), time.monotonic() + _END_ACTOR_S
+    until = time.monotonic() + _END_ACTOR_S
     while time.monotonic() < until:
         with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
-            if ray._private.state.actors(actor_id).get("State", "DEAD") == "DEAD":
+            if actor_id is None or ray._private.state.actors(actor_id).get("State", "DEAD") == "DEAD":
                 release_placement_groups(placement_groups())
                 return
-            ray._private.worker.global_worker.core_worker.kill_actor(actor, True)  # `ray.kill` without a handle
+            core = ray._private.worker.global_worker.core_worker
+            core.kill_actor(ray.ActorID.from_hex(actor_id), True)  # `ray.kill` without a handle
         time.sleep(_LOOK_S)

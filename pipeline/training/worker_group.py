@@ -172,8 +172,10 @@ def can_start_again(error: BaseException | None, changes_size: bool) -> bool:
     from ray.train import ControllerError, PreemptionError, WorkerGroupError
     from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 
-    if isinstance(error, RayActorError | EnvironmentFault) or not changes_size:
-        return isinstance(error, RayActorError | EnvironmentFault) and not isinstance(error, LastingFault)
+    if isinstance(error, RayActorError | EnvironmentFault):
+        return not isinstance(error, LastingFault)
+    if not changes_size:
+        return False
     if isinstance(error, ControllerError):
         return isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS)  # as Ray Train would try again
     return isinstance(error, WorkerGroupError | PreemptionError)

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from pipeline.compute.resources import placement_groups
+from pipeline.compute.resources import end_actor, placement_groups
 from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
@@ -70,6 +70,20 @@ def test_a_trial_gives_its_room_back_as_soon_as_its_process_has_died_and_another
         assert not room.may_start(2), "the second trial will take what is free"
     for group in kept:
         remove_placement_group(group)
+
+
+def test_an_actor_that_its_driver_gives_up_ends_and_gives_its_room_back() -> None:
+    for is_known in (True, False):
+        actor = ray.remote(Controller).options(num_cpus=0).remote()
+        group = ray.get(actor.make.remote(1))
+        if not is_known:
+            ray.kill(actor)
+            while not placement_groups().orphaned:
+                time.sleep(0.05)
+        end_actor(actor._actor_id.hex() if is_known else None)
+        assert states(group) == ["REMOVED"]
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(actor.make.remote(1))
 
 
 def test_a_task_says_when_it_has_got_its_room() -> None:
