@@ -20,7 +20,8 @@ def test_the_digits_train_on_the_device(tmp_path):
         "evaluate.gpus=0",
         "resources.device=cuda",
     ]
-    environment = {**os.environ, "SAGAN_BUCKET": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "SAGAN_BUCKET": str(tmp_path), "PYTHONPATH": paths}
     command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "jobs" / "quickstart.yaml"), *overrides]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
