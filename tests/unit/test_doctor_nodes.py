@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import TCPStore
 
 from pipeline.doctor.check import Check
-from pipeline.doctor.network import Link, rounds
+from pipeline.doctor.network import Link, all_reduce, rounds
 from pipeline.doctor.nodes import GPU, NodeFacts, node_facts, odd_clocks, odd_links, odd_nodes
 
 USUAL = NodeFacts([], {"code": "1a", "torch": "2.13.0", GPU: "H200"}, disk_mb_s=900.0, open_files=65536)
@@ -52,6 +56,20 @@ def test_a_pair_that_fails_and_a_slow_pair_are_named() -> None:
     links = [Link(("a", "b"), 10.0), Link(("a", "c"), 2.0), Link(("b", "c"), error="no route"), Link(("a", "d"), 9.0)]
     assert named(odd_links(links)) == [("b and c", "fail"), ("a and c", "warn")]
     assert odd_links([]) == []
+
+
+def test_the_limit_of_a_pair_begins_when_both_ends_are_there() -> None:
+    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        seconds = [pool.submit(end_of_a_pair, store.port, rank) for rank in range(2)]
+        assert all(future.result() > 0 for future in seconds)
+
+
+def end_of_a_pair(port: int, rank: int) -> float:
+    """An end of a pair. The second one starts later than the limit allows for the connection."""
+    limit_s = 10.0
+    time.sleep(rank * (limit_s + 2))
+    return all_reduce("127.0.0.1", port, "pair", rank, on_gpu=False, limit_s=limit_s)
 
 
 @given(st.integers(0, 17))
