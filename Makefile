@@ -30,7 +30,7 @@ test: setup  ## unit, property and short system tests; SAGAN_TEST_DATA names the
 
 # Tests of two files run at the same time, each with servers and a Ray cluster of its own.
 test-slow: setup  ## rehearsals of the jobs, the sweep, the README, kills and signals
-	$(PYTEST) -m slow --ignore=tests/gpu -n 2 --dist loadfile
+	$(PYTEST) -m slow --ignore=tests/gpu -n 2 --dist loadfile --durations=25
 
 test-gpu: setup  ## on a CUDA device
 	$(PYTEST) tests/gpu
