@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.storage import files
-from tests.system.command_process import JOBS, Driver
+from tests.system.command_process import JOBS, TINY, Driver
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
@@ -33,8 +33,8 @@ def test_a_run_starts_from_a_champion_and_resumes_when_the_champion_is_gone(s3, 
 
     start = {"init.source": "models:/first@champion", "init.optimizers": "true", "optim.lr_g": 1e-4}
     overrides = [f"{key}={value}" for key, value in start.items()]
-    widths = ["model.channels_g=4", "model.multipliers_g=[4,4,4,4]"]
-    refused = sagan(tmp_path, env, "run", str(JOBS / "quickstart.yaml"), "--dry-run", *overrides, *widths)
+    other = [f"{key}={value}" for key, value in TINY.items() if key not in ("model.channels_d", "model.multipliers_d")]
+    refused = sagan(tmp_path, env, "run", str(JOBS / "quickstart.yaml"), "--dry-run", *overrides, *other)
     assert refused.returncode == 2
     assert "model.channels_d times model.multipliers_d" in refused.stderr
 
