@@ -17,8 +17,8 @@ from tests.progress_timeout import progress_seen
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
-# The quickstart with networks and counts so small that a run is mostly Ray starting its workers. It has spectral norm on
-# both networks, as the method has; the quickstart has none on its generator.
+# The quickstart with networks and counts so small that a run is mostly Ray starting its workers. Spectral norm is on
+# both networks, as in the method. The quickstart has none on its generator.
 TINY = {
     "model.spectral_norm_g": True,
     "model.z_dim": 64,
