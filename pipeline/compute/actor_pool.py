@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
-from pipeline.compute.devices import visible_gpus
+from pipeline.compute.resources import visible_gpus
 from pipeline.compute.root_cause import result
 
 _QUEUED = 2  # calls that wait at each actor, so that an actor is not idle while a result is fetched

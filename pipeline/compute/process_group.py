@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train.torch import TorchConfig
+import torch
+from ray.train.torch import TorchConfig, get_device
 from ray.train.torch.config import (
     _set_torch_distributed_env_vars,
     _setup_torch_process_group,
     _TorchBackend,
 )
+
+
+def worker_device() -> torch.device:
+    """Return the GPU that Ray Train gave to this worker, or the CPU where it gave none."""
+    device: torch.device = get_device() if ray.get_gpu_ids() else torch.device("cpu")
+    return device
 
 
 class ProcessGroup(TorchConfig):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.compute.cluster import leaving_nodes
 from pipeline.errors import EnvironmentFault
@@ -152,6 +152,25 @@ def cluster_resources() -> dict[str, float]:
 
     have = ray.cluster_resources()
     return {resource: have.get(resource, 0.0) for resource in ("CPU", "GPU")}
+
+
+def uses_gpu(device: Literal["auto", "cpu", "cuda"]) -> bool:
+    """Return whether each worker of a job with `resources.device: device` gets a GPU.
+
+    `auto` means: if the connected cluster has GPUs.
+    """
+    return cluster_resources()["GPU"] >= 1 if device == "auto" else device == "cuda"
+
+
+def visible_gpus(count: float) -> dict[str, Any]:
+    """Return Ray's options for a task or an actor that reserves `count` GPUs and sees no others.
+
+    A process without GPUs would see all GPUs of its node: Ray leaves CUDA_VISIBLE_DEVICES alone there. torch would then
+    page-lock memory and open a context on the first GPU, which takes memory from the worker that owns it.
+    """
+    if count or cluster_resources()["GPU"] == 0:
+        return {"num_gpus": count}
+    return {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
 def node_resources() -> list[dict[str, float]]:

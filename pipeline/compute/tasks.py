@@ -9,8 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from pipeline.compute.devices import visible_gpus
-from pipeline.compute.resources import cluster_resources
+from pipeline.compute.resources import cluster_resources, visible_gpus
 from pipeline.compute.root_cause import result
 from pipeline.compute.threads import map_ahead
 

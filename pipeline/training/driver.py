@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.compute.cluster import NodeWatch, this_node
-from pipeline.compute.devices import uses_gpu
 from pipeline.compute.mailbox import Mailbox, Question
+from pipeline.compute.resources import uses_gpu
 from pipeline.compute.root_cause import root_cause
 from pipeline.config.schema import TrainJob
 from pipeline.errors import BudgetSpent, CorruptError, EnvironmentFault, InterruptedRun, SaganError

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Literal
 
 from pipeline.compute.cluster import connect, ray_storage, this_node
-from pipeline.compute.devices import ALLOCATOR, uses_gpu
 from pipeline.compute.mailbox import Sender
 from pipeline.compute.resources import (
     count_fitting,
@@ -17,8 +16,10 @@ from pipeline.compute.resources import (
     free_resources,
     node_resources,
     require_resources,
+    uses_gpu,
     wait_for_nodes,
 )
+from pipeline.compute.torch_settings import ALLOCATOR
 from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, LastingFault

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.compute.devices import configure_device
+from pipeline.compute.torch_settings import configure_device
 from sagan import ModelConfig, OptimConfig, Step, TrainState
 from sagan.cost import step_flop_per_image
 from sagan.step_graph import WARM_UP

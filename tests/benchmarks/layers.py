@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.compute.devices import configure_device
+from pipeline.compute.torch_settings import configure_device
 from sagan import ModelConfig
 from sagan.batch_norm import image_statistics
 from sagan.resample import conv_down, up_conv

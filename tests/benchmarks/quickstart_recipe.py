@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from pipeline.collection.manifest import Collection
-from pipeline.compute.devices import ALLOCATOR, configure_device
+from pipeline.compute.torch_settings import ALLOCATOR, configure_device
 from pipeline.config.job_file import load_job
 from pipeline.config.schema import EvaluateSection, TrainJob
 from pipeline.evaluation import metrics

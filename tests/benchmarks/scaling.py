@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.compute.devices import ALLOCATOR, configure_device
+from pipeline.compute.torch_settings import ALLOCATOR, configure_device
 from sagan import ModelConfig, OptimConfig, Step, TrainState, World
 from sagan.cost import parameters
 from tests.benchmarks._interleaved import Figures, Server, median_ratio, serve

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pipeline.collection.manifest import Collection
-from pipeline.compute.devices import ALLOCATOR, configure_device
+from pipeline.compute.torch_settings import ALLOCATOR, configure_device
 from pipeline.config.schema import DataSection, EvaluateSection, PackSection
 from pipeline.evaluation.scorer import open_scorer
 from pipeline.packing.pack import pack

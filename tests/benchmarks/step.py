@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.compute.devices import ALLOCATOR, configure_device
+from pipeline.compute.torch_settings import ALLOCATOR, configure_device
 from sagan import ModelConfig, OptimConfig, Step, TrainState, World
 from sagan.batch_norm import Groups
 from sagan.cost import parameters, step_flop_per_image

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from pipeline.compute.devices import configure_device
+from pipeline.compute.torch_settings import configure_device
 from sagan import ModelConfig, OptimConfig, Step, TrainState
 from sagan.ranks import World
 from sagan.step_graph import WARM_UP

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.compute.devices import configure_device
+from pipeline.compute.torch_settings import configure_device
 from sagan import Model, ModelConfig, OptimConfig, Step, TrainState
 from sagan.random import Purpose, draw_labels, draw_latents
 from sagan.step_graph import WARM_UP

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.collection.manifest import Collection
-from pipeline.compute.devices import disable_tf32
+from pipeline.compute.torch_settings import disable_tf32
 from pipeline.config.schema import DataSection, EvaluateSection
 from pipeline.evaluation.extractors.classifier import classifier
 from pipeline.evaluation.extractors.extractor import Extractor

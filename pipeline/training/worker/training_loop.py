@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.collection.manifest import Collection
-from pipeline.compute.devices import configure_device, worker_device
+from pipeline.compute.process_group import worker_device
+from pipeline.compute.torch_settings import configure_device
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError, EnvironmentFault, SaganError
 from pipeline.runs.checkpoints import (

@@ -7,10 +7,10 @@ import io
 from pathlib import Path
 
 from tests.faults.hostile import (
-    image_sources,
     imported_generators,
     job_files,
     models,
+    pack_sources,
     packed_collections,
     registered_models,
     runs_and_sweeps,
@@ -18,7 +18,7 @@ from tests.faults.hostile import (
 
 _MODULES = (
     packed_collections,
-    image_sources,
+    pack_sources,
     job_files,
     runs_and_sweeps,
     models,

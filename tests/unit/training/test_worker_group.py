@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
-from pipeline.compute import devices
+from pipeline.compute import resources
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, LastingFault
@@ -62,7 +62,7 @@ def test_a_run_that_began_on_gpus_waits_for_gpus(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(worker_group, "connect", lambda least_cpus: None)
     cases: list[tuple[float, Literal["cuda"] | None]] = [(8.0, None), (0.0, "cuda")]
     for gpus, trained_on in cases:
-        monkeypatch.setattr(devices, "cluster_resources", lambda gpus=gpus: {"CPU": 64.0, "GPU": gpus})
+        monkeypatch.setattr(resources, "cluster_resources", lambda gpus=gpus: {"CPU": 64.0, "GPU": gpus})
         started = with_device(job, trained_on)
         assert started.resources.device == "cuda"
         assert needs(started)[0]["GPU"] == 1

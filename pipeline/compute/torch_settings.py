@@ -1,13 +1,10 @@
-"""Settings of a process for its device: allocator settings for its environment, and torch settings."""
+"""torch's settings in a process: allocator, threads, and the precision of float32 arithmetic."""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
 
 import torch
-
-from pipeline.compute.resources import cluster_resources
 
 ALLOCATOR = {
     # With its defaults, glibc returns the memory of large activations to the kernel. Each new one costs page faults.
@@ -19,15 +16,6 @@ ALLOCATOR = {
     "cuda": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
 }
 """Environment variables of a training process, by device type. An allocator reads them when the process starts."""
-
-
-def worker_device() -> torch.device:
-    """Return the GPU that Ray Train gave to this worker, or the CPU where it gave none."""
-    import ray
-    from ray.train.torch import get_device
-
-    device: torch.device = get_device() if ray.get_gpu_ids() else torch.device("cpu")
-    return device
 
 
 def configure_device(device: torch.device) -> None:
@@ -53,22 +41,3 @@ def _set_float32(convolutions: str, products: str) -> None:
     """Set the arithmetic of float32 convolutions and of matrix products on CUDA: "tf32" or "ieee"."""
     torch.backends.cudnn.conv.fp32_precision = convolutions  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = products
-
-
-def uses_gpu(device: Literal["auto", "cpu", "cuda"]) -> bool:
-    """Return whether each worker of a job with `resources.device: device` gets a GPU.
-
-    `auto` means: if the connected cluster has GPUs.
-    """
-    return cluster_resources()["GPU"] >= 1 if device == "auto" else device == "cuda"
-
-
-def visible_gpus(count: float) -> dict[str, Any]:
-    """Return Ray's options for a task or an actor that reserves `count` GPUs and sees no others.
-
-    A process without GPUs would see all GPUs of its node: Ray leaves CUDA_VISIBLE_DEVICES alone there. torch would then
-    page-lock memory and open a context on the first GPU, which takes memory from the worker that owns it.
-    """
-    if count or cluster_resources()["GPU"] == 0:
-        return {"num_gpus": count}
-    return {"num_gpus": 0, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline.compute.devices import configure_device, disable_tf32
+from pipeline.compute.torch_settings import configure_device, disable_tf32
 
 
 def float32() -> tuple[str, str]:
