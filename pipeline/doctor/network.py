@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -14,12 +15,14 @@ from pipeline.compute.cluster import live_nodes, run_on_nodes, this_address
 from pipeline.compute.resources import cluster_resources
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch import Tensor
+    from torch.distributed import Store, TCPStore
 
 _BYTES = 2**26  # of the tensor that is reduced
 _REPEATS = 3
 _START_S = 90.0  # time limit of a node to start a process, which imports torch; seconds, or a minute on a cold disk
-_LINK_S = 20.0  # time limit of a pair for opening its connections, and of each all-reduce
+_LINK_S = 45.0  # time limit of a pair for opening its connections, and of each all-reduce
+_PARTNERS = 3  # number of partners with which a node is tried if it reaches none of them
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,42 @@ def measure_links() -> list[Link]:
     host = this_address()
     store = TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
     gpus = 1 if cluster_resources()["GPU"] else 0
-    # A node that cannot reach the store would make each of its partners wait for it.
-    starts = run_on_nodes(dict.fromkeys(live_nodes(), partial(_start, host, store.port)), _START_S, gpus)
+    # A node that fails alone would make each of its partners wait for it.
+    alone = partial(all_reduce_alone, host, store.port, on_gpu=bool(gpus))
+    starts = run_on_nodes(dict.fromkeys(live_nodes(), alone), _START_S + _LINK_S, gpus)
     absent = {name: error for name, error in starts.items() if isinstance(error, Exception)}
-    found = []
+    found: list[Link] = []
+    tried: list[Link] = []
     for number, together in enumerate(pairs):
+        left_out = absent | given_up(tried)
         calls = {
             name: partial(all_reduce, host, store.port, f"{number}/{a}/{b}", rank, on_gpu=bool(gpus))
             for a, b in together
             for rank, name in enumerate((a, b))
-            if a not in absent and b not in absent
+            if a not in left_out and b not in left_out
         }
-        seconds = absent | run_on_nodes(calls, _START_S + 2 * _LINK_S, gpus)
-        found += [_link((a, b), [seconds[name] for name in (a, b) if name in seconds]) for a, b in together]
+        seconds = left_out | run_on_nodes(calls, _START_S + 2 * _LINK_S, gpus)
+        links = [_link((a, b), [seconds[name] for name in (a, b) if name in seconds]) for a, b in together]
+        found += links
+        tried += [link for link in links if not left_out.keys() & set(link.nodes)]
     return found
+
+
+def given_up(tried: Sequence[Link]) -> dict[str, Exception]:
+    """Return the nodes that have reached none of three partners, with an error that names these.
+
+    Such a node is not tried with others, since each of them would wait for it.
+    """
+    partners: dict[str, list[str]] = {}
+    for a, b in (link.nodes for link in tried):
+        partners.setdefault(a, []).append(b)
+        partners.setdefault(b, []).append(a)
+    reached = {name for link in tried if not link.error for name in link.nodes}
+    return {
+        name: Exception(f"{name} failed with each of {', '.join(others)}, and was not tried with other nodes")
+        for name, others in partners.items()
+        if name not in reached and len(others) >= _PARTNERS
+    }
 
 
 def rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
@@ -86,6 +111,19 @@ def _link(nodes: tuple[str, str], seconds: list[float | Exception]) -> Link:
     return Link(nodes, _BYTES / 1e9 / max(value for value in seconds if isinstance(value, float)))
 
 
+def all_reduce_alone(host: str, port: int, *, on_gpu: bool) -> None:
+    """Reach the `TCPStore` at HOST:PORT, and run an all-reduce in a group of one rank. It runs on a node.
+
+    This loads what an all-reduce needs, which may take longer than the limit of a pair. Raises RuntimeError where the
+    node cannot run an all-reduce with any partner, for example because its network interface does not exist.
+    """
+    from torch.distributed import HashStore
+
+    _connect(host, port)
+    with _group(host, HashStore(), 0, 1, on_gpu, _LINK_S) as tensor:
+        _reduce(tensor)
+
+
 def all_reduce(host: str, port: int, pair: str, rank: int, *, on_gpu: bool, limit_s: float = _LINK_S) -> float:
     """Join a group of two ranks, and return the seconds of an all-reduce. It runs on a node.
 
@@ -101,33 +139,41 @@ def all_reduce(host: str, port: int, pair: str, rank: int, *, on_gpu: bool, limi
 
     Raises RuntimeError where the other rank does not come, and where an all-reduce fails.
     """
+    from torch.distributed import PrefixStore
+
+    store = PrefixStore(pair, _connect(host, port))
+    store.set(f"started/{rank}", "1")
+    store.wait([f"started/{1 - rank}"], timedelta(seconds=_START_S))
+    with _group(host, store, rank, 2, on_gpu, limit_s) as tensor:
+        _reduce(tensor)  # opens the connections
+        began = time.perf_counter()
+        for _ in range(_REPEATS):
+            _reduce(tensor)
+        return (time.perf_counter() - began) / _REPEATS
+
+
+@contextmanager
+def _group(host: str, store: Store, rank: int, size: int, on_gpu: bool, limit_s: float) -> Iterator[Tensor]:
+    """Make the default process group, and yield the tensor that it reduces."""
     import torch
     import torch.distributed as dist
 
     if host.startswith("127."):
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-    store = dist.PrefixStore(pair, _connect(host, port))
-    store.set(f"started/{rank}", "1")
-    store.wait([f"started/{1 - rank}"], timedelta(seconds=_START_S))
     backend, device = ("nccl", "cuda") if on_gpu else ("gloo", "cpu")
-    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=limit_s))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit_s))
     try:
-        tensor = torch.ones(_BYTES // 4, device=device)
-        dist.all_reduce(tensor)  # opens the connections
-        tensor[0].item()  # waits for the device
-        began = time.perf_counter()
-        for _ in range(_REPEATS):
-            dist.all_reduce(tensor)
-        tensor[0].item()
-        return (time.perf_counter() - began) / _REPEATS
+        yield torch.ones(_BYTES // 4, device=device)
     finally:
         dist.destroy_process_group()
 
 
-def _start(host: str, port: int) -> None:
-    """Import torch, and reach the store. It runs on a node."""
-    _connect(host, port)
+def _reduce(tensor: Tensor) -> None:
+    import torch.distributed as dist
+
+    dist.all_reduce(tensor)
+    tensor[0].item()  # waits for the device
 
 
 def _connect(host: str, port: int) -> TCPStore:

@@ -48,7 +48,7 @@ def test_the_broken_node_of_three_is_named() -> None:
     assert code == 3
     (storage,) = (result for result in found if result["name"].endswith(": S3"))
     node = storage["name"].removesuffix(": S3")
-    pairs = [result["name"] for result in found if ") and " in result["name"]]
-    assert len(pairs) == 2, found
-    assert all(node in pair for pair in pairs)
+    pairs = {result["name"]: result["found"] for result in found if ") and " in result["name"]}
+    assert len(pairs) == 2, "\n".join(f"{pair}: {error}" for pair, error in pairs.items())
+    assert all(node in pair and BROKEN["GLOO_SOCKET_IFNAME"] in error for pair, error in pairs.items()), pairs
     assert about(found, "network") == ["ok"], "the two other nodes reach each other"

@@ -8,12 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from pipeline.doctor.check import Check
-from pipeline.doctor.network import Link, all_reduce, rounds
+from pipeline.doctor.network import Link, all_reduce, all_reduce_alone, given_up, rounds
 from pipeline.doctor.nodes import GPU, NodeFacts, node_facts, odd_clocks, odd_links, odd_nodes
 
 USUAL = NodeFacts([], {"code": "1a", "torch": "2.13.0", GPU: "H200"}, disk_mb_s=900.0, open_files=65536)
@@ -56,6 +57,22 @@ def test_a_pair_that_fails_and_a_slow_pair_are_named() -> None:
     links = [Link(("a", "b"), 10.0), Link(("a", "c"), 2.0), Link(("b", "c"), error="no route"), Link(("a", "d"), 9.0)]
     assert named(odd_links(links)) == [("b and c", "fail"), ("a and c", "warn")]
     assert odd_links([]) == []
+
+
+def test_a_node_that_has_reached_none_of_three_partners_is_not_tried_again() -> None:
+    tried = [Link(("a", "c"), error="silent"), Link(("b", "c"), error="silent"), Link(("a", "b"), 9.0)]
+    assert given_up(tried) == {}
+    found = given_up([*tried, Link(("c", "d"), error="silent")])
+    assert list(found) == ["c"]
+    assert str(found["c"]) == "c failed with each of a, b, d, and was not tried with other nodes"
+
+
+def test_a_node_without_its_network_interface_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    all_reduce_alone("127.0.0.1", store.port, on_gpu=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
+    with pytest.raises(RuntimeError, match="absent0"):
+        all_reduce_alone("127.0.0.1", store.port, on_gpu=False)
 
 
 def test_the_limit_of_a_pair_begins_when_both_ends_are_there() -> None:
