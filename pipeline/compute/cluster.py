@@ -94,8 +94,9 @@ def live_nodes() -> dict[str, str]:
 def run_on_nodes(calls: Mapping[str, Callable[[], T]], timeout_s: float, gpus: float = 0) -> dict[str, T | Exception]:
     """Run a function on each of some nodes, all at once. Return the results by name of the node.
 
-    The result is an exception where the function raised one, where the node does not answer within `timeout_s` seconds,
-    and where it has no `gpus` free GPUs.
+    Each call has a process of its own: torch counts the process groups that a process has tried to make, and two
+    processes with different counts do not meet. The result is an exception where the function raised one, where the
+    node does not answer within `timeout_s` seconds, and where it has no `gpus` free GPUs.
 
     Args:
         calls: functions without arguments, by name of the node as in `live_nodes`.
@@ -109,7 +110,7 @@ def run_on_nodes(calls: Mapping[str, Callable[[], T]], timeout_s: float, gpus: f
     pending = {}
     for name, function in calls.items():
         place = NodeAffinitySchedulingStrategy(nodes[name], soft=False)
-        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_call)  # Ray takes no partial and no built-in
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0, max_calls=1)(_call)  # Ray takes no partial
         pending[name] = task.options(scheduling_strategy=place).remote(function)
     ray.wait(list(pending.values()), num_returns=len(pending), timeout=timeout_s)
     results: dict[str, T | Exception] = {}
