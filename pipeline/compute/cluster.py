@@ -94,8 +94,8 @@ def live_nodes() -> dict[str, str]:
 def run_on_nodes(calls: Mapping[str, Callable[[], T]], timeout_s: float, gpus: float = 0) -> dict[str, T | Exception]:
     """Run a function on each of some nodes, all at once. Return the results by name of the node.
 
-    Each call has a process of its own: torch counts the process groups that a process has tried to make, and two
-    processes with different counts do not meet. The result is an exception where the function raised one, where the
+    Each call has a process of its own, because torch counts the process groups that a process has tried to make, and
+    two processes with different counts do not meet. The result is an exception where the function raised one, where the
     node does not answer within `timeout_s` seconds, and where it has no `gpus` free GPUs.
 
     Args:

@@ -114,8 +114,8 @@ def _link(nodes: tuple[str, str], seconds: list[float | Exception]) -> Link:
 def all_reduce_alone(host: str, port: int, *, on_gpu: bool) -> None:
     """Reach the `TCPStore` at HOST:PORT, and run an all-reduce in a group of one rank. It runs on a node.
 
-    This loads what an all-reduce needs, which may take longer than the limit of a pair. Raises RuntimeError where the
-    node cannot run an all-reduce with any partner, for example because its network interface does not exist.
+    Raises RuntimeError where the node cannot run an all-reduce with any partner, for example because its network
+    interface does not exist.
     """
     from torch.distributed import HashStore
 
