@@ -36,8 +36,9 @@ test-gpu: setup  ## on a CUDA device
 	$(PYTEST) tests/gpu
 
 # It needs no set-up: on a machine with torch, Triton, safetensors and pytest alone, `make gpu PY=python3` does.
+# tests/conftest.py is left out: its servers need what `make setup` installs.
 gpu:  ## on a CUDA device: the tests, then speed and memory of a step, into gpu.json and gpu.md; under ten minutes
-	$(PY) -m pytest tests/gpu
+	$(PY) -m pytest --confcutdir=tests/gpu tests/gpu
 	$(PY) -m tests.benchmarks.gpu --json gpu.json --table gpu.md
 
 lint: setup  ## style, security (bandit's rules), types and the direction of imports
