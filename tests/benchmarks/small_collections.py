@@ -10,13 +10,15 @@ trained, heldout: mean logits of the discriminator for the 500 images and for im
     250), changed as in training. A discriminator that memorises has a large gap between the two.
 positive: share of the held-out images with a logit above 0.
 
-Not a benchmark of speed. The default trains on a third more images than that of `learning.py`.
+Uses a CUDA device where there is one. Not a benchmark of speed. The default trains on a third more images than that of
+`learning.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -69,7 +71,8 @@ def main() -> None:
     network = str(real_file("resnet56-cifar10.ts"))
     os.environ.update(ALLOCATOR["cpu"] | {"OMP_NUM_THREADS": "1"})
     results: dict[Run, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(arguments.processes) as pool:
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(arguments.processes, mp_context=spawn) as pool:
         for name, splits in files.items():
             pack(f"{folder}/{name}", PackSection(source=splits, resolution=32))
         runs = [Run(name, arm, seed) for seed in range(arguments.seeds) for name in SOURCES for arm in ARMS]
@@ -89,15 +92,16 @@ def main() -> None:
 
 def train(run: Run, kimg: float, samples: int, url: str, network: str) -> dict[str, float]:
     """Return the figures of one training."""
-    configure_device(torch.device("cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configure_device(device)
     collection, augment = Collection.open(url), ARMS[run.arm]
     data = DataSection(train=url)
-    images, labels = _read(collection, data, _first_of_each_class(collection))
-    heldout = _read(collection, data, np.array(collection.ids("heldout")))
-    state = TrainState(ModelConfig(**MODEL), OptimConfig(**OPTIM), run.seed)
+    images, labels = _read(collection, data, _first_of_each_class(collection), device)
+    heldout = _read(collection, data, np.array(collection.ids("heldout")), device)
+    state = TrainState(ModelConfig(**MODEL), OptimConfig(**OPTIM), run.seed, device)
     step = Step(state, BATCH, augment=augment)
     while state.images < 1000 * kimg:
-        ids = torch.from_numpy(order(run.seed, state.images, len(images)))
+        ids = torch.from_numpy(order(run.seed, state.images, len(images))).to(device)
         step([(images[ids], labels[ids])])
     section = EvaluateSection(extractor=network, trust_extractor=True, samples=samples, standing_images=512)
     model = Model.from_state(state, standing_images=section.standing_images)
@@ -118,10 +122,10 @@ def _first_of_each_class(collection: Collection) -> np.ndarray:
     return np.concatenate([ids[labels == label][:IMAGES_OF_A_CLASS] for label in range(collection.num_classes)])
 
 
-def _read(collection: Collection, data: DataSection, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return images, float32 [n, 3, 32, 32] in [−1, 1], and labels, int64 [n]."""
+def _read(collection: Collection, data: DataSection, ids: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return images, float32 [n, 3, 32, 32] in [−1, 1], and labels, int64 [n], on `device`."""
     pixels = torch.cat(list(read_images(collection, ids, data.cache, data.cache_gb, 1)))
-    return pixels.float() * (2 / 255) - 1, torch.from_numpy(collection.labels[ids])
+    return pixels.to(device).float() * (2 / 255) - 1, torch.from_numpy(collection.labels[ids]).to(device)
 
 
 @torch.no_grad()
@@ -129,9 +133,8 @@ def _logits(state: TrainState, augment: Augmentation | None, images: Tensor, lab
     """Return the discriminator's logits [n] for images that are changed as in training, with fixed random numbers."""
     if augment is not None:
         size = images.shape[-1]
-        images = diffaugment.augment(
-            images, diffaugment.draw_parameters(0, Purpose.AUGMENT_REAL, range(len(images)), size)
-        )
+        parameters = diffaugment.draw_parameters(0, Purpose.AUGMENT_REAL, range(len(images)), size)
+        images = diffaugment.augment(images, parameters.to(images.device))
     batches = zip(images.split(256), labels.split(256), strict=True)
     return torch.cat([state.discriminator(x, y) for x, y in batches])
 
