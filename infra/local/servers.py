@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port
+from infra.local.server_process import BIN, CHECKOUT, Server, answers, free_port, taken
 from pipeline.config.locations import sqlite_uri
 from pipeline.errors import EnvironmentFault, UsageError
 
@@ -201,8 +201,9 @@ class Ray(Server):
     """A Ray head with a job server. Jobs and workers use the code of this checkout and the `python` of this process."""
 
     name = "Ray"
-    # On a busy machine, the parts of Ray may find each other too late. Ray's time limit of 30 s cannot be set.
-    passing = (*Server.passing, "timed out waiting for node info")
+    # On a busy machine, the node may register too late for `ray start` or for the server of Ray Client. Their time
+    # limits of 30 s cannot be set.
+    passing = (*Server.passing, "timed out during startup", "timed out waiting for node info")
 
     def __init__(self, cpus: int = 4, *, env: dict[str, str] | None = None, port: int | None = None) -> None:
         """Prepare a Ray head, which `with` starts.
@@ -215,6 +216,7 @@ class Ray(Server):
         super().__init__(port=port, env=env)
         self.cpus = cpus
         self.gcs_port = 0
+        self._client_port = 0
         self.token = secrets.token_hex(32)
 
     def _start(self) -> None:
@@ -228,7 +230,8 @@ class Ray(Server):
 
     def command(self) -> list[str]:
         self.gcs_port = free_port()
-        ports = ["--port", str(self.gcs_port), "--ray-client-server-port", str(free_port())]
+        self._client_port = free_port()
+        ports = ["--port", str(self.gcs_port), "--ray-client-server-port", str(self._client_port)]
         ports += ["--dashboard-port", str(self.port), "--dashboard-agent-listen-port", str(free_port())]
         size = ["--num-cpus", str(self.cpus), "--object-store-memory", str(300_000_000)]
         rest = ["--dashboard-host", "127.0.0.1", "--temp-dir", str(self.scratch / "ray"), "--disable-usage-stats"]
@@ -249,7 +252,10 @@ class Ray(Server):
         }
 
     def ready(self) -> bool:
-        return answers(f"{self.address}/api/version", {"Authorization": f"Bearer {self.token}"})
+        # The dashboard answers before the node has registered. Until then, nobody can connect. Where the node registers
+        # too late, `ray start` ends without the line below, and the server of Ray Client ends without listening.
+        registered = "Ray runtime started" in self.log.read_text(errors="replace") and taken(self._client_port)
+        return registered and answers(f"{self.address}/api/version", {"Authorization": f"Bearer {self.token}"})
 
     @property
     def address(self) -> str:

@@ -54,7 +54,8 @@ def connect(least_cpus: float = 1) -> None:
             ray.init(num_cpus=max(os.cpu_count() or 1, int(-(-least_cpus // 1))), include_dashboard=False, **options)
     except Exception as error:  # Ray raises bare Exceptions, for example when a node is slow to start
         raise EnvironmentFault(
-            f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} cannot be reached: {error}",
+            f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} cannot be reached: "
+            f"{error.__cause__ or error}",
             "start a cluster with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone",
         ) from None
 

@@ -19,7 +19,7 @@ from botocore.exceptions import ClientError
 
 import infra.local.server_process
 from infra.local import end_with_parent
-from infra.local.server_process import BIN, CHECKOUT, free_port
+from infra.local.server_process import BIN, CHECKOUT, answers, free_port
 from infra.local.servers import LONGEST_TMPDIR, S3, Credentials, MlflowServer, Ray
 from infra.local.state_folder import local_mlflow, local_s3
 from pipeline.errors import EnvironmentFault, LastingFault
@@ -294,6 +294,37 @@ def test_ray_runs_executable_jobs_from_the_checkout_stops_them_and_leaves(s3, tm
         assert len(pids) > 5
     assert not any(runs(pid) for pid in pids)
     assert finding("Ray").status == "fail"
+
+
+class LateNode(Ray):
+    """A head whose node is held until the dashboard answers."""
+
+    node = 0
+    ready_without_node: bool | None = None
+
+    def ready(self) -> bool:
+        if not self.node and (found := [pid for pid in self.pids if is_node(pid)]):
+            (self.node,) = found
+            os.kill(self.node, signal.SIGSTOP)
+        ready = super().ready()
+        login = {"Authorization": f"Bearer {self.token}"}
+        if self.node and self.ready_without_node is None and answers(f"{self.address}/api/version", login):
+            self.ready_without_node = ready
+            os.kill(self.node, signal.SIGCONT)
+        return ready
+
+
+def is_node(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0].endswith("/raylet")
+    except OSError:  # it has ended
+        return False
+
+
+@pytest.mark.xdist_group("ray")
+def test_ray_has_not_started_before_its_node_has_registered():
+    with LateNode(cpus=1) as head:
+        assert head.ready_without_node is False
 
 
 @pytest.mark.slow
