@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.compute.root_cause import root_cause
+from pipeline.compute.root_cause import connection_error, root_cause
 from pipeline.errors import EnvironmentFault
 from pipeline.storage.filesystems import filesystem
 
@@ -55,7 +55,7 @@ def connect(least_cpus: float = 1) -> None:
     except Exception as error:  # Ray raises bare Exceptions, for example when a node is slow to start
         raise EnvironmentFault(
             f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} cannot be reached: "
-            f"{error.__cause__ or error}",
+            f"{connection_error(error)}",
             "start a cluster with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone",
         ) from None
 

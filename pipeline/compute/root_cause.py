@@ -26,3 +26,10 @@ def root_cause(error: BaseException) -> BaseException:
         return root_cause(error.cause)
     original = getattr(error, "_base_exc", None)
     return root_cause(original) if isinstance(original, BaseException) else error
+
+
+def connection_error(error: BaseException) -> str:
+    """Return why Ray could not be joined, without the traceback that Ray puts into the text of the cause."""
+    text = str(error.__cause__ or error).strip()
+    before, found, traceback = text.partition("Traceback (most recent call last)")
+    return before + traceback.splitlines()[-1] if found else text

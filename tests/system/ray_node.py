@@ -35,6 +35,7 @@ class RayNode(Server):
     """
 
     name = "a Ray node"
+    passing = Ray.passing
 
     def __init__(self, head: Ray, cpus: int, drain_s: float = 120.0, env: dict[str, str] | None = None) -> None:
         super().__init__(env={"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s), **(env or {})})
