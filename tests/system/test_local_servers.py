@@ -304,7 +304,7 @@ class LateNode(Ray):
 
     def ready(self) -> bool:
         if not self.node and (found := [pid for pid in self.pids if is_node(pid)]):
-            (self.node,) = found
+            self.node = min(found)  # a child has the same command line until it calls exec
             os.kill(self.node, signal.SIGSTOP)
         ready = super().ready()
         login = {"Authorization": f"Bearer {self.token}"}
