@@ -41,6 +41,7 @@ from sagan.config import ModelConfig, OptimConfig
 from sagan.train_state import TrainState
 from sagan.trained_model import Model
 from tests.closed_port import closed_port, url_of
+from tests.document_blocks import block
 
 pytestmark = pytest.mark.system
 
@@ -117,14 +118,14 @@ class Serving(Server):
 
     name = "MLflow's model server"
 
-    def __init__(self, tracking: str, model: str) -> None:
+    def __init__(self, model: Path) -> None:
         pickle = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-        super().__init__(env={"MLFLOW_TRACKING_URI": tracking, "PYTHONSAFEPATH": "1", "PYTHONPATH": "", **pickle})
+        super().__init__(env={"PYTHONSAFEPATH": "1", "PYTHONPATH": "", **pickle})
         self.model = model
 
     def command(self) -> list[str]:
         where = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(self.port)]
-        return [str(BIN / "mlflow"), "models", "serve", "--model-uri", self.model, *where]
+        return [str(BIN / "mlflow"), "models", "serve", "--model-uri", str(self.model), *where]
 
     def ready(self) -> bool:
         return answers(f"http://127.0.0.1:{self.port}/ping")
@@ -364,12 +365,17 @@ def test_mlflow_opens_it_without_pickle_and_without_this_repository(
     assert torch.equal(decoded(rows[0]), Model.load(folder).sample(["seven"], 1, 3, 0.7)[0])
 
 
-def test_it_is_served_over_http(server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_pulled_model_is_served_over_http(
+    server: MlflowServer, run_id: str, name: str, folder: Path, tmp_path: Path
+) -> None:
     registry.register(server.uri, name, folder, run_id, tags(1.0))
     promote_best(server.uri, name)
+    pulled = registry.pull(server.uri, f"models:/{name}@champion", tmp_path / "pulled")
     asked: list[dict[str, Any]] = [{"class": "seven", "seed": 3, "truncation": 0.7}, {"class": 2, "seed": 5}, {}]
-    with Serving(server.uri, f"models:/{name}@champion") as serving:
+    with Serving(pulled) as serving:
         rows = serving.predict(asked)
+        documented = block("pipeline/README.md", "served").replace("8000", str(serving.port))
+        isolated("-c", documented, cwd=tmp_path, no_proxy="127.0.0.1")
         numbers = serving.predict([{"class": 4}, {"seed": 1}])  # a column of numbers with a gap
         assert len(serving.predict([{}, {}])) == 2
         many = serving.predict([{"seed": i} for i in range(150)])  # three forward passes
@@ -384,14 +390,21 @@ def test_it_is_served_over_http(server: MlflowServer, run_id: str, name: str, fo
     assert [row["class"] for row in rows] == ["seven", "two", "two"]
     assert [row["class"] for row in numbers] == ["four", "one"]
     model = Model.load(folder)
+    written = [png(file.read_bytes()) for file in (tmp_path / "0.png", tmp_path / "1.png")]
+    wanted = [model.sample([7], 1, 3, 0.8)[0], model.sample([3], 1, 1)[0]]
+    assert all(torch.equal(image, other) for image, other in zip(written, wanted, strict=True))
     expected = [model.sample(["seven"], 1, 3, 0.7)[0], model.sample([2], 1, 5)[0], model.sample([2], 1, 2)[0]]
     assert all(torch.equal(decoded(row), image) for row, image in zip(rows, expected, strict=True))
 
 
 def decoded(row: dict[str, str]) -> torch.Tensor:
     """uint8 [3, H, W] of a row that `predict` gave."""
-    image = Image.open(io.BytesIO(base64.b64decode(row["png"])))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    return png(base64.b64decode(row["png"]))
+
+
+def png(content: bytes) -> torch.Tensor:
+    """uint8 [3, H, W] of a PNG file."""
+    return torch.from_numpy(np.asarray(Image.open(io.BytesIO(content))).copy()).permute(2, 0, 1)
 
 
 def test_champion_moves_to_better_ones_only_and_never_across_protocols(
