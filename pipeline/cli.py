@@ -20,7 +20,7 @@ from rich.text import Text
 
 from pipeline.config.job_file import load_job, parse_overrides, to_yaml
 from pipeline.config.json_schema import job_schema
-from pipeline.errors import EnvironmentFault, SaganError, UsageError, printable, shown_url
+from pipeline.errors import EnvironmentFault, SaganError, UsageError, counted, printable, shown_url
 from pipeline.runs.score_protocol import ScoreProtocol
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ def verify(url: Annotated[str, typer.Argument(help="URL of a packed collection o
 
     if files.exists(files.join(url, INDEX)):
         collection = verify_collection(url, on_cluster=join_named_cluster())
-        checked = f"{len(collection.labels):,} images in {len(collection.shards):,} shards"
+        checked = f"{counted(len(collection.labels), 'image')} in {counted(len(collection.shards), 'shard')}"
     else:
-        checked = f"{len(file_sets.verify_set(url).files)} files"
+        checked = counted(len(file_sets.verify_set(url).files), "file")
     print(f"{shown_url(url)}: checked {checked}; all are good", file=sys.stderr)
 
 
@@ -209,7 +209,7 @@ def sample(
     captions = None if labels is None else [names[i] if names else str(i) for i in labels.tolist()]
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(images, captions, columns=max(1, round(n**0.5))).save(out)
-    print(f"wrote {n} images to {out}")
+    print(f"wrote {counted(n, 'image')} to {out}")
 
 
 @app.command(

@@ -50,6 +50,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
 
 
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun for messages, in the plural where the number is not 1."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
+
+
 class SaganError(Exception):
     """An error with a message and a remedy. Both are shown without secrets of URLs and without control characters.
 

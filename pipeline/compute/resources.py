@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.compute.cluster import leaving_nodes
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, counted
 from pipeline.runs.json_records import Wait
 
 _LOOK_S = 1.0  # seconds between two looks at the cluster
@@ -143,7 +143,7 @@ def _requested(status: Any) -> Counter[frozenset[tuple[str, float]]]:
 
 def shown_amounts(cpus: float, gpus: float) -> str:
     """Return numbers of CPUs and GPUs for messages."""
-    return f"{cpus:g} CPUs and {gpus:g} GPUs" if gpus else f"{cpus:g} CPUs"
+    return f"{counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}" if gpus else counted(cpus, "CPU")
 
 
 def cluster_resources() -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pipeline.compute.resources import cluster_resources, visible_gpus
 from pipeline.compute.root_cause import result
 from pipeline.compute.threads import map_ahead
+from pipeline.errors import counted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +42,7 @@ def map_parallel(
     task = ray.remote(num_cpus=1, **visible_gpus(0))(_run)
     references = tuple(ray.put(value) for value in common)
     cpus = max(1, int(cluster_resources()["CPU"]))
-    print(f"running in tasks of the Ray cluster, which has {cpus} CPUs", file=sys.stderr, flush=True)
+    print(f"running in tasks of the Ray cluster, which has {counted(cpus, 'CPU')}", file=sys.stderr, flush=True)
     pending: deque[Any] = deque()
     try:
         for item in items:

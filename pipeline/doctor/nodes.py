@@ -21,6 +21,7 @@ from pipeline.config.schema import DataSection
 from pipeline.doctor import machine
 from pipeline.doctor.check import Check, bounded, fail, ok, warn
 from pipeline.doctor.network import Link, measure_links
+from pipeline.errors import counted
 
 GPU = "kind of GPU"
 PATIENCE_S = 90.0  # time limit of what runs on the nodes: starting a worker, and the checks
@@ -81,7 +82,8 @@ def _nodes(problems: list[Check]) -> Check:
         problems += [replace(check, name=f"{node}: {check.name}") for check in found if check.status != "ok"]
     problems += odd_nodes(facts)
     have = cluster_resources()
-    return ok(f"checked {len(facts)} nodes with {have['CPU']:g} CPUs and {have['GPU']:g} GPUs")
+    cpus, gpus = counted(have["CPU"], "CPU"), counted(have["GPU"], "GPU")
+    return ok(f"checked {counted(len(facts), 'node')} with {cpus} and {gpus}")
 
 
 def _silent(error: Exception) -> Check:

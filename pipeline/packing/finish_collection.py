@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.collection.manifest import FORMAT, INDEX, KEYS, MANIFEST, ClassNames, Collection, Shard, manifest_bytes
 from pipeline.collection.preview import preview
 from pipeline.collection.shard_file import Sample
-from pipeline.errors import UsageError, shown_url
+from pipeline.errors import UsageError, counted, shown_url
 from pipeline.packing.archives_and_folders import suffix
 from pipeline.packing.image_source import LeftOut, Source, tally
 from pipeline.storage import files
@@ -132,7 +132,7 @@ def select_images(source: Source, excluded: set[str]) -> np.ndarray:
     lines = [printable(key) for key in source.keys]
     if unknown := sorted(excluded.difference(lines, map(printable, source.unused))):
         raise UsageError(
-            f"{_count(len(unknown), 'image')} to leave out cannot be found in the source: {', '.join(unknown[:5])}",
+            f"{counted(len(unknown), 'image')} to leave out cannot be found in the source: {', '.join(unknown[:5])}",
             "write the names into the file exactly as `sagan verify` and `sagan pack` print them",
         )
     return np.array([line not in excluded for line in lines])
@@ -261,14 +261,9 @@ def _summarise(collection: Collection) -> None:
     print(f"{len(names)} classes: {shown}" if names else "no classes: a model of this collection trains without labels")
     for split in collection.splits:
         shards = collection.shard_sizes(split)
-        print(f"{split}: {_count(sum(shards), 'image')} in {_count(len(shards), 'shard')}")
+        print(f"{split}: {counted(sum(shards), 'image')} in {counted(len(shards), 'shard')}")
     megabytes = sum(shard.size for shard in collection.shards) / 1e6
     print(f"{collection.resolution} px, {collection.encoding}, {megabytes:,.1f} MB, digest {collection.digest[:8]}")
-
-
-def _count(n: int, what: str) -> str:
-    """Return a number with its noun, in the plural where it is not 1."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def next_command(collection: Collection) -> str:
@@ -322,7 +317,7 @@ def _duplicates(collection: Collection, digests: np.ndarray, keys: list[str]) ->
     original = first[group[again]]
     examples = [f"{keys[i]} = {keys[j]}" for i, j in zip(again[:2], original[:2], strict=True)]
     warnings = [
-        f"{_count(len(again), 'image')} with the same bytes as an earlier image, for example {', '.join(examples)}"
+        f"{counted(len(again), 'image')} with the same bytes as an earlier image, for example {', '.join(examples)}"
     ]
     if across := int((split_of[again] != split_of[original]).sum()):
         warnings.append(f"{across:,} of them are in two splits: training would use held-out images")

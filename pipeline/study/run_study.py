@@ -24,7 +24,7 @@ from pipeline.compute.resources import fits, node_resources
 from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.job_file import row_job, row_sweep, trial_job
 from pipeline.config.schema import EvaluateSection, StudyJob, TrainJob, TuneJob
-from pipeline.errors import Diverged, InterruptedRun, SaganError, UsageError
+from pipeline.errors import Diverged, InterruptedRun, SaganError, UsageError, counted
 from pipeline.evaluation.metrics import metric_named
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.json_records import RunScores, StudyRecord, StudySummary, StudyTable, StudyTables
@@ -269,7 +269,9 @@ def _finalise(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: 
     while not task.is_done(_POLL_S):
         if time.monotonic() > says_at and not task.has_begun():
             says_at = math.inf
-            said = f"{job.name}: the final score waits for {cpus:g} CPUs; Ray starts it when the cluster has room"
+            said = (
+                f"{job.name}: the final score waits for {counted(cpus, 'CPU')}; Ray starts it when the cluster has room"
+            )
             print(said, flush=True)
         if stop():
             task.cancel()

@@ -22,7 +22,7 @@ from pipeline.compute.resources import (
 from pipeline.compute.torch_settings import ALLOCATOR
 from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
-from pipeline.errors import EnvironmentFault, LastingFault
+from pipeline.errors import EnvironmentFault, LastingFault, counted
 from pipeline.training.score_while_training import Scoring
 from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.worker.training_loop import train_worker
@@ -90,7 +90,8 @@ def least_cpus(job: TrainJob) -> float:
 def shown(job: TrainJob) -> str:
     """Return the workers of a run with their resources, for messages."""
     gpus = " and a GPU" if uses_gpu(job.resources.device) else ""
-    return f"{job.train.least_workers} workers with {job.resources.cpus_per_worker:g} CPUs{gpus} each"
+    workers, cpus = counted(job.train.least_workers, "worker"), counted(job.resources.cpus_per_worker, "CPU")
+    return f"{workers} with {cpus}{gpus} each"
 
 
 class RoomWatch:

@@ -1,4 +1,4 @@
-"""No secret and no control character reaches a message."""
+"""No secret and no control character reaches a message, and numbers agree with their nouns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.errors import EnvironmentFault, SaganError, shown_url
+from pipeline.errors import EnvironmentFault, SaganError, counted, shown_url
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,8 @@ def test_the_tracking_uri_is_shown_without_its_password(monkeypatch: pytest.Monk
         CliRunner().invoke(app, ["pull", "models:/a@champion", "nowhere"], catch_exceptions=False)
     assert "127.0.0.1:9" in refused.value.message
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_number_has_its_noun_in_the_plural_where_it_is_not_one() -> None:
+    assert [counted(n, "image") for n in (0, 1, 1200)] == ["0 images", "1 image", "1,200 images"]
+    assert [counted(n, "CPU") for n in (0.5, 1.0, 16.0)] == ["0.5 CPUs", "1 CPU", "16 CPUs"]

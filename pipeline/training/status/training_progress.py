@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.config.schema import TrainJob
+from pipeline.errors import counted
 from pipeline.training.status.run_status import Status
 
 LINE_SECONDS = 10.0  # seconds between two lines where the output is not a terminal
@@ -115,4 +116,4 @@ def _workers(job: TrainJob) -> str:
     train = job.train
     if train.changes_size:
         return f"{train.least_workers} to {train.workers} workers"
-    return "1 worker" if train.workers == 1 else f"{train.workers} workers"
+    return counted(train.workers, "worker")

@@ -119,11 +119,11 @@ def test_missing_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     clock = Clock()
     status = Status(clock=clock)
     clock.now += 20
-    status.notice_silence("2 workers with 1 CPUs each")
+    status.notice_silence("2 workers with 1 CPU each")
     assert not status.waits, "a start takes a while"
     clock.now += 20
-    status.notice_silence("2 workers with 1 CPUs each")
-    assert status.waits["the run"].what == "2 workers with 1 CPUs each"
+    status.notice_silence("2 workers with 1 CPU each")
+    assert status.waits["the run"].what == "2 workers with 1 CPU each"
     assert status.waits["the run"].since_s == 1000
     status.apply(StartAsked(frozenset({"a"}), 1))
     assert not status.waits
