@@ -4,7 +4,8 @@
     ├── UsageError                2  the command line or the job file is wrong
     │   └── ConfigError           2  a job file is wrong; the message names the line, the key and the nearest known key
     ├── EnvironmentFault          3  storage, tracker or cluster cannot be reached, or refuses a request
-    │   └── LastingFault          3  the same, until a person corrects the cause; waiting does not help
+    │   ├── LastingFault          3  the same, until a person corrects the cause; waiting does not help
+    │   └── ProcessDied           3  a process of the cluster died before it had a result
     ├── Diverged                  1  training gives values that are not finite, and repeating it does not help
     ├── CorruptError              1  stored bytes differ from their manifest, or a record is not valid
     ├── BudgetSpent               4  the run has reached its budget; its last complete checkpoint is kept
@@ -89,6 +90,10 @@ class EnvironmentFault(SaganError):
 
 
 class LastingFault(EnvironmentFault):
+    pass
+
+
+class ProcessDied(EnvironmentFault):
     pass
 
 

@@ -198,9 +198,10 @@ def _dry_run(job: TrainJob, collection: Collection | None) -> DryRun:
 
 
 def _facts_of(collection: Collection, job: TrainJob) -> CollectionFacts:
-    """Return facts about the job's collection."""
+    """Return facts about the job's collection. Raises UsageError where it has no split `data.split`."""
     from pipeline.streaming.order import Order
 
+    collection.ids(job.data.split)
     sizes = collection.shard_sizes(job.data.split)
     fetches = Order(sizes, job.seed, job.data.lanes, job.data.window).fetches(job.train.workers)
     return CollectionFacts(

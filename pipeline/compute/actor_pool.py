@@ -31,7 +31,7 @@ class ActorPool:
     def map(self, method: str, shared: Any, items: Sequence[Any], **options: Any) -> Iterator[Any]:
         """Yield `object.method(shared, item, **options)` for each of `items`, in order.
 
-        `shared` is sent to each actor once. Raises the exceptions of the method.
+        `shared` is sent to each actor once. Raises the exceptions of the method, and ProcessDied where no actor starts.
         """
         import ray
 

@@ -59,7 +59,7 @@ def map_parallel(
 def run_as_task(function: Callable[..., R], *arguments: Any, cpus: float, gpus: float) -> R:
     """Call `function` in a task of the connected Ray cluster and return the result.
 
-    The task reserves `cpus` CPUs and `gpus` GPUs. Raises the exceptions of the function.
+    The task reserves `cpus` CPUs and `gpus` GPUs. Raises the exceptions of the function, and ProcessDied.
     """
     import ray
 
@@ -94,7 +94,7 @@ class BackgroundTask:
         return bool(ray.wait([self._values.completed()], timeout=timeout_s)[0])
 
     def result(self) -> Any:
-        """Wait for the call and return its result. Raises the exceptions of the function, and Ray's where it died."""
+        """Wait for the call and return its result. Raises the exceptions of the function, and ProcessDied."""
         *_, value = [result(reference) for reference in self._values]
         return value
 

@@ -73,10 +73,11 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
     job = parse_job(values, origin)
     if isinstance(job, TuneJob):
         job = job.model_copy(update={"base": absolute(str(path.parent / job.base))})
+        _require_dotted(job.overrides, f"{path}: overrides")
         base = trial_job(job, {})  # a wrong key is found now and not in the first trial
         for key in job.space:
             _require_known(base, key, f"{path}: space")
-        _check_generations(job, base, path)
+        _check_schedule(job, base, str(path))
     if isinstance(job, StudyJob):
         job = _with_absolute_bases(job, path.parent)
         _check_rows(job, path)
@@ -94,15 +95,21 @@ def trial_job(sweep: TuneJob, point: Mapping[str, Any]) -> TrainJob:
     return job
 
 
-def _check_generations(sweep: TuneJob, base: TrainJob, path: Path) -> None:
-    """Raise ConfigError where the generations of a population are too short or too long."""
+def _check_schedule(sweep: TuneJob, base: TrainJob, place: str) -> None:
+    """Raise ConfigError where the schedule does not fit the length of the trials."""
+    kimg, schedule = base.train.kimg, sweep.schedule
+    if schedule is not None and schedule.grace_kimg is not None and schedule.grace_kimg > kimg:
+        raise ConfigError(
+            f"{place}: schedule.grace_kimg is {schedule.grace_kimg:g}, but a trial has only {kimg:g} kimg",
+            "give a smaller schedule.grace_kimg, or another length of the trials (overrides.train.kimg)",
+        )
     if sweep.pbt is None:
         return
-    interval, kimg = sweep.pbt.interval_kimg, base.train.kimg
+    interval = sweep.pbt.interval_kimg
     step = base.train.batch * base.optim.n_dis
     if not step <= 1000 * interval <= 1000 * kimg / 2:
         raise ConfigError(
-            f"{path}: schedule.pbt.interval_kimg is {interval:g}; it must be at least a step, {step / 1000:g}, and at "
+            f"{place}: schedule.pbt.interval_kimg is {interval:g}; it must be at least a step, {step / 1000:g}, and at "
             f"most half of train.kimg, {kimg / 2:g}",
             "give another interval, or another length of the trials (overrides.train.kimg)",
         )
@@ -171,16 +178,29 @@ def _with_absolute_bases(study: StudyJob, folder: Path) -> StudyJob:
     return study.model_copy(update={"base": absolute(str(folder / study.base)), "rows": rows})
 
 
+def _require_dotted(overrides: Mapping[str, Any], place: str) -> None:
+    """Raise ConfigError where overrides have a section, which would replace all keys of the section in the base job."""
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and any(map(fields, parts(fields(TrainJob).get(key)))):
+            name = next(iter(value), "KEY")
+            raise ConfigError(
+                f"{place}.{key} is a mapping, which would replace the whole section {key}",
+                f"write the keys of the section one by one, as {key}.{name}: …",
+            )
+
+
 def _check_rows(study: StudyJob, path: Path) -> None:
     """Check every run of a study before the first one starts. Raises ConfigError that names the row."""
+    _require_dotted(study.overrides, f"{path}: overrides")
     places: dict[str, tuple[str, str | None, str]] = {}
     for row in study.rows:
+        _require_dotted(study.rows[row].overrides, f"{path}: rows.{row}.overrides")
         try:
             job, *_ = (row_job(study, row, seed) for seed in study.seeds)
             if sweep := row_sweep(study, row):
                 for key in sweep.space:
                     _require_known(job, key, "tune.space")
-                trial_job(sweep, sweep.example)
+                _check_schedule(sweep, trial_job(sweep, sweep.example), sweep.name)
         except ConfigError as error:
             raise ConfigError(f"{path}: rows.{row}: {error.message}", error.remedy) from None
         places[row] = (job.checkpoint.root, job.track.uri, job.track.experiment)
@@ -356,8 +376,12 @@ class _Values:
 
 
 def override(values: Any, dotted: str, value: Any) -> None:
-    """Set the value of a dotted key in nested mappings, in place."""
-    *parents, last = dotted.split(".")
+    """Set the value of a dotted key in nested mappings, in place.
+
+    The keys of a mapping `overrides` are dotted themselves: `overrides.train.kimg` is the key `train.kimg` of it.
+    """
+    before, found, below = f".{dotted}".partition(".overrides.")
+    *parents, last = [*before.split(".")[1:], "overrides", below] if found else dotted.split(".")
     for key in parents:
         if not isinstance(values.get(key), dict):
             values[key] = {}

@@ -26,6 +26,7 @@ SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 """Names of splits. They are parts of the names of shards."""
 SplitName = Annotated[str, Field(pattern=f"^{SPLIT_NAME}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+SweepName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,47}$")]  # the names of its trials are longer
 
 
 class Section(BaseModel):
@@ -548,8 +549,8 @@ class TuneJob(Section):
     """Search over keys of a base job, for example the two learning rates."""
 
     kind: Literal["tune"] = "tune"
-    name: Name
-    """Name of the sweep: at most 63 lower-case letters, digits, `.`, `_` and `-`, first a letter or a digit. The same
+    name: SweepName
+    """Name of the sweep: at most 48 lower-case letters, digits, `.`, `_` and `-`, first a letter or a digit. The same
     name resumes the sweep."""
     base: str
     """Path of the training job that every trial runs, relative to this file."""

@@ -139,12 +139,11 @@ def _local(source: str) -> Iterator[Path]:
             raise missing
         yield path
         return
-    with (
-        files.temporary_folder("import") as folder,
-        progress(f"fetching {shown_url(source)}", files.size(source), "bytes") as advance,
-    ):
+    with files.temporary_folder("import") as folder:
+        path = folder / files.name(shown_url(source))
         try:
-            files.download(source, path := folder / files.name(source), advance=advance)
+            with progress(f"fetching {shown_url(source)}", files.size(source), "bytes") as advance:
+                files.download(source, path, advance=advance)
         except FileNotFoundError:
             raise missing from None
         yield path

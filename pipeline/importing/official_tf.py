@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, shown_url
 from pipeline.importing.choices import Choices
 from pipeline.importing.foreign_tensors import ForeignTensors, iterated_sigma
 from pipeline.importing.peer_generator import Attention, Block, Layer, Norm, PeerGenerator
@@ -22,7 +22,7 @@ _LAYERS = {"theta": "sn_conv_theta", "phi": "sn_conv_phi", "g": "sn_conv_g", "ou
 
 def require_safetensors(source: str) -> None:
     """Raise UsageError, which says how to convert a checkpoint, where a file is no .safetensors file."""
-    if not source.endswith(".safetensors"):
+    if not shown_url(source).endswith(".safetensors"):
         raise UsageError(f"{source} is no .safetensors file. TensorFlow's checkpoints cannot be read", _CONVERT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,9 +31,11 @@ def read_file(path: Path, source: str) -> ForeignTensors:
     """
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _torch_file(path)
-    except UnpicklingError as error:
+    except UnpicklingError as error:  # also of bytes that no pickle has
+        if not (found := re.search(r"GLOBAL (\S+)", str(error))):
+            raise UsageError(f"{source} is no file of torch.save, or is damaged", "download the file again") from error
         raise UsageError(
-            f"{source} holds more than tensors, and cannot be read without running code: {_first_line(error)}",
+            f"{source} holds more than tensors ({found[1]:.200}), and cannot be read without running code",
             "where you trust the file, save its tensors alone: torch.save(dict(G.state_dict()), FILE)",
         ) from error
     except Exception as error:  # any, because the bytes may be anything
@@ -44,7 +47,7 @@ def read_file(path: Path, source: str) -> ForeignTensors:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UsageError(
-                f"{source} holds no state dict: its entry {name!r} is no tensor",
+                f"{source} holds no state dict: its entry {str(name)[:200]!r} is no tensor",
                 "give the file with the generator's tensors by name",
             )
     return ForeignTensors(content, source, path.stat().st_size)

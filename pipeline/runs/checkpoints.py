@@ -170,22 +170,38 @@ def load_state(folder: Path, url: str, device: torch.device | str = "cpu") -> Tr
 
 
 def fetch_newest_checkpoint(
-    url: str, local: Path, method_digest: str, warn: Callable[[str], None]
+    url: str, local: Path, method_digest: str, warn: Callable[[str], None], may_withdraw: Callable[[], None]
 ) -> StoredCheckpoint | None:
     """Download the newest good checkpoint below `url` into `local` and return it; None where there is none.
 
-    A checkpoint that is damaged, or whose method has another digest than `method_digest`, is skipped, and `warn` is
-    called with a message. Raises EnvironmentFault.
+    A checkpoint whose bytes differ from its manifest twice is withdrawn: its manifest is deleted, so that it no longer
+    counts, and training may upload it again. Before that, `may_withdraw` is called, which may raise. A checkpoint that
+    cannot be read, or whose method has another digest than `method_digest`, is skipped. In both cases, `warn` is called
+    with a message. Raises EnvironmentFault.
     """
     for checkpoint in reversed(complete_checkpoints(url)):
         try:
-            file_sets.fetch_set(checkpoint.url, local)
-            other_method = StoredCheckpoint(str(local)).facts().method_digest != method_digest
+            _fetch_twice(checkpoint, local)
         except CorruptError as error:
-            warn(f"checkpoint {checkpoint.name} is damaged and is skipped: {error.message}")
+            may_withdraw()
+            files.delete(files.join(checkpoint.url, file_sets.MANIFEST))
+            warn(f"checkpoint {checkpoint.name} is damaged and is withdrawn: {error.message}")
+            continue
+        try:
+            other_method = StoredCheckpoint(str(local)).facts().method_digest != method_digest
+        except CorruptError as error:  # another version may have written it
+            warn(f"checkpoint {checkpoint.name} cannot be read and is skipped: {error.message}")
             continue
         if other_method:
             warn(f"checkpoint {checkpoint.name} is of another method and is skipped")
         else:
             return checkpoint
     return None
+
+
+def _fetch_twice(checkpoint: StoredCheckpoint, local: Path) -> None:
+    """Download a checkpoint, once more where its bytes differ from its manifest. Raises CorruptError if both differ."""
+    try:
+        file_sets.fetch_set(checkpoint.url, local)
+    except CorruptError:
+        file_sets.fetch_set(checkpoint.url, local)

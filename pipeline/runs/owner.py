@@ -1,4 +1,4 @@
-"""The owner of a run: at most one driver commits to the run's folder.
+"""The owner of a run or of a sweep: at most one driver commits to its folder.
 
 A driver becomes the owner by creating the next object `owners/<number>.json`, which only one driver can create. It
 renews `owners/<number>.alive` while it lives. A later driver takes over where the owner has ended, or where it has not
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -102,8 +103,8 @@ class Ownership:
                     self._renew()
 
 
-def claim(folder: str, note: Callable[[str], None]) -> Ownership:
-    """Become the owner of the run whose owners are in the folder `folder`.
+def claim(folder: str, note: Callable[[str], None], what: Literal["run", "sweep"] = "run") -> Ownership:
+    """Become the owner of the run or the sweep whose owners are in the folder `folder`.
 
     Waits for an owner that may be dead, at most a minute, and calls `note` with a line that says so. Raises UsageError
     where another driver is training the run, and EnvironmentFault.
@@ -111,7 +112,7 @@ def claim(folder: str, note: Callable[[str], None]) -> Ownership:
     while True:
         newest = newest_owner(folder)
         if newest is not None:
-            _wait_for_end(folder, newest, note)
+            _wait_for_end(folder, newest, note, what)
         number = (newest or 0) + 1
         record = Owner.this_process().model_dump_json().encode()
         if files.create(_record(folder, number), record):
@@ -185,7 +186,7 @@ def _alive(folder: str, number: int) -> str:
     return files.join(folder, f"{number:0{_DIGITS}d}.alive")
 
 
-def _wait_for_end(folder: str, number: int, note: Callable[[str], None]) -> None:
+def _wait_for_end(folder: str, number: int, note: Callable[[str], None], what: str) -> None:
     """Wait until the owner has ended or died. Raises UsageError where it is alive."""
     owner = _read(folder, number)
     if owner is not None and owner.has_died():
@@ -193,17 +194,18 @@ def _wait_for_end(folder: str, number: int, note: Callable[[str], None]) -> None
     first, said = _renewed_at(folder, number), False
     while not _is_released(folder, number) and newest_owner(folder) == number:
         renewed = _renewed_at(folder, number)
-        if renewed != first:
+        if renewed != first and not _is_released(folder, number):
             who = f"process {owner.pid} on {printable(owner.host)}" if owner else "another process"
             raise UsageError(
-                f"{who} is training this run ({folder})",
-                "wait for it, or stop it and run the same command again; or give this run another name (name=…)",
+                f"{who} is training this {what} ({folder})",
+                f"wait for it, or stop it and run the same command again; or give this {what} another name (name=…)",
             )
         age = _storage_time(folder) - renewed
         if age > TAKEOVER_S:
             return
         if not said:
-            note(f"waiting at most {TAKEOVER_S - age:.0f} s for the run's last driver, which was alive {age:.0f} s ago")
+            left = TAKEOVER_S - age
+            note(f"waiting at most {left:.0f} s for the {what}'s last driver, which was alive {age:.0f} s ago")
             said = True
         time.sleep(_POLL_S)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pipeline.errors import UsageError, shown_url
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.checkpoints import StoredCheckpoint
-from pipeline.runs.json_records import RunState, ScoreRecord, Wait
+from pipeline.runs.json_records import RUNNING, RunState, ScoreRecord, TrainSummary, Wait
 from pipeline.runs.owner import OwnerSeen, look_at_owner
 from pipeline.runs.spending import Spending, shown_amount
 from pipeline.runs.stored_run import StoredRun, StoredStudy, StoredSweep, open_folder
@@ -197,7 +197,10 @@ def _run(stored: StoredRun) -> RunView:
     owner, checkpoints, scores = look_at_owner(stored.owners_url), stored.checkpoints(), stored.scores()
     assert record is not None, "the folder was opened by it"
     newest = checkpoints[-1] if checkpoints else None
-    state: State = ("finished" if summary is not None else "unknown") if told is None else _state(told, owner)
+    if _has_ended(summary, told) and not (owner is not None and owner.alive):
+        state: State = "finished"  # also where the driver ended before it could say so
+    else:
+        state = "unknown" if told is None else _state(told, owner)
     images = max(told.images if told else 0, newest.images if newest else 0, summary.images if summary else 0)
     return RunView(
         name=record.name,
@@ -232,7 +235,9 @@ def _sweep(stored: StoredSweep) -> SweepView:
         TrialView(name=trial.name, outcome=trial.outcome, score=trial.score, kimg=trial.kimg)
         for trial in (record.trial for record in stored.trial_records())
     ]
-    state: Literal["finished", "not finished"] = "not finished" if stored.summary() is None else "finished"
+    summary = stored.summary()  # that of fewer trials where a larger `search.trials` continues the sweep
+    ended = summary is not None and summary.trials == len(trials) and all(t.outcome != RUNNING for t in trials)
+    state: Literal["finished", "not finished"] = "finished" if ended else "not finished"
     spending = Spending.total(stored.trial(trial.name).spending() for trial in trials).so_far  # trials may end early
     return SweepView(name=stored.name, state=state, trials=trials, spending=spending)
 
@@ -240,7 +245,7 @@ def _sweep(stored: StoredSweep) -> SweepView:
 def _study(stored: StoredStudy) -> StudyView:
     record, summary = stored.record(), stored.summary()
     assert record is not None, "the folder was opened by it"
-    left = [name for name in record.runs if name not in record.diverged and stored.run(name).summary() is None]
+    left = [name for name in record.runs if name not in record.diverged and not _run_has_ended(stored.run(name))]
     begun = [run for name in left if (run := _run_of_study(stored.run(name))) is not None]
     waiting = [name for name in left if name not in {run.name for run in begun}]
     return StudyView(
@@ -255,6 +260,15 @@ def _study(stored: StoredStudy) -> StudyView:
         table=shown_url(stored.table_url) if summary else None,
         spending=Spending.total(stored.run(name).spending() for name in record.runs),
     )
+
+
+def _run_has_ended(stored: StoredRun) -> bool:
+    return _has_ended(stored.summary(), stored.state())
+
+
+def _has_ended(summary: TrainSummary | None, told: RunState | None) -> bool:
+    """Return whether a run has ended. A run that is continued to a longer `kimg` keeps its summary until it ends."""
+    return summary is not None and (told is None or summary.images >= 1000 * told.kimg)
 
 
 def _run_of_study(stored: StoredRun) -> StudyRunView | None:

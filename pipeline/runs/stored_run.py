@@ -176,6 +176,10 @@ class StoredSweep:
     def name(self) -> str:
         return files.name(self.url)
 
+    @property
+    def owners_url(self) -> str:
+        return files.join(self.url, "owners")
+
     def record(self) -> SweepRecord | None:
         """Return `run.json`; None where there is no sweep. Raises CorruptError, EnvironmentFault."""
         return SweepRecord.read(_record_url(self.url))

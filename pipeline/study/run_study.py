@@ -24,7 +24,7 @@ from pipeline.compute.resources import fits, node_resources
 from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.job_file import row_job, row_sweep, trial_job
 from pipeline.config.schema import EvaluateSection, StudyJob, TrainJob, TuneJob
-from pipeline.errors import Diverged, InterruptedRun, SaganError, UsageError, counted
+from pipeline.errors import Diverged, InterruptedRun, ProcessDied, SaganError, UsageError, counted
 from pipeline.evaluation.metrics import metric_named
 from pipeline.runs.best_checkpoint import best_score
 from pipeline.runs.json_records import RunScores, StudyRecord, StudySummary, StudyTable, StudyTables
@@ -50,6 +50,7 @@ from pipeline.tuning.trial_room import TrialNeeds, TrialRoom
 
 _POLL_S = 0.2
 _SAID_S = 30.0  # seconds of waiting for room after which it is said
+_FINAL_ATTEMPTS = 3  # processes that may compute the final score of a run
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,15 @@ def run_study(
     print(f"study {study.name}: {len(runs) - left} of {len(runs)} runs have ended, {left} are to train", flush=True)
     params = {f"rows.{name}": row.overrides for name, row in study.rows.items()}
     with parent_run(first, study.name, record, kind="study", params=params) as mlflow_run:
+        known = stored.record()  # another command may have trained other seeds of the study in the meantime
         record = StudyRecord(
             name=study.name,
             mlflow_run_id=mlflow_run.mlflow_run_id,
             earlier_mlflow_run_ids=mlflow_run.earlier_mlflow_run_ids,
             runs=[run.job.name for run in runs],
-            diverged=record.diverged if record else {},
-            init_versions=versions,
-            tuned=record.tuned if record else {},
+            diverged=known.diverged if known else {},
+            init_versions={**(known.init_versions if known else {}), **versions},
+            tuned=known.tuned if known else {},
         )
         stored.write_record(record)
         if left:
@@ -163,6 +165,7 @@ def _delete(study: StudyJob, stored: StoredStudy) -> None:
         run.stored.delete()
     for row in study.rows:
         if sweep := row_sweep(study, row):
+            claim(stored.sweep(sweep.name).owners_url, print, "sweep").release()
             stored.sweep(sweep.name).delete()
     stored.delete()
 
@@ -211,7 +214,8 @@ def _tune(
     for row, sweep in to_tune.items():
         print(f"study {study.name}: {sweep.name} tunes {', '.join(sweep.space)} of the row {row}", flush=True)
         best = sweeps.tune(sweep, evaluation, parent=record.mlflow_run_id).best
-        record = record.model_copy(update={"tuned": {**record.tuned, row: best.point}})
+        known = stored.record() or record  # another command may train other seeds of the study
+        record = known.model_copy(update={"tuned": {**known.tuned, row: best.point}})
         stored.write_record(record)
     return record
 
@@ -261,8 +265,20 @@ def _checked(job: TrainJob) -> None:
 def _finalise(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: str) -> RunScores:
     """Compute the final score in a process of its own, which a stop request ends.
 
-    torch's random numbers and its threads belong to a process, and other runs of the study are in this one.
+    torch's random numbers and its threads belong to a process, and other runs of the study are in this one. If the
+    process dies, for example with its node, another one computes the score. Raises ProcessDied where
+    `_FINAL_ATTEMPTS` of them die, InterruptedRun, and what `evaluation.finalise` raises.
     """
+    for _ in range(_FINAL_ATTEMPTS - 1):
+        try:
+            return _final_scores(evaluation, stop, job, run_id)
+        except ProcessDied as error:
+            print(f"{job.name}: the final score is computed once more: {error.message}", flush=True)
+    return _final_scores(evaluation, stop, job, run_id)
+
+
+def _final_scores(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: str) -> RunScores:
+    """Compute the final score in a process. Raises ProcessDied, and what `_finalise` raises."""
     cpus = _final_cpus(job.evaluate)
     task = BackgroundTask(evaluation.finalise, job, run_id, cpus=cpus, gpus=0.0)
     says_at = time.monotonic() + _SAID_S
@@ -356,8 +372,8 @@ def outcome_of(study: StudyJob, run: RowRun, diverged: bool) -> Outcome:
     """Return what a run that has ended came to. Raises CorruptError, EnvironmentFault."""
     score: Score | None = None
     if study.compare.score == "final":
-        summary = run.stored.summary()
-        score = summary.final if summary else None
+        summary = run.stored.summary()  # that of an earlier, shorter `kimg` where the run has diverged since
+        score = summary.final if summary and not diverged else None
     elif study.compare.score == "best":
         best = best_score(run.stored.scores())
         score = best.score if best else None

@@ -83,7 +83,7 @@ def train(
         status = "FAILED"
         try:
             if _reaches_budget(run.job, run.record.device_hours):
-                raise _budget_spent(run, run.record.device_hours)
+                raise _budget_spent(run, run.record.device_hours, run.reached)
             snapshot = _train(run, evaluation, kept, on_score, asked_to_stop, told, screen)
             told.score(snapshot)
             scores = RunScores()
@@ -119,8 +119,8 @@ def finish_tracking(run: TrainingRun, status: str) -> None:
     try:
         for checkpoint in run.stored.checkpoints()[-1:]:
             tracker.replay(checkpoint.metrics().decode())
-    except (EnvironmentFault, CorruptError) as error:
-        log.warning("MLflow may lack points of %s: %s", run.job.name, error.message)
+    except (EnvironmentFault, CorruptError, ValueError) as error:  # ValueError: the points are no JSON
+        log.warning("MLflow may lack points of %s: %s", run.job.name, error)
     tracker.finish(status)
 
 
@@ -228,7 +228,7 @@ def _train(
     if status.failure is not None:
         raise status.failure
     if spent and status.images < 1000 * job.train.kimg:
-        raise _budget_spent(run, status.device_hours)
+        raise _budget_spent(run, status.device_hours, status.images)
     if ends and status.images < 1000 * job.train.kimg:
         raise EnvironmentFault(
             f"the node of the driver will be taken away; training stopped at {status.images / 1000:.1f} kimg, and "
@@ -278,17 +278,16 @@ def _reaches_budget(job: TrainJob, device_hours: float) -> bool:
     return job.budget_hours is not None and device_hours >= job.budget_hours
 
 
-def _budget_spent(run: TrainingRun, device_hours: float) -> BudgetSpent:
-    """Return the error that ends a run which has held `device_hours`, at least those of its budget."""
+def _budget_spent(run: TrainingRun, device_hours: float, images: int) -> BudgetSpent:
+    """Return the error that ends a run at a position, when it has held at least the device hours of its budget."""
     job, budget = run.job, run.job.budget
     key, value = ("hours", budget.hours) if budget.hours == job.budget_hours else ("cost", budget.cost)
     assert value is not None, "the run has a budget"
     cost = Spending.of(device_hours, 0, None, job.resources.price_per_device_hour).cost
     costs = "" if cost is None else f", which cost {shown_amount(cost)}"
-    reached = max((checkpoint.images for checkpoint in run.stored.checkpoints()), default=0)
     return BudgetSpent(
         f"the budget of {job.name} is spent: budget.{key} is {value:.10g}, and the run has held "
-        f"{shown_amount(device_hours)} device hours{costs}; it has reached {reached / 1000:.1f} of {job.train.kimg:g} "
+        f"{shown_amount(device_hours)} device hours{costs}; it has reached {images / 1000:.1f} of {job.train.kimg:g} "
         f"kimg, and {_newest_checkpoint(run)}",
         f"to go on, run the same command with a larger budget, such as budget.{key}={2 * value:.10g}",
     )
@@ -296,7 +295,10 @@ def _budget_spent(run: TrainingRun, device_hours: float) -> BudgetSpent:
 
 def _newest_checkpoint(run: TrainingRun) -> str:
     """Return a clause for messages that names the newest complete checkpoint."""
-    newest = run.stored.checkpoints()[-1:]
+    try:
+        newest = run.stored.checkpoints()[-1:]
+    except EnvironmentFault:  # it must not take the place of the error whose message this is
+        return "which checkpoint is the newest is not known, since storage does not answer"
     return f"checkpoint {newest[0].url} is complete" if newest else "the run has no checkpoint yet"
 
 
@@ -392,8 +394,14 @@ def _summary(run: TrainingRun, seen: Status, scores: RunScores) -> TrainSummary:
 
 
 def _write_summary(run: TrainingRun, summary: TrainSummary) -> None:
-    """Write the summary into the run's folder, and a copy into `runs/<name>/` of the current directory."""
+    """Write the summary into the run's folder, and a copy into `runs/<name>/` of the current directory.
+
+    Logs a warning where the copy cannot be written.
+    """
     run.stored.write_summary(summary)
     local = Path("runs") / run.job.name
-    local.mkdir(parents=True, exist_ok=True)
-    (local / "summary.json").write_text(summary.model_dump_json(indent=1))
+    try:
+        local.mkdir(parents=True, exist_ok=True)
+        (local / "summary.json").write_text(summary.model_dump_json(indent=1))
+    except OSError as error:
+        log.warning("%s has no copy of the summary of %s: %s", local.absolute(), run.job.name, error.strerror)

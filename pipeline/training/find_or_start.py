@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.collection.manifest import MANIFEST, Collection
 from pipeline.compute.cluster import join_named_cluster
@@ -17,7 +17,7 @@ from pipeline.runs.checkpoints import METRICS, require_room, upload_checkpoint, 
 from pipeline.runs.git_commit import git_commit
 from pipeline.runs.json_records import CheckpointFacts, RecordedData, RecordedEvaluation, RecordedInit, RunRecord
 from pipeline.runs.owner import Ownership, claim
-from pipeline.runs.stored_run import StoredRun
+from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
 from pipeline.tracking.init_source import describe, find_init, first_state
 from pipeline.tracking.mlflow_run import MlflowRun, artifact_location, last_step, tracking_uri
@@ -32,9 +32,10 @@ SOURCE_COMMIT = "mlflow.source.git.commit"  # MLflow shows this tag as the sourc
 
 
 @contextlib.contextmanager
-def owned(stored: StoredRun) -> Iterator[Ownership]:
-    """Own a run inside a `with` block. Raises what `claim` raises."""
-    owner = claim(stored.owners_url, lambda line: print(f"{stored.name}: {line}", flush=True))
+def owned(stored: StoredRun | StoredSweep) -> Iterator[Ownership]:
+    """Own a run or a sweep inside a `with` block. Raises what `claim` raises."""
+    what: Literal["run", "sweep"] = "sweep" if isinstance(stored, StoredSweep) else "run"
+    owner = claim(stored.owners_url, lambda line: print(f"{stored.name}: {line}", flush=True), what)
     try:
         yield owner
     finally:

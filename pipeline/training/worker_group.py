@@ -166,16 +166,18 @@ def _number(job: TrainJob, beside: bool) -> int:
 def can_start_again(error: BaseException | None, changes_size: bool) -> bool:
     """Return whether the driver starts another group after an exception of `run_workers`.
 
-    It does where the process of Ray Train's controller died or cannot be reached, which nobody else starts again, and
-    where it could not start because the storage is away. Where the number of workers may change, it also does where a
-    group failed, or found no room in time.
+    It does where the process of Ray Train's controller died or cannot be reached, which nobody else starts again, where
+    it could not start because the storage is away, and where a group failed before it could train. Where the number of
+    workers may change, it also does where a group failed later, or found no room in time.
     """
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayTaskError
     from ray.train import ControllerError, PreemptionError, WorkerGroupError
     from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 
     if isinstance(error, RayActorError | EnvironmentFault):
         return not isinstance(error, LastingFault)
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError | RayTaskError):
+        return True  # a worker raised or died while its process group was set up, which Ray Train does not try again
     if not changes_size:
         return False
     if isinstance(error, ControllerError):

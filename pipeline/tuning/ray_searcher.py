@@ -68,7 +68,7 @@ class RecordedSearcher(Searcher):
         failed = {}
         for result in results:
             if result.error is not None:
-                reason = printable(shown_url(str(result.error).strip().splitlines()[-1]))
+                reason = printable(shown_url(_reason(result.error)))
                 score, kimg = result.metrics.get("score"), float(result.metrics.get("kimg", 0.0))
                 failed[self._names[result.metrics["trial_id"]]] = TrialResult(score, kimg, reason)
         return self._plan.conclude(self._names.values(), failed)
@@ -79,3 +79,9 @@ class RecordedSearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing. Ray Tune pickles its searcher at the start, and the copy is never read."""
         return {}
+
+
+def _reason(error: Exception) -> str:
+    """Return why a trial failed, as one line. Ray Tune gives the text of the trial's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith("→")), type(error).__name__)

@@ -17,7 +17,7 @@ from pipeline.tuning.trial_plan import IndependentTrials, TrialPlan
 
 TRIAL_CPUS = 0.01  # reserved for the function that drives a trial; its Ray Train workers reserve their own CPUs
 
-TRIAL_RETRIES = 3  # a trial fails only for its environment's sake, and goes on from its newest checkpoint
+TRIAL_RETRIES = 3  # a trial that raises goes on from its newest checkpoint
 
 _RANKED = "ranked"  # the metric by which the scheduler ranks trials
 

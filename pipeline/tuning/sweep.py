@@ -21,7 +21,7 @@ from pipeline.compute.resources import require_resources, require_total
 from pipeline.config.job_file import override, parse_job, trial_job
 from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TrainJob, TuneJob
-from pipeline.errors import BudgetSpent, CorruptError, EnvironmentFault, SaganError, UsageError, printable
+from pipeline.errors import BudgetSpent, CorruptError, Diverged, SaganError, UsageError, counted, printable
 from pipeline.runs.json_records import (
     STOPPED_EARLY,
     RecordedInit,
@@ -31,6 +31,7 @@ from pipeline.runs.json_records import (
     SweepTrials,
     Trial,
 )
+from pipeline.runs.owner import Ownership, claim
 from pipeline.runs.spending import Spending
 from pipeline.runs.stored_run import StoredRun, StoredSweep
 from pipeline.storage import files
@@ -39,7 +40,7 @@ from pipeline.tracking.mlflow_run import MlflowRun, tracking_uri
 from pipeline.tracking.parent_run import parent_run
 from pipeline.training import worker_group
 from pipeline.training.driver import train
-from pipeline.training.find_or_start import complete_job, pack_if_missing, start_tracking
+from pipeline.training.find_or_start import complete_job, owned, pack_if_missing, start_tracking
 from pipeline.training.shared_types import Evaluation
 from pipeline.tuning import ray_tune
 from pipeline.tuning.population import lineage_tags
@@ -61,7 +62,8 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False, parent:
         fresh: Whether to delete the sweep first. The runs of its trials are not deleted.
         parent: Id of the MLflow run of the study whose row the sweep tunes.
 
-    Raises EnvironmentFault where the trials do not fit the cluster, and SaganError where every trial failed.
+    Raises EnvironmentFault where the trials do not fit the cluster, UsageError where another driver trains the sweep,
+    and SaganError where every trial failed.
     """
     base = trial_job(sweep, sweep.example)
     base = base.model_copy(update={"track": base.track.model_copy(update={"uri": tracking_uri(base)})})
@@ -69,7 +71,16 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False, parent:
     pack_if_missing(base)
     stored = StoredSweep.of(base, sweep.name)
     if fresh:
+        claim(stored.owners_url, print, "sweep").release()  # no driver may be training the sweep that is deleted
         stored.delete()
+    with owned(stored) as owner:
+        return _tune(sweep, base, stored, evaluation, owner, parent)
+
+
+def _tune(
+    sweep: TuneJob, base: TrainJob, stored: StoredSweep, evaluation: Evaluation, owner: Ownership, parent: str | None
+) -> SweepSummary:
+    """Do what `tune` does, as the owner of the sweep."""
     record, method, init = _own_record(sweep, base, stored)
     base = pin_source(base, init)
     needs = _require_room(sweep, base)
@@ -95,8 +106,13 @@ def tune(sweep: TuneJob, evaluation: Evaluation, *, fresh: bool = False, parent:
             sweep=mailbox.sender,
         )
         with closing(TrialRoom(f"the sweep {sweep.name}", needs, worker_group.shown(base))) as room:
+
+            def may_start(running: int) -> bool:
+                owner.require()
+                return room.may_start(running)
+
             with stops_trials(mailbox, sweep.name):
-                trials = ray_tune.search(sweep, base, run, stored, higher_is_better, room.may_start)
+                trials = ray_tune.search(sweep, base, run, stored, higher_is_better, may_start)
             return _conclude(sweep, base, stored, evaluation, mlflow_run.mlflow_run_id, trials)
 
 
@@ -133,7 +149,8 @@ def run_trial(
         higher_is_better: Direction of the score.
         sweep: Leads to the driver of the sweep, which may ask the trial to stop. The trial then writes a checkpoint.
 
-    Raises EnvironmentFault. Other errors of training are reported as the failure of the trial.
+    A divergence is reported as the failure of the trial. Raises all other errors: the values of the point may not be
+    the cause, so the trial has not ended and can be resumed.
     """
     start = TrialStart(**trial)
     job = job_of_trial(base, start.run, {**start.point, **start.values})
@@ -160,9 +177,7 @@ def run_trial(
                 report(last.images, last.score.value)
         if len(reported) == 1:
             report(0, None)  # the budget was spent before the first score, and Ray Tune needs a result
-    except EnvironmentFault:
-        raise  # the values of the point are not the cause, so the trial does not end and can be resumed
-    except SaganError as error:
+    except Diverged as error:
         ray_tune.report(None, job.train.kimg, higher_is_better, failure=error.message)
 
 
@@ -221,7 +236,10 @@ def _conclude(
     ranked = best_first(trials, evaluation.higher_is_better(base))
     if ranked[0].score is None:
         reasons = sorted({trial.outcome for trial in trials})
-        raise SaganError(f"all {len(trials)} trials of {sweep.name} failed: {'; '.join(reasons)}")
+        raise SaganError(
+            f"all {counted(len(trials), 'trial')} of {sweep.name} failed: {'; '.join(reasons)}",
+            "correct the cause, then run the same command again; it resumes all trials except those that diverged",
+        )
     scores = _register(sweep, base, evaluation, ranked[0], run_id)
     assert scores.score is not None
     local = Path("runs") / sweep.name

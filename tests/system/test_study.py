@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
+import time
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ from mlflow import MlflowClient
 from pipeline.runs.status_from_folder import look_at_run
 from pipeline.runs.stored_run import StoredStudy
 from pipeline.storage import files
-from tests.system.command_process import JOBS, TINY, Driver
+from tests.system.command_process import JOBS, TINY, Driver, ray_workers
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
@@ -185,3 +187,18 @@ def test_a_run_that_diverges_is_counted_and_the_study_goes_on(place):
     again = Driver(tmp_path, env, job=job, tiny=False)
     again.until("2 of 2 runs have ended, 0 are to train")
     assert again.end() == 0, again.output
+
+
+def test_a_final_score_whose_process_was_killed_is_computed_by_another(place):
+    """SIGKILL to the process. The study goes on, and the command ends as if nothing had happened."""
+    tmp_path, bucket, env = place
+    job = write(tmp_path, {"none": {"model.attention": "[]"}}, [0])
+    study = Driver(tmp_path, env, job=job, tiny=False)
+    while not (found := ray_workers("_call", env["RAY_ADDRESS"])):  # no score is computed before
+        assert study.process.poll() is None, study.output
+        time.sleep(0.05)
+    for process in found:
+        os.kill(process, signal.SIGKILL)
+    assert study.end() == 0, study.output
+    assert "tiny-none-0: the final score is computed once more: a process of the cluster died" in study.output
+    assert StoredStudy(f"{bucket}/runs/studies/tiny").run("tiny-none-0").summary().final is not None

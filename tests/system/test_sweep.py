@@ -197,3 +197,28 @@ def test_a_trial_whose_process_was_killed_goes_on_in_the_same_sweep(s3, ray_clus
     (record,) = StoredSweep(f"{bucket}/runs/one").trial_records()
     assert (record.ended, record.trial.outcome) == (True, "finished")
     assert StoredSweep(f"{bucket}/runs/one").trial(name).record().starts == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_over_values_that_are_no_numbers_ends_and_counts_the_points_that_diverged(s3, ray_cluster, tmp_path):
+    bucket = s3.bucket()
+    env = {**s3.env, **ray_cluster.env, "SAGAN_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}
+    sweep = {
+        "kind": "tune",
+        "name": "losses",
+        "base": str(JOBS / "quickstart.yaml"),
+        "overrides": {**TINY, "train.workers": 1, "evaluate.kimg": 0.96, "evaluate.cpus": 0.5},
+        "space": {"optim.loss": {"grid": ["hinge", "bce"]}, "optim.lr_d": {"grid": [4.0e-4, 1.0e30]}},
+        "search": {"max_concurrent": 2},
+    }
+    (tmp_path / "losses.yaml").write_text(yaml.safe_dump(sweep).replace("'[", "[").replace("]'", "]"))
+    run = Driver(tmp_path, env, job=tmp_path / "losses.yaml", tiny=False)
+    assert run.end() == 0, run.output
+    records = StoredSweep(f"{bucket}/runs/losses").trial_records()
+    assert [record.ended for record in records] == [True] * 4
+    for trial in (record.trial for record in records):
+        if trial.point["optim.lr_d"] > 1:
+            assert trial.outcome.startswith("training diverged"), trial
+        else:
+            assert trial.score is not None, trial
+    assert (tmp_path / "runs" / "losses" / "plane.png").exists()

@@ -168,7 +168,7 @@ class Status:
                 if fault is not None and self.attempts:
                     self.attempts[-1].append(WorkerFailed(fault, self.images, type(fault).__name__))
                     self.lines.append(f"the workers could not start: {fault.message}")
-                self._counted = False
+                self._counted = self.stopped = False  # the next group was not asked to stop
                 self._end_group()
                 self.workers_gone_s = self.workers_gone_s or self.clock()
             case GroupStarted():

@@ -132,7 +132,7 @@ class Worker:
     def _permitted_to_start(self) -> bool:
         """Ask the driver for permission to start, and wait as long as it says. Collective.
 
-        Returns False where the run is asked to stop meanwhile. Raises SaganError where the run must not go on.
+        Returns False where the run is asked to stop meanwhile, and where it must end. The driver then gets the reason.
         """
         start: Start | None = None
         nodes = self._from_all(self.node)
@@ -144,13 +144,14 @@ class Worker:
             until = time.monotonic() + min(start.pause_s, LONGEST_PAUSE_S)
             while time.monotonic() < until and not self.driver.exchange(None):
                 time.sleep(0.2)
-            if self.driver.exchange(None):
+            self.driver.send(messages.WentOn("the start"))
+            if start.refusal is not None:
+                self.driver.deliver(messages.Failed(start.refusal))  # raised, Ray Train would start the workers again
+                start = None
+            elif self.driver.exchange(None):
                 self.driver.deliver(messages.Stopped())
                 start = None
-        start = self._from_rank0(start)
-        if start is not None and start.refusal is not None:
-            raise start.refusal
-        return start is not None
+        return self._from_rank0(start) is not None
 
     def _set_up(self) -> None:
         """Restore the state, and open the stream and the tracker. Collective."""
@@ -195,7 +196,9 @@ class Worker:
         newest = None
         if self.is_rank0:
             method = self.assignment.method_digest
-            newest = fetch_newest_checkpoint(self.stored.checkpoints_url, local, method, self._note)
+            newest = fetch_newest_checkpoint(
+                self.stored.checkpoints_url, local, method, self._note, self._require_owner
+            )
         checkpoint: StoredCheckpoint | None = self._from_rank0(newest)
         if checkpoint is None and self.job.init is not None:
             raise SaganError(

@@ -172,6 +172,37 @@ def test_a_sweep_is_checked_down_to_the_keys_of_its_space(job, tmp_path):
         load_job(sweep)
 
 
+def test_overrides_of_a_sweep_or_a_study_are_set_by_their_dotted_keys(job, tmp_path):
+    job(TRAIN)
+    sweep, study = tmp_path / "sweep.yaml", tmp_path / "study.yaml"
+    sweep.write_text(POPULATION)
+    loaded = load_job(sweep, parse_overrides(["overrides.train.kimg=16", "overrides.optim.n_dis=2"]))
+    assert loaded.overrides == {"train.kimg": 16, "train.batch": 16, "optim.n_dis": 2}
+    assert (trial_job(loaded, {}).optim.n_dis, trial_job(loaded, {}).train.batch) == (2, 16)
+    study.write_text(STUDY)
+    loaded = load_job(study, parse_overrides(["rows.more.overrides.train.batch=16"]))
+    assert loaded.rows["more"].overrides == {"optim.n_dis": 2, "train.batch": 16}
+    with pytest.raises(ConfigError, match="train.kimg is set by the study"):
+        load_job(study, parse_overrides(["overrides.train.kimg=16"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("overrides: {optim: {n_dis: 2}}", "overrides.optim is a mapping, which would replace the whole section optim"),
+        ("schedule: {grace_kimg: 9}", "schedule.grace_kimg is 9, but a trial has only 8 kimg"),
+        (f"name: {49 * 's'}", "name is 'sss"),
+    ],
+)
+def test_a_sweep_that_could_not_end_is_refused_at_load(job, tmp_path, text, message):
+    job(TRAIN)
+    head = {"kind": "tune", "name": "s", "base": "job.yaml", "overrides": {"train.kimg": 8}, "space": {}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**head, **yaml.safe_load(text)}))
+    with pytest.raises(ConfigError) as caught:
+        load_job(tmp_path / "sweep.yaml")
+    assert message in caught.value.message
+
+
 POPULATION = """\
 kind: tune
 name: s
@@ -283,6 +314,7 @@ def test_a_tuned_row_has_a_sweep_with_a_budget_and_a_seed_of_its_own(job, tmp_pa
         ("optim.lr_d", "train.kimg", "tune.space: train.kimg is set by the study"),
         ("trials: 4", "trials: 4, initial_points: [{optim.lr_d: 1}]", "search.initial_points.0: optim.lr_d: 1"),
         ("loguniform", "loguni", "tune.space.optim.lr_d.loguni is not a key"),
+        ("kimg: 1", "kimg: 1, schedule: {grace_kimg: 2}", "rows.none: s-none-tune: schedule.grace_kimg is 2, but a"),
         (
             "kimg: 1",
             "kimg: 1, schedule: {pbt: {interval_kimg: 0.1}}",
@@ -311,6 +343,7 @@ def test_the_tuning_of_a_study_is_checked_before_it_starts(job, tmp_path, old, n
         ("n_dis", "n_dsi", "study.yaml: rows.more: "),
         ("n_dis", "n_dsi", "optim.n_dsi is not a key; did you mean optim.n_dis?"),
         ("optim.n_dis: 2", "optim.n_dis: 0", "rows.more: "),
+        ("optim.n_dis: 2", "optim: {n_dis: 2}", "rows.more.overrides.optim is a mapping, which would replace"),
         ("optim.n_dis: 2", "seed: 2", "rows.more.overrides: seed is set by the study; remove it and use `seeds`"),
         ("optim.n_dis: 2", "train.kimg: 2", "rows.more.overrides: train.kimg is set by the study"),
         ("source: a paper, ", "", "rows.more.published.0.source is missing"),

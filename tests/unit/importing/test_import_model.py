@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.open_model import open_model
 from sagan.config import ModelConfig
 from sagan.generator import Generator
+from tests.conftest import TestS3
 from tests.unit.importing import peer_files
 from tests.unit.importing.peer_files import State
 
@@ -363,7 +367,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             copy.writestr(entry, archive.read(entry))
     (tmp_path / "text.pth").write_text("no tensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name, match in (("small.pth", "is compressed"), ("text.pth", "cannot be read"), ("text.safetensors", "read")):
+    for name, match in (
+        ("small.pth", "is compressed"),
+        ("text.pth", "no file of torch.save"),
+        ("text.safetensors", "read"),
+    ):
         with pytest.raises(UsageError, match=match):
             import_model(str(tmp_path / name), "biggan-pytorch", tmp_path / "out", BIGGAN)
     with pytest.raises(EnvironmentFault, match="there is no file at"):
@@ -374,3 +382,21 @@ def test_checkpoints_of_tensorflow_are_refused_with_the_conversion(tmp_path: Pat
     with pytest.raises(SaganError, match=r"no \.safetensors file") as refusal:
         import_model(str(tmp_path / "model.ckpt-5"), "official-tf", tmp_path / "out", {})
     assert "load_checkpoint" in refusal.value.remedy
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """URL at which the files of the test's folder are served."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
+def test_a_remote_file_that_is_missing_or_has_a_query(s3: TestS3, served: str, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="there is no file at"):
+        import_model(f"{s3.bucket()}/none.pth", "biggan-pytorch", tmp_path / "out", BIGGAN)
+    save_file({"x": torch.zeros(1)}, tmp_path / "G.safetensors")
+    with pytest.raises(UsageError, match="linear"):
+        import_model(f"{served}/G.safetensors?download=true", "biggan-pytorch", tmp_path / "out", BIGGAN)

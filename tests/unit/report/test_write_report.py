@@ -342,3 +342,19 @@ def test_a_record_without_the_digest_of_its_collection_is_compared_with_no_image
     assert record is not None
     stored.write_record(record.model_copy(update={"method": {}}))
     assert "another collection" in written([stored.url])
+
+
+def test_the_plane_of_a_sweep_shows_values_that_are_no_numbers(tmp_path: Path) -> None:
+    points: list[dict[str, Any]] = [
+        {"model.attention": [], "optim.loss": "hinge"},
+        {"model.attention": [16], "optim.loss": "b$c$e"},
+        {"model.attention": None, "optim.loss": "hinge"},
+    ]
+    trials = [
+        Trial(name=f"s-{i}", point=point, score=float(i), kimg=1, outcome="finished") for i, point in enumerate(points)
+    ]
+    marked: list[dict[str, Any]] = [{"model.attention": [8], "optim.loss": "hinge"}, {"optim.loss": "bce"}]
+    draw_plane(trials, marked, "fd_pixels", tmp_path / "labels.png")
+    numbers = [trial.model_copy(update={"point": {"optim.beta1": 0.5 * i}}) for i, trial in enumerate(trials)]
+    draw_plane(numbers, [], "fd_pixels", tmp_path / "zero.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("labels.png", "zero.png"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,3 +104,23 @@ def test_of_many_one_creates(folder: str) -> None:
             created = list(pool.map(lambda i: files.create(f"{folder}/{attempt}", f"{i}".encode()), range(8)))  # noqa: B023
         assert sum(created) == 1
         assert files.read_bytes(f"{folder}/{attempt}").decode() == str(created.index(True))
+
+
+def test_an_owner_that_releases_while_another_looks_is_followed(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The release changes the time of the sign of life, as a renewal does."""
+    monkeypatch.setattr(owner, "RENEWAL_S", 60.0)
+    first, looked = claim(folder, print), owner._is_released
+    seen = []
+
+    def released(folder: str, number: int) -> bool:
+        answer = looked(folder, number)
+        seen.append(answer)
+        if len(seen) == 2:
+            time.sleep(1.1)  # S3 counts in seconds
+            first.release()
+        return answer
+
+    monkeypatch.setattr(owner, "_is_released", released)
+    taken = claim(folder, print)
+    assert taken.number == 2
+    taken.release()

@@ -6,6 +6,7 @@ import csv
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,9 +319,44 @@ def test_a_study_whose_runs_have_ended_writes_its_table(
     assert look_at_run(stored.url).rows()["s-none-1"] == "driver died, 0.2 of 1 kimg"
 
 
+def test_what_another_command_records_in_the_meantime_is_kept(make: MakeStudy, tmp_path: Path) -> None:
+    stored = StoredStudy(f"{tmp_path}/stored/studies/s")
+    study = make()
+    for run in runs_of(study):
+        end(run, [9.0], 9.0)
+    run_study(study, EVALUATION)
+
+    def check(job: TrainJob) -> None:
+        record = stored.record()
+        assert record is not None
+        stored.write_record(record.model_copy(update={"diverged": {"s-none-7": "at 1 kimg"}}))
+
+    run_study(study, replace(EVALUATION, check=check))
+    record = stored.record()
+    assert record is not None
+    assert record.diverged == {"s-none-7": "at 1 kimg"}
+
+
+def test_a_run_that_is_continued_has_not_ended(make: MakeStudy, tmp_path: Path) -> None:
+    stored = StoredStudy(f"{tmp_path}/stored/studies/s")
+    study = make()
+    for run in runs_of(study):
+        end(run, [9.0], 9.0)
+    run_study(study, EVALUATION)
+    longer = RunState(owner=1, state="training", images=1250, kimg=2, images_per_s=31, time_s=time.time())
+    stored.run("s-none-1").write_state(longer)
+    seen = look_at_run(stored.url)
+    assert isinstance(seen, StudyView)
+    assert (seen.state, seen.ended) == ("not finished", 3)
+    stored.run("s-none-1").write_state(longer.model_copy(update={"kimg": 1}))
+    seen = look_at_run(stored.url)
+    assert isinstance(seen, StudyView)
+    assert (seen.state, seen.ended) == ("finished", 4)
+
+
 def test_a_diverged_run_counts_and_keeps_its_best_score(make: MakeStudy, tmp_path: Path) -> None:
     stored = StoredStudy(f"{tmp_path}/stored/studies/s")
-    for score, values in (("best", {"0": 9.0, "1": 9.0}), ("last", {"0": 9.0})):
+    for score, values in (("best", {"0": 9.0, "1": 9.0}), ("last", {"0": 9.0}), ("final", {"0": 9.0})):
         study = make(**{"compare.score": score})
         for run in runs_of(study):
             end(run, [9.0], 9.0)

@@ -19,7 +19,7 @@ from pipeline import cli
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import parse_job, to_yaml
 from pipeline.config.schema import TrainJob
-from pipeline.errors import ConfigError, CorruptError, SaganError, UsageError
+from pipeline.errors import ConfigError, CorruptError, LastingFault, SaganError, UsageError
 from pipeline.runs.checkpoints import StoredCheckpoint, load_state, upload_checkpoint, write_checkpoint
 from pipeline.runs.json_records import CheckpointFacts
 from pipeline.runs.stored_run import StoredRun
@@ -27,7 +27,8 @@ from pipeline.storage import file_sets, files
 from pipeline.tracking import registry
 from pipeline.tracking.init_source import find_init, pin_source
 from pipeline.tracking.mlflow_run import client
-from pipeline.training.shared_types import Assignment
+from pipeline.training.restart_budget import next_start
+from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.status import messages
 from pipeline.training.worker import training_loop
 from sagan import Model, TrainState
@@ -417,20 +418,16 @@ def test_the_runs_own_folder_is_no_source(place: Place) -> None:
         place.job({"source": str(own)}, "mine")
 
 
-def test_workers_without_the_first_checkpoint_do_not_start_from_new_weights(place: Place, tmp_path: Path) -> None:
-    """Its file is damaged after the driver has written it."""
-    found = start_run(place.job({"source": place.source.url}))
-    assert found.owner is not None
-    checkpoint = files.local_path(first_checkpoint(found.job)[0].url)
-    (checkpoint / "state.safetensors").write_bytes(b"")
-    sender = FileSender(tmp_path / "mailbox")
+def work(run: TrainingRun, sender: FileSender) -> list[Any]:
+    """Run the only worker of a run in this process. Returns its messages."""
+    assert run.owner is not None
     assignment = Assignment(
-        job=found.job.model_dump(mode="json", by_alias=True),
-        tracking_uri=found.tracking_uri,
-        mlflow_run_id=found.mlflow_run_id,
+        job=run.job.model_dump(mode="json", by_alias=True),
+        tracking_uri=run.tracking_uri,
+        mlflow_run_id=run.mlflow_run_id,
         driver=sender,  # type: ignore[arg-type]
-        owner=found.owner.number,
-        method_digest=found.method_digest,
+        owner=run.owner.number,
+        method_digest=run.method_digest,
         secrets={},
         score_in_line=None,
         step_timeout_s=60,
@@ -440,9 +437,36 @@ def test_workers_without_the_first_checkpoint_do_not_start_from_new_weights(plac
         mock.patch.object(training_loop, "configure_device"),  # its settings would stay in the process of the tests
     ):
         training_loop.train_worker(assignment, "")
-    (failed,) = [message for message in sender.received() if isinstance(message, messages.Failed)]
+    return list(sender.received())
+
+
+def test_workers_without_the_first_checkpoint_do_not_start_from_new_weights(place: Place, tmp_path: Path) -> None:
+    """Its file is damaged after the driver has written it."""
+    found = start_run(place.job({"source": place.source.url}))
+    checkpoint = files.local_path(first_checkpoint(found.job)[0].url)
+    (checkpoint / "state.safetensors").write_bytes(b"")
+    told = work(found, FileSender(tmp_path / "mailbox"))
+    (failed,) = [message for message in told if isinstance(message, messages.Failed)]
     assert "has no good checkpoint" in failed.error.message
     assert "--fresh" in failed.error.remedy
+
+
+class Refusing(FileSender):
+    """A driver that has a group pause, and then refuses its start."""
+
+    def ask(self, message: Any, timeout_s: float = 0.0) -> Any:
+        fault = LastingFault("the keys have expired", "renew them")
+        failed = [messages.WorkerFailed(fault, 0, "LastingFault")]
+        return next_start([failed, failed, []], max_failures=1)
+
+
+def test_workers_whose_start_is_refused_end_with_the_reason_and_raise_nothing(place: Place, tmp_path: Path) -> None:
+    """Ray Train starts workers again without limit where one of them raises."""
+    told = work(start_run(place.job({"source": place.source.url})), Refusing(tmp_path / "mailbox"))
+    (failed,) = [message for message in told if isinstance(message, messages.Failed)]
+    assert isinstance(failed.error, LastingFault)
+    assert "the workers failed 2 times without a newer checkpoint" in failed.error.message
+    assert not [message for message in told if isinstance(message, messages.WorkerFailed)]
 
 
 # --- the dry run -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pipeline.config.run_method import digest_of, method_of
 from pipeline.config.schema import TrainJob
 from pipeline.errors import UsageError
 from pipeline.runs.checkpoints import StoredCheckpoint, fetch_newest_checkpoint, upload_checkpoint
+from pipeline.runs.owner import LostRun
 from pipeline.runs.stored_run import StoredRun
 from pipeline.storage import file_sets, files
 from pipeline.training import driver
@@ -40,7 +41,8 @@ def fetched(job: TrainJob, folder: Path) -> tuple[StoredCheckpoint | None, list[
     """The checkpoint that a worker would restore, and what it says."""
     said: list[str] = []
     folder.mkdir()
-    return fetch_newest_checkpoint(StoredRun.of(job).checkpoints_url, folder, digest(job), said.append), said
+    url = StoredRun.of(job).checkpoints_url
+    return fetch_newest_checkpoint(url, folder, digest(job), said.append, lambda: None), said
 
 
 @pytest.mark.parametrize("manifest", [b"", b"{}", b"[1]", b'{"files": {"../x": {"size": 1, "sha256": "0"}}}', b"\xff"])
@@ -58,6 +60,55 @@ def test_a_checkpoint_without_a_valid_manifest_does_not_exist(job: TrainJob, tmp
         (folder / name).write_bytes(Path(bad.url, name).read_bytes())
     upload_checkpoint(folder, bad)
     assert StoredRun.of(job).checkpoints() == [good, bad]
+
+
+def test_a_damaged_checkpoint_is_withdrawn_and_uploaded_again(job: TrainJob, tmp_path: Path) -> None:
+    good = commit_checkpoint(job, 16, method_digest=digest(job))
+    bad = commit_checkpoint(job, 32, method_digest=digest(job))
+    tensors = Path(bad.url, "state.safetensors")
+    sound = tensors.read_bytes()
+    tensors.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    found, said = fetched(job, tmp_path / "restored")
+    assert found == good
+    assert [line.partition(":")[0] for line in said] == [f"checkpoint {bad.name} is damaged and is withdrawn"]
+    assert StoredRun.of(job).checkpoints() == [good], "nobody scores it, and retention does not count it"
+
+    folder = tmp_path / "again"
+    folder.mkdir()
+    for name in ("state.json", "metrics.jsonl", "checkpoint.json"):
+        (folder / name).write_bytes(Path(bad.url, name).read_bytes())
+    (folder / "state.safetensors").write_bytes(sound)
+    upload_checkpoint(folder, bad)
+    assert fetched(job, tmp_path / "once more") == (bad, [])
+
+
+def test_a_checkpoint_is_withdrawn_only_by_the_owner_and_not_where_its_bytes_are_right(
+    job: TrainJob, tmp_path: Path
+) -> None:
+    """A newer version of the program may have written it."""
+    good = commit_checkpoint(job, 16, method_digest=digest(job))
+    newer = commit_checkpoint(job, 32, method_digest=digest(job))
+    folder = tmp_path / "newer"
+    folder.mkdir()
+    for path in Path(newer.url).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / file_sets.MANIFEST).unlink()
+    (folder / "checkpoint.json").write_text('{"format": 99}')
+    files.delete(newer.url)
+    file_sets.upload_set(folder, newer.url)
+    found, said = fetched(job, tmp_path / "restored")
+    assert found == good
+    assert said[0].startswith(f"checkpoint {newer.name} cannot be read and is skipped")
+    assert StoredRun.of(job).checkpoints() == [good, newer]
+
+    Path(newer.url, "state.safetensors").write_bytes(b"")
+
+    def lost() -> None:
+        raise LostRun("another driver owns the run")
+
+    with pytest.raises(LostRun):
+        fetch_newest_checkpoint(StoredRun.of(job).checkpoints_url, tmp_path, digest(job), said.append, lost)
+    assert StoredRun.of(job).checkpoints() == [good, newer]
 
 
 def test_a_checkpoint_of_another_method_is_not_adopted(job: TrainJob, tmp_path: Path) -> None:
@@ -163,3 +214,14 @@ def test_what_killed_workers_left_of_a_checkpoint_is_deleted_later(job: TrainJob
         job.model_copy(update={"track": job.track.model_copy(update={"register_model": False})})
     )
     assert files.list_names(run.checkpoints_url) == [checkpoint.name for checkpoint in (old, newest, uploading)]
+
+
+def test_storage_that_does_not_answer_hides_no_reason(
+    packed: Collection, tmp_path: Path, s3: TestS3, proxy: FaultProxy
+) -> None:
+    job = job_in(packed, tmp_path, tmp_path / "runs")
+    root = s3.bucket()
+    job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"root": root})})
+    run = start_run(job)
+    proxy.refuse(30.0)
+    assert "storage does not answer" in driver._newest_checkpoint(run)

@@ -131,6 +131,8 @@ def test_a_group_that_is_lost_while_it_leaves_has_not_failed() -> None:
     status.apply(Stopped())
     status.apply(GroupLost(found_no_room=False))
     assert next_start([*status.attempts, []], 0).refusal is None
+    status.apply(GroupLost(found_no_room=False))  # of the next group, before it asked
+    assert next_start([*status.attempts, []], 0).refusal is not None
 
 
 def test_a_group_that_found_no_room_has_not_failed() -> None:

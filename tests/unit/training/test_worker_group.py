@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Literal
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
@@ -32,6 +32,8 @@ from pipeline.training.worker_group import can_start_again, found_no_room, needs
         (ControllerError(ValueError("no such resource")), False, False),
         (ControllerError(WorkerGroupStartupTimeoutError(2)), True, True),
         (ControllerError(WorkerGroupStartupFailedError("an actor died while it started")), True, False),
+        (ControllerError(RayTaskError("on_start", "traceback", ValueError("the port is in use"))), True, False),
+        (ControllerError(ActorDiedError()), True, False),
         (WorkerGroupError("rank 1 died", {1: RuntimeError("connection reset")}), True, False),
     ],
 )
@@ -39,8 +41,9 @@ def test_a_group_starts_again_after_a_failure_and_where_it_found_no_room(
     error: BaseException | None, again: bool, no_room: bool
 ) -> None:
     assert (can_start_again(error, changes_size=True), found_no_room(error)) == (again, no_room)
-    of_controller = again and isinstance(error, RayActorError | EnvironmentFault)
-    assert can_start_again(error, changes_size=False) == of_controller, "Ray Train starts a fixed number again itself"
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    not_by_ray = again and isinstance(cause, RayActorError | RayTaskError | EnvironmentFault)
+    assert can_start_again(error, changes_size=False) == not_by_ray, "Ray Train starts a fixed number again itself"
 
 
 def test_a_group_starts_after_its_pause_and_not_after_the_end() -> None:

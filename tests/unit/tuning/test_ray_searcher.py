@@ -88,7 +88,7 @@ def test_a_trial_that_failed_for_its_values_has_ended_and_one_that_raised_has_no
     configs = {name: first.suggest(name) for name in ("a", "b")}
     first.on_trial_complete("a", ended(8, None, failure="training diverged"))
     first.on_trial_complete("b", error=True)
-    error = RuntimeError("Traceback …\nEnvironmentFault: s3://u:p@host/x cannot be reached")
+    error = RuntimeError("Traceback …\nEnvironmentFault: s3://u:p@host/x cannot be reached\n  → run it again\n")
     results = [
         SimpleNamespace(error=None, metrics={"trial_id": "a"}),
         SimpleNamespace(error=error, metrics={"trial_id": "b", "score": 3.0, "kimg": 2.0}),

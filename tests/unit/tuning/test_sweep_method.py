@@ -13,6 +13,7 @@ from pipeline.config.run_method import method_differences, sweep_method_of
 from pipeline.config.schema import TuneJob
 from pipeline.errors import UsageError
 from pipeline.job_runner import run_job
+from pipeline.runs import owner
 from pipeline.runs.json_records import SweepRecord
 from pipeline.runs.stored_run import StoredSweep
 from pipeline.training.find_or_start import complete_job
@@ -87,3 +88,15 @@ def test_what_a_population_decides_by_does_not_change(
     assert line in method_differences(first, method(sweep_file, packed, **{**population, **change}))
     at_once = {**population, "search.max_concurrent": 4}
     assert method_differences(first, method(sweep_file, packed, **at_once)) == []
+
+
+def test_a_sweep_has_one_driver_at_a_time(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "RENEWAL_S", 0.3)
+    sweep = StoredSweep(f"{tmp_path}/runs/s")
+    other = owner.claim(sweep.owners_url, print, "sweep")
+    try:
+        for fresh in (False, True):
+            with pytest.raises(UsageError, match="is training this sweep"):
+                run_job(sweep_file, {"space": SPACE}, fresh=fresh)
+    finally:
+        other.release()

@@ -1,4 +1,4 @@
-"""A trial of a sweep that has spent the budget of the base job ends with its last score."""
+"""A trial of a sweep ends with its last score where it has spent the budget. It has not ended where it raises."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.collection.manifest import Collection
+from pipeline.errors import UsageError
 from pipeline.job_runner import _evaluation
 from pipeline.runs.json_records import ScoreRecord
 from pipeline.runs.score_protocol import Score
@@ -53,3 +54,23 @@ def test_a_trial_without_budget_left_reports_its_last_score_and_starts_no_worker
     )
     assert told == [(*one, {}) for one in reported], "no failure is reported"
     assert [message.trains for message in driver.received()] == [True, False]
+
+
+def test_a_trial_that_fails_for_another_reason_than_its_point_has_not_ended(
+    packed: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here its run has another method. The error reaches Ray Tune, which does not take the trial for one that ended."""
+    base = job_in(packed, tmp_path, tmp_path / "runs")
+    run = start_run(job_of_trial(base, "s-1", {"optim.lr_d": 1e-4}))
+    told: list[Any] = []
+    monkeypatch.setattr(ray_tune, "report", lambda *values, **more: told.append(values))
+    with pytest.raises(UsageError, match="with another method"):
+        run_trial(
+            {"run": "s-1", "point": {"optim.lr_d": 2e-4}},
+            base=base,
+            evaluation=_evaluation(),
+            parent=run.mlflow_run_id,
+            higher_is_better=False,
+            sweep=FileSender(tmp_path / "mailbox"),  # type: ignore[arg-type]
+        )
+    assert told == []
