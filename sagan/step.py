@@ -90,7 +90,7 @@ class Step:
         if self.world.size > 1:
             self._fix_bucket_layout()
         optimizers = (state.optimizer_d, state.optimizer_g)
-        self.graph = StepGraph(self._compute, optimizers) if StepGraph.serves(self.device, self.world) else None
+        self.graph = StepGraph(self._compute, optimizers) if StepGraph.serves(self.device, self.world, batch) else None
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Run one step and return this rank's part of each metric, float [len(METRICS)].

@@ -59,9 +59,12 @@ class StepGraph:
         self._fails = False
 
     @staticmethod
-    def serves(device: torch.device, world: World) -> bool:
-        """Return whether steps on the device, with the collectives of `world`, can be recorded."""
-        return is_cuda(device) and (world.size == 1 or dist.get_backend() == "nccl")
+    def serves(device: torch.device, world: World, batch: int) -> bool:
+        """Return whether steps on the device, with the collectives of `world`, can be recorded.
+
+        A recorded step has fixed shapes. If the ranks do not divide the batch, a rank's share changes between steps.
+        """
+        return is_cuda(device) and batch % world.size == 0 and (world.size == 1 or dist.get_backend() == "nccl")
 
     @property
     def records(self) -> bool:

@@ -77,6 +77,7 @@ def load_job(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Jo
         base = trial_job(job, {})  # a wrong key is found now and not in the first trial
         for key in job.space:
             _require_known(base, key, f"{path}: space")
+        _check_values(job, f"{path}: space")
         _check_schedule(job, base, str(path))
     if isinstance(job, StudyJob):
         job = _with_absolute_bases(job, path.parent)
@@ -93,6 +94,16 @@ def trial_job(sweep: TuneJob, point: Mapping[str, Any]) -> TrainJob:
     if not isinstance(job, TrainJob):
         raise ConfigError(f"{sweep.base} is a job of kind: {job.kind}", "the base of a sweep must be of kind: train")
     return job
+
+
+def _check_values(sweep: TuneJob, place: str) -> None:
+    """Raise ConfigError where a value of the space cannot be trained. It is found now and not after other trials."""
+    for key, choice in sweep.space.items():
+        for value in choice.examples:
+            try:
+                trial_job(sweep, {**sweep.example, key: value})
+            except ConfigError as error:
+                raise ConfigError(f"{place}.{key}: {error.message}", error.remedy) from None
 
 
 def _check_schedule(sweep: TuneJob, base: TrainJob, place: str) -> None:
@@ -200,6 +211,7 @@ def _check_rows(study: StudyJob, path: Path) -> None:
             if sweep := row_sweep(study, row):
                 for key in sweep.space:
                     _require_known(job, key, "tune.space")
+                _check_values(sweep, "tune.space")
                 _check_schedule(sweep, trial_job(sweep, sweep.example), sweep.name)
         except ConfigError as error:
             raise ConfigError(f"{path}: rows.{row}: {error.message}", error.remedy) from None
@@ -360,12 +372,14 @@ class _Values:
 
         def value_of(match: re.Match[str]) -> str:
             name, default = match.groups()
-            if (value := os.environ.get(name, default)) is None:
+            given = os.environ.get(name)
+            value = given or default if default is not None else given  # as in a shell: the default also for ""
+            if value is None:
                 raise ConfigError(
                     f"{self.origin.name}:{line}: ${{{name}}} is not set",
                     f"export {name}=… or write ${{{name}:-default}}",
                 )
-            if value and name in os.environ:
+            if given:
                 self.origin.variables[value] = f"${{{name}}}"
             return value
 

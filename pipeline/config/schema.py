@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config.locations import NodePath, TrackingUri, Url, absolute
 from sagan.config import RESOLUTIONS, Augmentation, ModelConfig, OptimConfig, passes
@@ -25,8 +25,21 @@ def _is_file(extractor: str) -> bool:
 SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 """Names of splits. They are parts of the names of shards."""
 SplitName = Annotated[str, Field(pattern=f"^{SPLIT_NAME}$")]
+_OTHER_FOLDERS = ("mlflow", "studies")  # folders below `checkpoint.root` that are no runs
+
+
+def _not_taken(name: str) -> str:
+    if name in _OTHER_FOLDERS:
+        raise ValueError(f"{name} is the name of another folder below checkpoint.root; give another name")
+    return name
+
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-SweepName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,47}$")]  # the names of its trials are longer
+RunName = Annotated[Name, AfterValidator(_not_taken)]
+# The names of the trials of a sweep are longer.
+SweepName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,47}$"), AfterValidator(_not_taken)]
+Seed = Annotated[int, Field(ge=0, lt=2**63 - 1)]
+"""The final score uses the next seed, and files hold seeds as signed 64-bit numbers."""
 
 
 class Section(BaseModel):
@@ -55,7 +68,7 @@ class PackSection(Section):
     WebP ignore it."""
     shard_images: int = Field(1000, ge=1)
     """Number of images per shard; the last shard of a split may have fewer."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the permutation in which the images are written, 0 or more."""
     max_broken: int = Field(0, ge=0)
     """Greatest number of broken images with which packing succeeds. Broken images are listed and left out."""
@@ -210,12 +223,12 @@ class EvaluateSection(Section):
     weights: Literal["ema", "raw"] = "ema"
     """Parameters of the generator that are scored and registered. `ema` is the moving average. `raw` are the parameters
     of the last step."""
-    standing_images: int | None = Field(4096, ge=1)
+    standing_images: int | None = Field(4096, ge=1, le=1_000_000)
     """Number of generated images over which the standing statistics of batch norm are computed. With null, the running
     averages of training are used."""
     batch: int = Field(64, ge=1)
     """Number of images per forward pass. It does not change a score."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the latents and labels of generated images, and of `classifier`; 0 or more. The final score uses the next
     seed."""
     workers: int = Field(1, ge=1)
@@ -235,6 +248,13 @@ class EvaluateSection(Section):
     @classmethod
     def _file_is_absolute(cls, value: str) -> str:
         return absolute(value) if _is_file(value) else value
+
+    @field_validator("gpus")
+    @classmethod
+    def _ray_can_reserve(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value:g} GPUs cannot be reserved; give a fraction of one GPU, or a whole number")
+        return value
 
     @model_validator(mode="after")
     def _applies(self) -> EvaluateSection:
@@ -333,10 +353,10 @@ class TrainJob(Section):
     """Train one SAGAN."""
 
     kind: Literal["train"] = "train"
-    name: Name
+    name: RunName
     """Name of the run and of its folder below `checkpoint.root`: at most 63 lower-case letters, digits, `.`, `_` and
     `-`, first a letter or a digit. The same name resumes the run."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the initial parameters, the order of samples, latents, labels, flips and the parameters of
     `data.augment`."""
     data: DataSection
@@ -370,12 +390,25 @@ class TrainJob(Section):
         group = self.model.batch_norm_group
         if group and self.train.batch % group:
             raise ValueError(f"model.batch_norm_group {group} does not divide train.batch {self.train.batch}")
-        if self.model.resolution is None and self.data.pack is not None and not self.data.pack.index_only:
-            replace(self.model, resolution=self.data.pack.resolution)  # raises where there is no such network
+        self._fits_what_it_packs()
         groups = self.train.batch // (group or self.train.batch)
         for workers in range(self.train.least_workers, self.train.workers + 1):
             passes(self.train.batch, workers, groups, self.train.micro_batch)  # raises where it is impossible
         return self
+
+    def _fits_what_it_packs(self) -> None:
+        """Raise ValueError where the collection that `data.pack` makes cannot be trained on."""
+        pack, wanted = self.data.pack, self.model.resolution
+        if pack is None:
+            return
+        if not pack.index_only and wanted is None:
+            replace(self.model, resolution=pack.resolution)  # raises where there is no such network
+        if not pack.index_only and wanted not in (None, pack.resolution):
+            raise ValueError(f"model.resolution is {wanted}, but data.pack.resolution is {pack.resolution}")
+        if isinstance(pack.source, dict):
+            for key, split in (("data.split", self.data.split), ("evaluate.split", self.evaluate.split)):
+                if split not in pack.source:
+                    raise ValueError(f"{key} is {split}, but data.pack.source has {', '.join(pack.source)}")
 
     @property
     def budget_hours(self) -> float | None:
@@ -422,9 +455,9 @@ class EvaluateJob(Section):
 class Choice(Section):
     """Values of one key in a sweep. Exactly one of the four keys must be given."""
 
-    choice: list[Any] | None = None
+    choice: list[Any] | None = Field(None, min_length=1)
     """A list of values. Each trial gets one of them."""
-    grid: list[Any] | None = None
+    grid: list[Any] | None = Field(None, min_length=1)
     """A list of values, all of which are tried. Several grids are tried in all combinations."""
     loguniform: tuple[float, float] | None = None
     """[low, high] with 0 < low < high: a number whose logarithm is uniform between the bounds."""
@@ -446,7 +479,15 @@ class Choice(Section):
     @property
     def example(self) -> Any:
         """One of the values, for checks that have the same result for every value."""
-        return next(iter(self.model_dump(exclude_none=True).values()))[0]
+        return self.examples[0]
+
+    @property
+    def examples(self) -> list[Any]:
+        """Values that stand for all values in checks: those of a list, or both bounds and a number between them."""
+        if bounds := self.loguniform or self.uniform:
+            low, high = bounds
+            return [low, low + (high - low) / math.pi, high]
+        return (self.grid if self.grid is not None else self.choice) or []
 
     def value_of(self, given: Any) -> Any:
         """Return a given value as this space has it. Raises ValueError where it is not a value of this space."""
@@ -478,6 +519,13 @@ def point_in(space: Mapping[str, Choice], given: Mapping[str, Any]) -> dict[str,
     return point
 
 
+def _require_one_protocol(space: Mapping[str, Choice], place: str) -> None:
+    """Raise ValueError where trials would be scored in different ways, and could not be compared."""
+    for key in space:
+        if key == "data.train" or key.startswith("evaluate."):
+            raise ValueError(f"{place}.{key}: scores of trials with different values of {key} cannot be compared")
+
+
 def _require_in_space(space: Mapping[str, Choice], points: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError where an initial point is not in a space."""
     for i, point in enumerate(points):
@@ -503,7 +551,7 @@ class SearchSection(Section):
     initial_points: list[dict[str, Any]] = []
     """Points that are tried first, by dotted key: [{optim.lr_d: 4.0e-4, optim.lr_g: 1.0e-4}]. They must be in the
     space. Keys that a point lacks are drawn."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the search algorithm and of the decisions of `schedule.pbt`."""
 
 
@@ -556,7 +604,7 @@ class TuneJob(Section):
     """Path of the training job that every trial runs, relative to this file."""
     overrides: dict[str, Any] = {}
     """Values that replace those of the base job in every trial, by dotted key: {train.kimg: 20}."""
-    space: dict[str, Choice]
+    space: dict[str, Choice] = Field(min_length=1)
     """Values to search, by dotted key of the base job: {optim.lr_d: {loguniform: [1.0e-4, 1.0e-3]}}."""
     search: SearchSection = SearchSection()
     schedule: ScheduleSection | None = None
@@ -564,6 +612,7 @@ class TuneJob(Section):
 
     @model_validator(mode="after")
     def _in_the_space(self) -> TuneJob:
+        _require_one_protocol(self.space, "space")
         _require_in_space(self.space, self.search.initial_points)
         return self
 
@@ -621,12 +670,13 @@ class StudyTuning(Section):
     """When trials are stopped early. Default: every trial runs to its end."""
     kimg: float | None = Field(None, gt=0, le=1e9)
     """Length of each trial, in thousands of images. Default: the length of the row's runs."""
-    seed: int = Field(1000, ge=0)
+    seed: Seed = 1000
     """Seed of the trials. It must not be one of `seeds`: the runs of the table do not repeat the trials that chose."""
 
     @model_validator(mode="after")
     def _in_the_space(self) -> StudyTuning:
         _require_free(self.space, "tune.space")
+        _require_one_protocol(self.space, "tune.space")
         _require_in_space(self.space, self.search.initial_points)
         if self.schedule is not None and self.schedule.pbt is not None:
             raise ValueError(
@@ -679,7 +729,7 @@ class StudyJob(Section):
     """Values that replace those of the base job in every row, by dotted key: {evaluate.samples: 10000}."""
     kimg: float | None = Field(None, gt=0, le=1e9)
     """Length of each run, in thousands of images. Default: `train.kimg` of the row's job."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     """Seeds of the runs of each row. More seeds continue a study."""
     max_concurrent: int | None = Field(None, ge=1)
     """Greatest number of runs that train at the same time. Default: as many as fit into the cluster."""

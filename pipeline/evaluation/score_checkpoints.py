@@ -33,12 +33,13 @@ log = logging.getLogger(__name__)
 _TRIED = 16  # real images on which an extractor is tried before training
 
 
-def check_scores(job: TrainJob) -> None:
-    """Check before training that the checkpoints can be scored.
+def check_scores(job: TrainJob) -> list[str]:
+    """Check before training that the checkpoints can be scored. Return the names of the metrics of their scores.
 
     Raises:
         UsageError: The split or the score does not exist, there are too few images for a metric, the collection has no
-            classes for the classifier, the file is not an extractor, or its features of real images are not finite.
+            classes or no split `train` for the classifier, the file is not an extractor, or its features of real images
+            are not finite.
         EnvironmentFault: The extractor file or the extractor's parameters do not exist.
     """
     collection = Collection.open(job.data.train)
@@ -56,6 +57,7 @@ def check_scores(job: TrainJob) -> None:
         scorer.require_enough_images(samples)
     first = np.asarray(collection.ids(job.evaluate.split)[:_TRIED])  # neighbours, which lie in one shard
     scorer.features(Real(collection, first, job.data), "first real images")
+    return scorer.metric_names
 
 
 def higher_is_better(job: TrainJob) -> bool:

@@ -105,7 +105,7 @@ class Scorer:
         if metric not in repeats[0]:
             raise UsageError(
                 f"evaluate.score is {metric}, but {self.extractor.name} does not know the classes of "
-                f"{self.collection.url}",
+                f"{self.collection.url}, or the model generates others",
                 f"choose one of: {', '.join(repeats[0])}",
             )
         if infinite := [name for values in repeats for name, value in values.items() if not math.isfinite(value)]:
@@ -170,13 +170,20 @@ class Scorer:
         }
 
     def classes_match(self, model: Model) -> bool:
-        """Return whether the extractor recognises the collection's classes, which the model generates."""
-        accuracy = self.reference(self.section.split).accuracy
-        return bool(model.config.known_num_classes) and accuracy is not None and accuracy > CLASSES_MATCH
+        """Return whether the extractor recognises the collection's classes, and the model generates these classes."""
+        accuracy, names = self.reference(self.section.split).accuracy, self.collection.class_names
+        same_number = model.config.known_num_classes == self.collection.num_classes
+        same_names = not (model.class_names and names) or model.class_names == list(names)
+        return same_number and same_names and accuracy is not None and accuracy > CLASSES_MATCH
 
     def _metrics_of_samples(self, model: Model, seed: int, samples: range) -> dict[str, float]:
         generated = self.features(Generated(model, seed, samples), "samples", keep=self.section.feature_metrics)
         return self.compute_metrics(generated, classes_match=self.classes_match(model))
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of the metrics of a score. A score may lack the accuracy of the classes (see `classes_match`)."""
+        return [metric.name_under(self.extractor) for metric in self._available()]
 
     def _available(self) -> list[Metric]:
         """Return the metrics that this extractor and section allow."""

@@ -109,9 +109,8 @@ def run_study(
     to_tune = sweeps_of(study, settled, points)
     runs = runs_of(study, settled)
     _require_untrained([run for run in runs if run.row in to_tune])
-    missing = missing_runs(
-        [run for run in runs if run.row not in to_tune], evaluation, record.diverged if record else {}
-    )
+    untuned = [run for run in runs if run.row not in to_tune]
+    missing = missing_runs(study, untuned, evaluation, record.diverged if record else {})
     left = len(missing) + len(to_tune) * len(study.seeds)
     print(f"study {study.name}: {len(runs) - left} of {len(runs)} runs have ended, {left} are to train", flush=True)
     params = {f"rows.{name}": row.overrides for name, row in study.rows.items()}
@@ -134,7 +133,7 @@ def run_study(
         if to_tune:
             record = _tune(study, to_tune, evaluation, stored, record)
             runs = runs_of(study, settled_values(study, versions, tuned_points(study, record, stored.url)))
-            missing = missing_runs(runs, evaluation, record.diverged)
+            missing = missing_runs(study, runs, evaluation, record.diverged)
         if missing:
             _train(study, missing, evaluation, stored, record)
         record = stored.record() or record
@@ -170,17 +169,21 @@ def _delete(study: StudyJob, stored: StoredStudy) -> None:
     stored.delete()
 
 
-def missing_runs(runs: Sequence[RowRun], evaluation: Evaluation, diverged: Container[str]) -> list[RowRun]:
+def missing_runs(
+    study: StudyJob, runs: Sequence[RowRun], evaluation: Evaluation, diverged: Container[str]
+) -> list[RowRun]:
     """Return the runs that have not ended, after all runs have been checked.
 
     A run has ended where its summary says so, and where it diverged. A longer `kimg` continues a run that has ended.
 
     Args:
+        study: The study.
         runs: Runs of the study.
         evaluation: Checks one job of each row.
         diverged: Names of runs that diverged.
 
-    Raises UsageError where a stored run of one of the names has another method, or where a job cannot be trained.
+    Raises UsageError where a stored run of one of the names has another method, where a job cannot be trained, or where
+    its scores have no metric of `compare.metrics`.
     """
     checked: set[str] = set()
     missing = []
@@ -188,13 +191,23 @@ def missing_runs(runs: Sequence[RowRun], evaluation: Evaluation, diverged: Conta
         pack_if_missing(run.job)
         job = complete_job(run.job)
         if run.row not in checked:
-            evaluation.check(job)
+            _require_metrics(study, run.row, evaluation.check(job))
             checked.add(run.row)
         _, method = start_and_method(job, Collection.open(job.data.train), run.stored)
         ended = ended_run(job, run.stored, method)
         if ended is None and job.name not in diverged:
             missing.append(run)
     return missing
+
+
+def _require_metrics(study: StudyJob, row: str, computed: Sequence[str]) -> None:
+    """Raise UsageError where the scores of a row lack a metric that the study compares."""
+    if missing := [metric for metric in study.compare.metrics if metric not in computed]:
+        raise UsageError(
+            f"compare.metrics: the scores of the row {row} have no {' and no '.join(missing)}; they have "
+            f"{', '.join(computed)}",
+            "correct compare.metrics, or the keys of `evaluate` (feature_metrics, extractor) in the row's job",
+        )
 
 
 def _require_untrained(runs: Sequence[RowRun]) -> None:
@@ -258,8 +271,9 @@ def _train(
         )
 
 
-def _checked(job: TrainJob) -> None:
+def _checked(job: TrainJob) -> list[str]:
     """Check nothing. `missing_runs` has checked a job of each row."""
+    return []
 
 
 def _finalise(evaluation: Evaluation, stop: StopRequest, job: TrainJob, run_id: str) -> RunScores:

@@ -20,8 +20,9 @@ from pipeline.runs.stored_run import StoredRun
 class Evaluation:
     """The functions of `pipeline.evaluation` that training calls. Training does not import evaluation."""
 
-    check: Callable[[TrainJob], None]
-    """Checks before training that scores can be computed. Raises SaganError where they cannot."""
+    check: Callable[[TrainJob], list[str]]
+    """Checks before training that scores can be computed, and returns the names of their metrics. Raises SaganError
+    where they cannot."""
     score_checkpoint: Callable[[TrainJob, StoredCheckpoint, str], Score]
     """Scores one checkpoint for the MLflow run of an id, records and logs the score, and registers the run's best."""
     higher_is_better: Callable[[TrainJob], bool]

@@ -40,7 +40,7 @@ def require_room(job: TrainJob) -> bool:
 
     Waits for nodes that the autoscaler of the cluster can add, also for the tasks that score checkpoints beside the
     workers. Returns whether the cluster can hold these tasks. What other runs use counts as room, because Ray waits for
-    it. Raises EnvironmentFault where the workers do not fit.
+    it. Raises EnvironmentFault where the workers do not fit, and where no node has the GPUs of a score.
     """
     workers = job.train.least_workers
     connect(least_cpus(job))
@@ -56,6 +56,10 @@ def require_room(job: TrainJob) -> bool:
 
     wait_for_nodes([worker] * workers + scoring, room, f"{workers} workers and scores beside them")
     require_resources(workers, "workers", worker["CPU"], worker["GPU"], remedy)
+    scores = job.evaluate
+    if scores.gpus:  # Ray would wait for ever for the process of the final score
+        less = "set evaluate.gpus=0, or add nodes with GPUs"
+        require_resources(scores.workers, "processes that score", scores.cpus, scores.gpus, lambda fit: less)
     return room()
 
 

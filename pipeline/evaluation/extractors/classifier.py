@@ -75,11 +75,18 @@ def classifier(collection: Collection, data: DataSection, seed: int, device: str
 
 
 def require_classes(collection: Collection) -> None:
-    """Raise UsageError where the collection has fewer than two classes."""
+    """Raise UsageError where the collection has fewer than two classes, or no split `train` with their images."""
+    remedy = "set evaluate.extractor to inception, or to a TorchScript or torch.export file"
+    if "train" not in collection.splits:
+        raise UsageError(
+            f"evaluate.extractor is classifier, which learns from the split train, but {collection.url} has only "
+            f"{', '.join(collection.splits)}",
+            remedy,
+        )
     if collection.num_classes < 2:
         raise UsageError(
             f"evaluate.extractor is classifier, but {collection.url} has no classes to learn",
-            "set evaluate.extractor to inception, or to a TorchScript or torch.export file",
+            remedy,
         )
 
 

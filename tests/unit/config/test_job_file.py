@@ -104,6 +104,20 @@ def test_every_shipped_job_is_valid_and_executable(path):
         (TRAIN + "optim: {lr_d: .nan}\n", "job.yaml:7: optim.lr_d: .nan is not a finite number"),
         (TRAIN + "seed: 2001-99-99\n", "job.yaml:7"),
         (TRAIN + "? [a, b]\n: 1\n", "job.yaml:7: a key is not a text"),
+        (TRAIN + f"seed: {2**63 - 1}\n", "job.yaml:7: seed is 9223372036854775807"),
+        (TRAIN + f"evaluate: {{seed: {2**64}}}\n", "job.yaml:7: evaluate.seed is"),
+        (TRAIN + "evaluate: {standing_images: 2000000}\n", "evaluate.standing_images is 2000000"),
+        (TRAIN + "evaluate: {gpus: 1.5}\n", "1.5 GPUs cannot be reserved"),
+        (TRAIN.replace("mine", "mlflow"), "mlflow is the name of another folder below checkpoint.root"),
+        (TRAIN.replace("mine", "studies"), "studies is the name of another folder below checkpoint.root"),
+        (
+            TRAIN.replace("somewhere", "x, pack: {source: y, resolution: 64}") + "model: {resolution: 32}\n",
+            "model.resolution is 32, but data.pack.resolution is 64",
+        ),
+        (
+            TRAIN.replace("somewhere", "x, pack: {source: {train: y, heldout: z}, resolution: 32}, split: val"),
+            "data.split is val, but data.pack.source has train, heldout",
+        ),
     ],
 )
 def test_mistakes_are_named_with_file_line_key_and_remedy(job, text, message):
@@ -122,6 +136,8 @@ def test_a_missing_file_suggests_its_neighbour(job):
 def test_environment_and_overrides(job, monkeypatch):
     path = job(TRAIN + "seed: ${SEED:-3}\n")
     assert load_job(path).seed == 3
+    monkeypatch.setenv("SEED", "")
+    assert load_job(path).seed == 3, "as in a shell"
     monkeypatch.setenv("SEED", "5")
     assert load_job(path).seed == 5
     overrides = parse_overrides(["train.workers=2", "optim.lr_d=2e-4", "model.attention=[8]", "seed=7"])
@@ -192,11 +208,19 @@ def test_overrides_of_a_sweep_or_a_study_are_set_by_their_dotted_keys(job, tmp_p
         ("overrides: {optim: {n_dis: 2}}", "overrides.optim is a mapping, which would replace the whole section optim"),
         ("schedule: {grace_kimg: 9}", "schedule.grace_kimg is 9, but a trial has only 8 kimg"),
         (f"name: {49 * 's'}", "name is 'sss"),
+        ("name: mlflow", "mlflow is the name of another folder"),
+        ("space: {}", "space is {}"),
+        ("space: {optim.lr_d: {choice: []}}", "space.optim.lr_d.choice is []"),
+        ("space: {optim.lr_d: {choice: [1.0e-4, banana]}}", "optim.lr_d is 'banana'"),
+        ("space: {model.channels_g: {uniform: [16, 64]}}", "model.channels_g is 31."),
+        ("space: {evaluate.weights: {grid: [ema, raw]}}", "space.evaluate.weights: scores of trials with different"),
+        ("space: {data.train: {grid: [a, b]}}", "space.data.train: scores of trials with different values"),
     ],
 )
 def test_a_sweep_that_could_not_end_is_refused_at_load(job, tmp_path, text, message):
     job(TRAIN)
-    head = {"kind": "tune", "name": "s", "base": "job.yaml", "overrides": {"train.kimg": 8}, "space": {}}
+    head = {"kind": "tune", "name": "s", "base": "job.yaml", "overrides": {"train.kimg": 8}}
+    head["space"] = {"optim.lr_d": {"choice": [1.0e-4]}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**head, **yaml.safe_load(text)}))
     with pytest.raises(ConfigError) as caught:
         load_job(tmp_path / "sweep.yaml")
@@ -314,6 +338,7 @@ def test_a_tuned_row_has_a_sweep_with_a_budget_and_a_seed_of_its_own(job, tmp_pa
         ("optim.lr_d", "train.kimg", "tune.space: train.kimg is set by the study"),
         ("trials: 4", "trials: 4, initial_points: [{optim.lr_d: 1}]", "search.initial_points.0: optim.lr_d: 1"),
         ("loguniform", "loguni", "tune.space.optim.lr_d.loguni is not a key"),
+        ("loguniform: [", "choice: [-1, ", "optim.lr_d is -1"),
         ("kimg: 1", "kimg: 1, schedule: {grace_kimg: 2}", "rows.none: s-none-tune: schedule.grace_kimg is 2, but a"),
         (
             "kimg: 1",

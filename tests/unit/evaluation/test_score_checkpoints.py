@@ -200,6 +200,18 @@ def of_grey(job: TrainJob, folder: Path, count: int, **other_splits: int) -> Tra
     return job.model_copy(update={"data": job.data.model_copy(update={"train": collection.url})})
 
 
+def test_the_classifier_needs_the_split_that_it_learns_from(job: TrainJob, tmp_path: Path) -> None:
+    for i in range(8):
+        path = tmp_path / "source" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (20 * i,) * 3).save(path)
+    source = PackSection(source={"val": str(tmp_path / "source")}, resolution=32)
+    changes = {"train": pack(str(tmp_path / "set"), source).url, "split": "val"}
+    job = with_section(job.model_copy(update={"data": job.data.model_copy(update=changes)}), split="val")
+    with pytest.raises(UsageError, match="learns from the split train, but .* has only val"):
+        check_scores(job)
+
+
 class Ratio(torch.nn.Module):
     """Mean and inverse deviation of each image: not finite for an image of one colour."""
 

@@ -18,7 +18,10 @@ from pipeline.evaluation.metrics import METRICS, Metric
 from pipeline.evaluation.scorer import Scorer, open_scorer
 from pipeline.runs.score_protocol import Score
 from pipeline.storage import file_sets
+from sagan.config import ModelConfig, OptimConfig
+from sagan.train_state import TrainState
 from sagan.trained_model import Model
+from tests.unit.evaluation.conftest import NETWORKS
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -143,6 +146,22 @@ def test_accuracy_is_left_out_where_the_extractor_knows_other_classes(
     assert set(values_of(model, digits, data, section)) == {"fd_stranger", "isc_stranger"}
     with pytest.raises(UsageError, match="stranger does not know the classes"):
         values_of(model, digits, data, section.model_copy(update={"score": "class_accuracy"}))
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [(dataclasses.replace(NETWORKS, num_classes=7), []), (NETWORKS, [*"1032456789"])],
+    ids=["other number", "other order"],
+)
+def test_accuracy_is_left_out_where_the_model_generates_other_classes(
+    config: ModelConfig, names: list[str], digits: Collection, data: DataSection
+) -> None:
+    stranger = Model.from_state(TrainState(config, OptimConfig(), seed=0), standing_images=64)
+    stranger.class_names = names
+    assert "class_accuracy" not in values_of(stranger, digits, data)
+    own = Model.from_state(TrainState(NETWORKS, OptimConfig(), seed=0), standing_images=64)
+    own.class_names = list(digits.class_names)
+    assert "class_accuracy" in values_of(own, digits, data)
 
 
 def test_metrics_of_logits_are_left_out_where_there_are_none(

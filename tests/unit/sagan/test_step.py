@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sagan import ModelConfig, OptimConfig, Step, TrainState, batch_norm
+from sagan import ModelConfig, OptimConfig, Step, TrainState, batch_norm, step_graph
 from sagan.attention import SelfAttention
 from sagan.batch_norm import BatchNorm
 from sagan.config import passes
+from sagan.ranks import World
 from sagan.spectral_norm import Conv2d
+from sagan.step_graph import StepGraph
 from tests.unit.sagan.training import ACGAN, BATCH, CONFIG, real, run, same
 
 GOLDEN = [
@@ -152,3 +154,12 @@ def test_unconditional_training():
     losses = step([real(0)])
     assert losses.isfinite().all()
     assert state.images == BATCH
+
+
+def test_a_step_is_recorded_only_where_its_shapes_never_change(monkeypatch):
+    monkeypatch.setattr(step_graph, "is_cuda", lambda device: device.type == "cuda")  # a CPU build knows no CUDA
+    device = torch.device("cuda")
+    assert StepGraph.serves(device, World(), 16)
+    assert not StepGraph.serves(device, World(0, 3), 16), "the shares of three ranks are 6, 5 and 5, in turns"
+    assert {len(World(0, 3).share(start, start + 16)) for start in (0, 16, 32)} == {5, 6}
+    assert not StepGraph.serves(torch.device("cpu"), World(), 16)

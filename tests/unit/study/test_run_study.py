@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from pipeline.collection.manifest import Collection
 from pipeline.config.job_file import load_job
 from pipeline.config.schema import StudyJob, TrainJob
-from pipeline.errors import CorruptError, SaganError, UsageError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.evaluation.final_score import finalise, score_due
 from pipeline.evaluation.score_checkpoints import check_scores, higher_is_better, score_checkpoint
 from pipeline.job_runner import dry_run_job
@@ -127,21 +127,22 @@ def test_every_row_has_its_first_run_before_any_has_its_second(make: MakeStudy) 
 
 
 def test_runs_that_ended_and_runs_that_diverged_are_not_trained_again(make: MakeStudy) -> None:
-    runs = runs_of(make())
-    assert names(missing_runs(runs, EVALUATION, set())) == names(runs)
+    study = make()
+    runs = runs_of(study)
+    assert names(missing_runs(study, runs, EVALUATION, set())) == names(runs)
     end(runs[1], [2.0], 2.0)
-    assert names(missing_runs(runs, EVALUATION, {"s-none-1"})) == ["s-none-0", "s-feat16-1"]
+    assert names(missing_runs(study, runs, EVALUATION, {"s-none-1"})) == ["s-none-0", "s-feat16-1"]
 
 
 def test_more_seeds_more_rows_and_a_longer_budget_are_missing(make: MakeStudy) -> None:
     for run in runs_of(make()):
         end(run, [2.0], 2.0)
-    assert missing_runs(runs_of(make()), EVALUATION, set()) == []
+    assert missing_runs(make(), runs_of(make()), EVALUATION, set()) == []
     more = make(**{"seeds": [0, 1, 2], "rows.other": {"overrides": {"model.z_dim": 64}}})
     expected = ["s-other-0", "s-other-1", "s-none-2", "s-feat16-2", "s-other-2"]
-    assert names(missing_runs(runs_of(more), EVALUATION, set())) == expected
+    assert names(missing_runs(more, runs_of(more), EVALUATION, set())) == expected
     longer = make(kimg=2)
-    assert len(missing_runs(runs_of(longer), EVALUATION, set())) == 4
+    assert len(missing_runs(longer, runs_of(longer), EVALUATION, set())) == 4
     assert [dry_run_job(study)["ended"] for study in (make(), more, longer)] == [4, 4, 0]
 
 
@@ -152,10 +153,11 @@ def test_runs_that_start_from_a_model_are_known_when_they_have_ended(
     Model.from_state(TrainState(model, OptimConfig(), 0), standing_images=16).save(tmp_path / "model")
     narrow = {"model.channels_g": 4, "model.channels_d": 4, "init.source": str(tmp_path / "model")}
     rows = {"none": {"overrides": {"optim.lr_d": 0.0001}}, "feat16": {}}
-    runs = runs_of(make(overrides=narrow, rows=rows))
-    assert names(missing_runs(runs, EVALUATION, set())) == names(runs)
+    study = make(overrides=narrow, rows=rows)
+    runs = runs_of(study)
+    assert names(missing_runs(study, runs, EVALUATION, set())) == names(runs)
     end(runs[0], [2.0], 2.0)
-    assert names(missing_runs(runs, EVALUATION, set())) == names(runs[1:])
+    assert names(missing_runs(study, runs, EVALUATION, set())) == names(runs[1:])
 
 
 def test_all_rows_and_seeds_start_from_the_version_that_the_study_found_first(
@@ -326,10 +328,11 @@ def test_what_another_command_records_in_the_meantime_is_kept(make: MakeStudy, t
         end(run, [9.0], 9.0)
     run_study(study, EVALUATION)
 
-    def check(job: TrainJob) -> None:
+    def check(job: TrainJob) -> list[str]:
         record = stored.record()
         assert record is not None
         stored.write_record(record.model_copy(update={"diverged": {"s-none-7": "at 1 kimg"}}))
+        return [METRIC]
 
     run_study(study, replace(EVALUATION, check=check))
     record = stored.record()
@@ -372,13 +375,12 @@ def test_a_diverged_run_counts_and_keeps_its_best_score(make: MakeStudy, tmp_pat
         assert tables.tables[0].rows[1].diverged == 2 - len(values)
 
 
-def test_a_metric_that_no_score_has_names_those_that_they_have(make: MakeStudy) -> None:
-    study = make(**{"compare.metrics": ["fid"]})
-    for run in runs_of(study):
-        end(run, [9.0], 9.0)
-    with pytest.raises(SaganError, match="no run of s has a score with fid") as caught:
+def test_a_metric_that_no_score_will_have_is_refused_before_anything_is_trained(make: MakeStudy) -> None:
+    study = make(**{"compare.metrics": [METRIC, "kid", "fid"]})
+    with pytest.raises(UsageError, match="the scores of the row none have no kid and no fid; they have") as caught:
         run_study(study, EVALUATION)
-    assert METRIC in caught.value.remedy
+    assert METRIC in caught.value.message
+    assert "feature_metrics" in caught.value.remedy
 
 
 def test_fresh_deletes_the_runs_of_the_study(make: MakeStudy, tmp_path: Path) -> None:

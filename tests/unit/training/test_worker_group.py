@@ -71,3 +71,20 @@ def test_a_run_that_began_on_gpus_waits_for_gpus(monkeypatch: pytest.MonkeyPatch
         assert needs(started)[0]["GPU"] == 1
     explicit = job.model_copy(update={"resources": job.resources.model_copy(update={"device": "cpu"})})
     assert needs(with_device(explicit, "cuda"))[0]["GPU"] == 0
+
+
+def test_a_score_that_needs_a_gpu_which_no_node_has_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray would wait for ever for the process of the final score."""
+    values = {"kind": "train", "name": "r", "data": {"train": "set"}, "train": {"kimg": 1, "batch": 16}}
+    job = parse_job({**values, "evaluate": {"gpus": 1}, "resources": {"device": "cpu"}}, "test")
+    assert isinstance(job, TrainJob)
+    monkeypatch.setattr(worker_group, "connect", lambda least_cpus: None)
+    monkeypatch.setattr(resources, "_has_autoscaler", lambda: False)
+    monkeypatch.setattr(resources, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 0.0})
+    for module in (resources, worker_group):
+        monkeypatch.setattr(module, "node_resources", lambda: [{"CPU": 64.0, "GPU": 0.0}])
+    with pytest.raises(EnvironmentFault, match="processes that score need 1 GPUs; the cluster has 0") as caught:
+        worker_group.require_room(job)
+    assert "evaluate.gpus=0" in caught.value.remedy
