@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from io import TextIOWrapper
@@ -173,7 +174,13 @@ def verify(url: Annotated[str, typer.Argument(help="URL of a packed collection o
         collection = verify_collection(url, on_cluster=join_named_cluster())
         checked = f"{counted(len(collection.labels), 'image')} in {counted(len(collection.shards), 'shard')}"
     else:
-        checked = counted(len(file_sets.verify_set(url).files), "file")
+        try:
+            checked = counted(len(file_sets.verify_set(url).files), "file")
+        except FileNotFoundError:
+            raise UsageError(
+                f"there is no packed collection and no checkpoint at {url}",
+                "give the destination of a `sagan pack`, or a folder below the folder `checkpoints` of a run",
+            ) from None
     print(f"{shown_url(url)}: checked {checked}; all are good", file=sys.stderr)
 
 
@@ -185,19 +192,24 @@ def sample(
         str, typer.Argument(help="Registry URI (models:/NAME@champion), checkpoint URL or pulled folder.")
     ],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
-    n: Annotated[int, typer.Option(help="Number of images.")] = 64,
+    n: Annotated[int, typer.Option(help="Number of images.", min=1)] = 64,
     classes: Annotated[
         str | None, typer.Option(help="Names or numbers of classes, separated by commas. Default: all classes.")
     ] = None,
     truncation: Annotated[
         float, typer.Option(help="Factor of the latents. Below 1, images are more typical and less varied.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the latents. The same seed gives the same images.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the latents. The same seed gives the same images.", min=0, max=2**64 - 1)
+    ] = 0,
 ) -> None:
     """Write a labelled grid of samples as a PNG file."""
     from pipeline.image_grid import grid
     from pipeline.tracking.open_model import open_model
 
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"{out} is not the name of a PNG file", "give a name that ends with .png: --out samples.png")
+    _require_writable(out)
     generator = open_model(model)
     chosen = [c.strip() for c in classes.split(",")] if classes else None
     try:
@@ -207,9 +219,20 @@ def sample(
         raise UsageError(str(error)) from None
     names = generator.class_names
     captions = None if labels is None else [names[i] if names else str(i) for i in labels.tolist()]
-    out.parent.mkdir(parents=True, exist_ok=True)
     grid(images, captions, columns=max(1, round(n**0.5))).save(out)
     print(f"wrote {counted(n, 'image')} to {out}")
+
+
+def _require_writable(out: Path) -> None:
+    """Check that a file can be written, before the work that it is for. Its folder is created. Raises UsageError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            out.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}", "give another file: --out FILE") from None
 
 
 @app.command(
@@ -290,7 +313,7 @@ def evaluate(
     section |= {
         "resize": resize,
         "extractor_dtype": extractor_dtype,
-        "samples": samples or (2000 if self_test else 50_000),
+        "samples": (2000 if self_test else 50_000) if samples is None else samples,
         "seed": seed,
     }
     section |= {"weights": weights} | ({"standing_images": None} if running else {})
@@ -521,6 +544,7 @@ def report(
     evaluate = {key: value for key, value in own.items() if value is not None}
     if extractor_sha256 is not None and extractor is None:
         raise UsageError("--extractor-sha256 is given without --extractor", "give the file: --extractor FILE")
+    _require_writable(out)
     size = write_report(of, out, samples, Reader(data, evaluate))
     print(f"{out}: {size / 1e6:.1f} MB; open it in a browser, also without a network")
 

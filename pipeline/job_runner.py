@@ -13,7 +13,7 @@ from pipeline.config.dry_run import CollectionFacts, DryRun, dry_run, study_dry_
 from pipeline.config.job_file import load_job, row_job, row_sweep, trial_job
 from pipeline.config.run_method import complete_model, method_of, sweep_method_of
 from pipeline.config.schema import EvaluateJob, Job, PackJob, StudyJob, TrainJob, TuneJob
-from pipeline.errors import EnvironmentFault, SaganError
+from pipeline.errors import EnvironmentFault, SaganError, UsageError
 from pipeline.runs.spending import Spending, shown_amount
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ def run_job(
 
     Args:
         job: A job, or the path of a job file.
-        overrides: Values by dotted key. They replace values of the job file.
-        fresh: Whether to delete the run, the sweep or the study of this name first.
+        overrides: Values by dotted key. They replace values of the job file. Without a job file, they are refused.
+        fresh: Whether to delete the run, the sweep or the study of this name first. For other kinds of jobs, this is
+            refused.
 
     Returns a dict of JSON values. For a training run or a sweep, it equals `runs/<name>/summary.json`. For a study, it
     equals `runs/studies/<name>/summary.json`.
@@ -39,6 +40,16 @@ def run_job(
     """
     if isinstance(job, Path | str):
         job = load_job(job, overrides)
+    elif overrides:
+        raise UsageError(
+            f"overrides are given for the job {job.name}, which has been read already: {', '.join(overrides)}",
+            "give the path of the job file with them, or give them to `load_job`",
+        )
+    if fresh and isinstance(job, PackJob | EvaluateJob):
+        raise UsageError(
+            f"{job.name} is a job of kind: {job.kind}, which has no run to delete",
+            "leave out --fresh",
+        )
     if isinstance(job, PackJob):
         return _pack(job)
     if isinstance(job, EvaluateJob):

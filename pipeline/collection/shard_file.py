@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from posixpath import splitext
 from typing import NamedTuple
@@ -31,6 +32,19 @@ class Sample(NamedTuple):
     label: int | str | None
 
 
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a plain tar. Raises tarfile.ReadError where it is truncated or damaged.
+
+    A `TarFile` takes a header that is damaged or incomplete for the end of the tar, unless it is the first. A tar ends
+    with zeros, or where its last member ends.
+    """
+    yield from tar
+    assert tar.fileobj is not None  # a tar that is being read has a file
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"it is truncated or damaged: there is no header of a member at byte {tar.offset:,}")
+
+
 def read_shard(path: Path) -> list[Sample]:
     """Return the samples of a WebDataset tar in their order.
 
@@ -42,7 +56,7 @@ def read_shard(path: Path) -> list[Sample]:
     labels: dict[str, int | str | None] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
+            for member in tar_members(tar):
                 name, suffix = member.name.removeprefix("./"), splitext(member.name)[1].lower()
                 if not member.isreg() or member.issparse():  # a sparse member unpacks to more bytes than the tar has
                     continue

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
 
 from pydantic import AfterValidator
+
+from pipeline.errors import UsageError
+from pipeline.storage.home_folders import expanded
 
 _LOCAL = re.compile(r"(sqlite(?:\+\w+)?:///|file://|file:)?(.+)", re.DOTALL)
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
@@ -15,17 +19,20 @@ _TRACKERS = ("databricks", "databricks-uc", "uc")  # tracking URIs of MLflow tha
 
 
 def absolute(location: str) -> str:
-    """Return a path, a URL or an SQLite URI with an absolute path. Workers run in other folders than the command."""
+    """Return a path, a URL or an SQLite URI with an absolute path. Workers run in other folders than the command.
+
+    Raises UsageError where the path is below the home folder of a user who does not exist.
+    """
     match = _LOCAL.fullmatch(location)
     if match is None or (match[1] is None and _URI.match(location)):
         return location
     prefix, path = match[1] or "", match[2]
     if not prefix.startswith("sqlite"):
-        return prefix + str(Path(path).expanduser().absolute())
+        return prefix + str(expanded(path).absolute())
     folder, below = Path.cwd(), path
     if path.startswith("~"):
         home, _, below = path.partition("/")
-        folder = Path(home).expanduser()
+        folder = expanded(home)
     return prefix + str(Path(_quoted(folder), below))
 
 
@@ -55,6 +62,18 @@ def _absolute_on_each_node(path: str) -> str:
     return path if path.startswith("~") else absolute(path)
 
 
-Url = Annotated[str, AfterValidator(absolute)]
-TrackingUri = Annotated[str, AfterValidator(absolute_tracking_uri)]
-NodePath = Annotated[str, AfterValidator(_absolute_on_each_node)]
+def validator_of(absolute_of: Callable[[str], str]) -> AfterValidator:
+    """Return a validator that replaces a location by its absolute form. pydantic names the key of a ValueError."""
+
+    def validated(location: str) -> str:
+        try:
+            return absolute_of(location)
+        except UsageError as error:
+            raise ValueError(error.message) from None
+
+    return AfterValidator(validated)
+
+
+Url = Annotated[str, validator_of(absolute)]
+TrackingUri = Annotated[str, validator_of(absolute_tracking_uri)]
+NodePath = Annotated[str, validator_of(_absolute_on_each_node)]

@@ -13,13 +13,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.locations import NodePath, TrackingUri, Url, absolute
+from pipeline.config.locations import NodePath, TrackingUri, Url, absolute, validator_of
 from sagan.config import RESOLUTIONS, Augmentation, ModelConfig, OptimConfig, passes
 
 
 def _is_file(extractor: str) -> bool:
     """Return whether `evaluate.extractor` is a file and not a name."""
     return bool(Path(extractor).suffix)
+
+
+def _absolute_if_a_file(extractor: str) -> str:
+    return absolute(extractor) if _is_file(extractor) else extractor
 
 
 SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
@@ -183,7 +187,7 @@ class EvaluateSection(Section):
 
     kimg: float = Field(500.0, gt=0)
     """Interval between scored checkpoints, in thousands of images. The checkpoint at `train.kimg` is always scored."""
-    extractor: str = "inception"
+    extractor: Annotated[str, validator_of(_absolute_if_a_file)] = "inception"
     """Network that computes features of images: `inception`, another network of torch-fidelity (`vgg16`,
     `clip-vit-b-32`, `dinov2-vit-b-14`, …), `classifier`, which is trained once on the collection, or the path or URL of
     a TorchScript (.ts) or torch.export (.pt2) file. Such a file is a program. It needs `evaluate.extractor_sha256` or
@@ -243,11 +247,6 @@ class EvaluateSection(Section):
     training."""
     grid: int = Field(64, ge=1)
     """Greatest number of generated images in the sample grid."""
-
-    @field_validator("extractor")
-    @classmethod
-    def _file_is_absolute(cls, value: str) -> str:
-        return absolute(value) if _is_file(value) else value
 
     @field_validator("gpus")
     @classmethod

@@ -10,6 +10,7 @@ import os
 import urllib.error
 import urllib.request
 from dataclasses import asdict
+from http import HTTPStatus
 from json import dumps, load
 
 from pipeline.compute.cluster import require_answer
@@ -38,7 +39,8 @@ def checks(cluster: bool = False) -> list[Check]:
 
 def _ray() -> Check:
     local = f"Ray {importlib.metadata.version('ray')}"
-    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
+    address = (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "").rstrip("/")
+    other_cluster = "start a cluster (see infra/README.md), or correct RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
     if address in ("", "local", "auto"):
         return ok(f"{local}; RAY_API_SERVER_ADDRESS and RAY_ADDRESS name no cluster: `sagan run` starts Ray here")
     try:
@@ -50,15 +52,12 @@ def _ray() -> Check:
         with urllib.request.urlopen(request, timeout=5) as reply:  # noqa: S310
             remote = f"Ray {load(reply)['ray_version']}"
     except urllib.error.HTTPError as error:
-        return fail(
-            f"{local}; {address} answers with HTTP status {error.code}",
-            "set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN to the token of the cluster",
-        )
+        remedy = other_cluster
+        if error.code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            remedy = "set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN to the token of the cluster"
+        return fail(f"{local}; {address} answers with HTTP status {error.code}", remedy)
     except (OSError, ValueError) as error:
-        return fail(
-            f"{local}; no cluster answers at {address}: {error}",
-            "start a cluster (see infra/README.md), or correct RAY_API_SERVER_ADDRESS or RAY_ADDRESS",
-        )
+        return fail(f"{local}; no cluster answers at {address}: {error}", other_cluster)
     if remote != local:
         return fail(
             f"{local} on this machine, but {remote} at {address}",

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from posixpath import splitext
 from typing import IO, Any, NamedTuple
@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipeline.collection.image_codec import FORMATS
 from pipeline.collection.parse_labels import LABELS, MOST_LABEL_BYTES
+from pipeline.collection.shard_file import tar_members
 from pipeline.compute.threads import map_ahead
 from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.storage import files
@@ -41,7 +42,7 @@ _SYSTEM = {
 MOST_IMAGE_BYTES = 10**9
 """Greatest size of an image file."""
 _MOST_NESTED = 8  # tars in tars
-_MOST_LINKS = 40  # links to links, as in Linux
+_MOST_LINKS = 40  # links on the way to a file, as in Linux
 _DEEPEST = 200  # folders in a path of a tar
 _MOST_FACTOR, _MOST_FREE = 10, 100_000  # links may repeat the entries of a source so often, and so many always
 _POINTER = b"version https://git-lfs"
@@ -158,9 +159,15 @@ class Tree:
         return self.unusable | {path: reasons.get(path) or _reason(path) for path in rest}
 
     def _seekable(self, url: str) -> str:
-        """Return `url`, or the URL of a local copy where its server cannot send a part of an object."""
-        if files.sends_parts(url):
-            return url
+        """Return `url`, or the URL of a local copy where its server cannot send a part of an object.
+
+        Raises UsageError where there is no object, EnvironmentFault where storage fails.
+        """
+        try:
+            if files.sends_parts(url):
+                return url
+        except FileNotFoundError:
+            raise UsageError(f"{url} does not exist", "correct the path or URL") from None
         folder = self.cleanup.enter_context(files.temporary_folder("copy"))
         files.download(url, folder / files.name(url))
         self.copies.append(url)
@@ -184,7 +191,7 @@ class Tree:
         if not found:
             if not files.exists(url):
                 raise UsageError(f"{url} does not exist", "correct the path or URL")
-            if not (files.is_local(url) and files.local_path(url).is_dir()):
+            if not files.is_folder(url):
                 raise UsageError(f"{url} is neither a folder nor a tar", "unpack it first, or correct the path or URL")
         tars = sorted(path for path, place in found.items() if _is_tar(path) and isinstance(place, Place))
         urls = [self._seekable(place.url) for tar in tars if isinstance(place := found.pop(tar), Place)]
@@ -267,14 +274,16 @@ def _walk(
 def _folder_files(root: Path) -> Iterator[Entry]:
     """List the files below a local folder. Links are followed. Raises EnvironmentFault."""
     if root.is_dir():
-        yield from _walk(root, _children, os.path.realpath)
+        yield from _walk(root, partial(_children, root), os.path.realpath)
 
 
-def _children(folder: Path) -> Iterator[tuple[str, Path | Place | str]]:
-    """Yield the entries of a local folder, as `_walk` takes them. Raises EnvironmentFault."""
+def _children(root: Path, folder: Path) -> Iterator[tuple[str, Path | Place | str]]:
+    """Yield the entries of a local folder at or below `root`, as `_walk` takes them. Raises EnvironmentFault."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
+        if ignored("/".join(folder.relative_to(root).parts)) is not None:  # lost+found belongs to root
+            return
         raise EnvironmentFault(f"{folder}: {error.strerror}", "allow this user to list the folder") from error
     for name in names:
         path = folder / name
@@ -301,6 +310,12 @@ class _Folder:
 @dataclass(frozen=True)
 class _Link:
     target: str
+
+    def parts(self) -> list[str]:
+        """Return the names in the target, the last one first. Raises _LeavesTar."""
+        if self.target.startswith("/"):
+            raise _LeavesTar
+        return self.target.split("/")[::-1]
 
 
 class _LeavesTar(Exception):
@@ -352,7 +367,7 @@ def _read_tar(file: IO[bytes], url: str, base: int, prefix: str, unusable: dict[
         raise UsageError(f"{url}: {printable(prefix)} is a tar in more than {_MOST_NESTED} tars", "unpack it")
     root = _Folder(is_tar=True)
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        for member in tar:
+        for member in tar_members(tar):
             parts = [part for part in member.name.split("/") if part not in ("", ".")]
             path = "/".join(parts)
             if not parts:
@@ -418,14 +433,12 @@ def _linked(root: _Folder, path: str) -> _Folder | _Link | Place | None:
     return None if isinstance(entry, _Folder) and not entry.is_tar else entry
 
 
-def _target(folder: _Folder, link: _Link, links: int = 0) -> _Folder | Place | None:
+def _target(folder: _Folder, link: _Link) -> _Folder | Place | None:
     """Return the target of a link in a folder of a tar; None where there is none. Raises _LeavesTar."""
-    if links > _MOST_LINKS:
-        return None
-    if link.target.startswith("/"):
-        raise _LeavesTar
     at: _Folder | Place | None = folder
-    for part in link.target.split("/"):
+    parts, links = link.parts(), 1
+    while parts:
+        part = parts.pop()
         if part in ("", "."):
             continue
         if not isinstance(at, _Folder):
@@ -436,5 +449,11 @@ def _target(folder: _Folder, link: _Link, links: int = 0) -> _Folder | Place | N
             at = at.above
             continue
         entry = at.entries.get(part)
-        at = _target(at, entry, links + 1) if isinstance(entry, _Link) else entry
+        if not isinstance(entry, _Link):
+            at = entry
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return None
+        parts += entry.parts()
     return at

@@ -25,6 +25,7 @@ from pipeline.packing.image_source import Source
 from pipeline.packing.recognise import open_source
 from pipeline.progress import Report, progress
 from pipeline.storage import files
+from pipeline.storage.filesystems import comparable
 from pipeline.storage.validate_json import printable
 from sagan.config import RESOLUTIONS
 
@@ -52,7 +53,7 @@ def index_shards(
     Raises UsageError where `source` is another folder, where the folder holds no shards, or where the images have no
     supported resolution. Raises EnvironmentFault where storage fails.
     """
-    if not isinstance(section.source, str) or _place(section.source) != _place(url):
+    if not isinstance(section.source, str) or comparable(section.source) != comparable(url):
         raise UsageError(f"{section.source} cannot be indexed at {url}", "give one URL: shards are indexed in place")
     source = open_source(url)
     if source.kind != "WebDataset":
@@ -79,11 +80,6 @@ def index_shards(
         "class_names": class_names,
     }
     return finish_collection(url, record, facts, done, source)
-
-
-def _place(url: str) -> str:
-    """Return a URL in a form in which two URLs of the same folder are equal."""
-    return str(files.local_path(url)) if files.is_local(url) else url.rstrip("/")
 
 
 def _parts(source: Source, excluded: set[str]) -> list[ShardPlan]:

@@ -7,6 +7,8 @@ listed images, including broken and excluded ones. So a broken or excluded image
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ from pipeline.packing.finish_collection import (
 )
 from pipeline.packing.image_source import Source
 from pipeline.packing.index_webdataset import index_shards
+from pipeline.packing.layouts.digits import DIGITS
 from pipeline.packing.recognise import open_source
 from pipeline.packing.resume_packing import delete_receipts, fetch_complete_shard, upload_complete_shard
 from pipeline.progress import Report, progress
 from pipeline.storage import files, validate_json
+from pipeline.storage.filesystems import comparable
 from pipeline.storage.validate_json import printable
 from sagan.random import Purpose, permutation
 
@@ -56,9 +60,10 @@ def pack(
         report: Replaces the progress bar.
         on_cluster: Use tasks of the connected Ray cluster where neither source nor destination is on this machine.
 
-    Raises UsageError where there are no images, too many broken images, or another collection at `destination`. Raises
-    EnvironmentFault where storage fails.
+    Raises UsageError where there are no images, too many broken images, or another collection at `destination`, and
+    where `destination` is a file or lies in the source. Raises EnvironmentFault where storage fails.
     """
+    _require_folder(destination)
     encoding = section.encoding or ("png" if section.resolution == 32 else "jpeg")
     section = section.model_copy(update={"encoding": encoding})
     excluded = _excluded(section)
@@ -67,6 +72,8 @@ def pack(
     record = section.model_dump(exclude={"max_broken", "max_pixels"}) | {"exclude": sorted(excluded), "source": shown}
     if files.exists(files.join(destination, MANIFEST)):
         return _existing_collection(destination, record)
+    if not section.index_only:
+        _require_apart(destination, section.source)
     files.check_writable(destination)
     if section.index_only:
         return index_shards(destination, section, excluded, record, report, on_cluster)
@@ -114,13 +121,21 @@ def pack_shard(part: ShardPlan, source: Source, section: PackSection, destinatio
 
 
 def _excluded(section: PackSection) -> set[str]:
-    """Return the names in the file `exclude`. Raises UsageError where there is no such file."""
+    """Return the names in the file `exclude`. Raises UsageError where there is no such file, or where it is no text."""
     if section.exclude is None:
         return set()
+    if files.is_folder(section.exclude):
+        raise UsageError(f"{section.exclude} is a folder and not a file", "correct the path in exclude")
     try:
-        return set(filter(None, files.read_bytes(section.exclude).decode().splitlines()))
+        data = files.read_bytes(section.exclude)
+        return set(filter(None, data.decode().splitlines()))
     except FileNotFoundError:
         raise UsageError(f"{section.exclude} does not exist", "correct the path or URL in exclude") from None
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UsageError(
+            f"{section.exclude}: line {line} is not UTF-8 text", "save the file with the encoding UTF-8"
+        ) from None
 
 
 def _existing_collection(destination: str, record: dict[str, Any]) -> Collection:
@@ -139,6 +154,29 @@ def _existing_collection(destination: str, record: dict[str, Any]) -> Collection
     collection = Collection.open(destination)
     print(f"{shown_url(destination)} is packed already, with the same options: {len(collection.labels):,} images")
     return collection
+
+
+def _require_folder(destination: str) -> None:
+    """Raise UsageError where `destination` is a file of this machine or lies below one."""
+    if files.is_local(destination):
+        path = files.local_path(destination)
+        if file := next(filter(os.path.isfile, (path, *path.parents)), None):
+            raise UsageError(f"{file} is a file and not a folder", "choose another destination")
+
+
+def _require_apart(destination: str, source: str | dict[str, str]) -> None:
+    """Check that no shard becomes a part of the source. An interrupted packing would list it when it is repeated.
+
+    Raises UsageError where `destination` is a folder of the source or lies in it, or where the source is a tar at
+    `destination` that is named like a shard.
+    """
+    folder = comparable(destination)
+    for url in [source] if isinstance(source, str) else source.values():
+        place = comparable(url)
+        if url != DIGITS and folder.is_relative_to(place):
+            raise UsageError(f"shards at {destination} would lie in the source {url}", "choose another destination")
+        if place.parent == folder and re.fullmatch(r".+-\d{5,}\.tar", place.name):
+            raise UsageError(f"a shard could overwrite the source {url}", "choose another destination")
 
 
 def _shard_plans(source: Source, section: PackSection, excluded: set[str]) -> Iterator[ShardPlan]:

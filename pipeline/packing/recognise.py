@@ -19,7 +19,10 @@ from pipeline.packing.layouts import published, tables
 from pipeline.packing.layouts.cifar import cifar_archive
 from pipeline.packing.layouts.class_folders import class_folders
 from pipeline.packing.layouts.digits import DIGITS, digits
+from pipeline.storage import files
 from pipeline.storage.validate_json import printable
+
+_FILES = {".tar", ".gz", ".tgz", ".parquet", *tables.SEPARATORS}
 
 
 def open_source(source: str | dict[str, str]) -> Source:
@@ -40,6 +43,9 @@ def open_source(source: str | dict[str, str]) -> Source:
 
 def _open(url: str) -> Source:
     """Open the source at one path or URL."""
+    path = url.partition("#")[0]
+    if suffix(path) in _FILES and files.is_folder(path):
+        raise UsageError(f"{path} is a folder and not a file", f"write {path}/ for the folder")
     try:
         if url == DIGITS:
             return digits()

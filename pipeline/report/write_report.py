@@ -70,7 +70,8 @@ def write_report(urls: Sequence[str], out: Path, compared: int = 2000, reader: R
     several = [*(sweep.name for sweep in subjects.sweeps), *(study.name for study in subjects.studies)]
     title = " and ".join(several or [column.name for column in columns])
     out.parent.mkdir(parents=True, exist_ok=True)
-    return out.write_bytes(html.whole(title, sections).encode())
+    page = html.whole(title, sections)
+    return out.write_bytes(page.encode(errors="backslashreplace"))  # a foreign text may hold half a surrogate pair
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config.locations import absolute
 from pipeline.config.schema import TrainJob
 from pipeline.errors import CorruptError
 from pipeline.runs.checkpoints import StoredCheckpoint, complete_checkpoints
@@ -323,8 +324,10 @@ class StoredStudy:
 def open_folder(url: str) -> StoredRun | StoredSweep | StoredStudy | None:
     """Return the run, the sweep or the study in the folder `url`; None where the folder holds none of them.
 
-    Raises CorruptError, EnvironmentFault.
+    Raises UsageError where the home folder in `url` is that of nobody. Raises CorruptError, EnvironmentFault.
     """
+    # A sweep or a study finds its runs in a folder above its own, which `.` or a slash at the end would hide.
+    url = absolute(url).rstrip("/")
     record_url = _record_url(url)
     try:
         record = validate_json.parse(validate_json.read(record_url), record_url, "a record of a run, sweep or study")

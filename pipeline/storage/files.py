@@ -51,6 +51,8 @@ def name(url: str) -> str:
 
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
     """Return the whole object, or its bytes `start` to `stop` − 1. Raises FileNotFoundError, EnvironmentFault."""
+    if stop is not None and stop <= (start or 0):
+        return b""  # a request cannot have an empty range
     with _storage(url) as (fs, path):
         if not isinstance(fs, LocalFileSystem):
             return bytes(fs.cat_file(path, start=start, end=stop))
@@ -218,6 +220,14 @@ def exists(url: str) -> bool:
                 raise
             return False
         return True
+
+
+def is_folder(url: str) -> bool:
+    """Return whether a URL is a folder on this machine. Raises EnvironmentFault."""
+    if not is_local(url):
+        return False
+    with _storage(url) as (_, path):
+        return Path(path).is_dir()
 
 
 def size(url: str) -> int | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import fsspec
 from fsspec.core import strip_protocol
+
+from pipeline.storage.home_folders import expanded
 
 _CONNECT_S = 5  # seconds: limit for opening a connection
 SILENCE_S = 20
@@ -22,8 +24,13 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """Return the absolute path of a local URL (see `is_local`)."""
-    return Path(url.removeprefix("file://")).expanduser().absolute()
+    """Return the absolute path of a local URL (see `is_local`). Raises UsageError for the home folder of nobody."""
+    return expanded(url.removeprefix("file://")).absolute()
+
+
+def comparable(url: str) -> PurePath:
+    """Return a path by which URLs are compared: whether two are equal, or one is below the other. Follows links."""
+    return Path(os.path.realpath(local_path(url))) if is_local(url) else PurePosixPath(url)
 
 
 def filesystem(url: str, attempts: int = ATTEMPTS) -> tuple[Any, str]:

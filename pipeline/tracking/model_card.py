@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from typing import Any
 
@@ -57,7 +56,8 @@ def model_card(name: str, model: Model, score: Score | None, training: dict[str,
     names = model.class_names
     classes = f" of {model.config.known_num_classes} classes" if model.config.known_num_classes else ""
     if names:
-        classes += f" ({', '.join(map(_code, names[:10]))}{', …' if len(names) > 10 else ''})"
+        shown = ", ".join(_code(printable(name)[:80]) for name in names[:10])
+        classes += f" ({shown}{', …' if len(names) > 10 else ''})"
     return _CARD.format(
         name=name,
         size=model.config.known_resolution,
@@ -94,7 +94,7 @@ def _batch_norm(statistics: str) -> str:
 
 def _code(text: str) -> str:
     """Return a foreign text as a code span of Markdown. Nothing in it becomes a link, a heading or HTML."""
-    text = printable(text.replace("\n", " ").replace("\t", " "))[:80]
+    text = printable(text.replace("\n", " ").replace("\t", " "))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
@@ -105,5 +105,11 @@ def _table(facts: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
+# What Markdown or GitHub may take for more than plain text, such as emphasis, HTML or the address of a page
+_NOT_PLAIN = re.compile(r"[^\w .,:;/+-]|\b_|_\b|://|www\.", re.IGNORECASE)
+
+
 def _cell(value: Any) -> str:
-    return html.escape(printable(str(value)), quote=False).replace("|", "\\|").replace("\n", " ")
+    """Return a value as the content of a cell. Names of the classes of foreign models may be in it."""
+    text = str(value)
+    return _code(text).replace("|", "\\|") if _NOT_PLAIN.search(text) else text

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.storage.home_folders import expanded
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import file_sets, files, validate_json
 from pipeline.tracking import pulled_folder
@@ -115,7 +116,7 @@ def pull(uri: str, model_uri: str, destination: Path) -> Path:
     CorruptError where the version holds no complete model, where a file was changed after registration, or where the
     version has no list of its files. Raises EnvironmentFault.
     """
-    destination = Path(destination).expanduser().absolute()
+    destination = expanded(destination).absolute()
     with pulled_folder.replacing(destination) as folder, registry_errors(uri):
         from mlflow.artifacts import download_artifacts
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -200,7 +201,7 @@ def pull_checkpoint(uri: str, model_uri: str, destination: Path) -> Path:
     Returns the absolute path of the folder. Raises UsageError, EnvironmentFault. Raises CorruptError where the
     checkpoint does not exist any more or is not the one that was registered.
     """
-    destination = Path(destination).expanduser().absolute()
+    destination = expanded(destination).absolute()
     pulled_folder.require_empty(destination)
     url = checkpoint_of(uri, model_uri, f"pull the generator alone: sagan pull {model_uri} {destination}")
     file_sets.fetch_set(url, destination)
@@ -230,7 +231,13 @@ def checkpoint_of(uri: str, model_uri: str, remedy: str) -> str:
 
 
 def versions(uri: str, name: str) -> list[Version]:
-    """Return all versions of a model, sorted by number; [] where there is no such model."""
+    """Return all versions of a model, sorted by number; [] where there is no such model.
+
+    Raises UsageError where the name has quotes: the names of models that sagan registers have none, and in a filter of
+    MLflow they would end the name.
+    """
+    if "'" in name or '"' in name:
+        raise UsageError(f"the name of a model has quotes: {name}", "give the name of a model that sagan registered")
     entries = client(uri).search_model_versions(f"name = '{name}'", max_results=MOST_VERSIONS)
     return sorted(map(version_of, entries), key=lambda version: version.number)
 

@@ -62,7 +62,7 @@ def _folders_without_images(tree: Tree, classes: set[object]) -> list[str]:
 
 def _empty_folders(tree: Tree) -> set[str]:
     """Return the names of empty folders beside class folders. Buckets and tars have no empty folders."""
-    if not (files.is_local(tree.url) and files.local_path(tree.url).is_dir()):
+    if not files.is_folder(tree.url):
         return set()
     root = files.local_path(tree.url)
     above = {(root / path).parent.parent for path in tree.images if "/" in path}

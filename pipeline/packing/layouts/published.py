@@ -131,7 +131,8 @@ def webdataset(tree: Tree) -> Source | None:
     source = source_of("WebDataset", rows)
     if not source.class_names:
         source.notes.append("the tars are taken for shards without labels, since their names are numbers")
-    companions = dict.fromkeys(set(tree.images) - label_files.keys(), "accompanies another image of its sample")
+    images = {path for path in stored if suffix(path) in IMAGES}
+    companions = dict.fromkeys(images - label_files.keys(), "accompanies another image of its sample")
     used = {*source.keys, *(member for members in label_files.values() for member in members)}
     return replace(source, left_out=tally(tree.left_out(used, companions | source.unused)))
 
@@ -210,10 +211,17 @@ def parquet(tree: Tree) -> Source | None:
     """Read Parquet files with a column of images and optionally a column of labels.
 
     Images are bytes or Hugging Face's {bytes, path}. They are first copied to this machine's disk, since a single image
-    of a Parquet file cannot be read in bounded time.
+    of a Parquet file cannot be read in bounded time. Files in a tar are not read. Other images are left out where a
+    Parquet file surely has images (`tables.has_images`).
     """
-    paths = sorted(path for path in tree.places if suffix(path) == ".parquet" and ignored(path) is None)
-    if not paths or tree.images:
+    paths = sorted(
+        path
+        for path, place in tree.places.items()
+        if suffix(path) == ".parquet" and ignored(path) is None and place.offset is None
+    )
+    if tree.images:  # they may be the data set, and the Parquet files a description of it
+        paths = [path for path in paths if tables.has_images(tree.places[path].url)]
+    if not paths:
         return None
     with contextlib.ExitStack() as cleanup:
         folder = cleanup.enter_context(files.temporary_folder("parquet"))

@@ -23,14 +23,15 @@ from pipeline.storage.validate_json import printable
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_id", "image_path")
 _IMAGES = ("image", "img", "jpg", "png", "webp", "pixel_values")
 _LABELS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
-_SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".txt": "\t,;| "}
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".txt": "\t,;| "}
+"""Separators of columns that a table of text may have, by its suffix. The most frequent is first."""
 
 
 def is_table(url: str) -> bool:
     """Return whether a URL is a table by its suffix. A Parquet file is a table where it contains no images."""
     name, _, column = url.partition("#")
     if suffix(name) != ".parquet":
-        return suffix(name) in _SEPARATORS
+        return suffix(name) in SEPARATORS
     return bool(column) or not _binary(schema(name))
 
 
@@ -47,14 +48,14 @@ def read(url: str) -> Source:
     rows = _parquet_rows(url) if suffix(url) == ".parquet" else _text_rows(url)
     tree = Tree.open(url.rpartition("/")[0] or ".")
     find = _finder(tree)
-    if suffix(url) == ".parquet" or not any(find(str(value)) or suffix(str(value)) in IMAGES for value in rows[0]):
+    if suffix(url) == ".parquet" or _is_header(rows[0], wanted, find):
         header, rows = [str(name) for name in rows[0]], rows[1:]
     else:
-        header = ["path", "label"] if len(rows[0]) == 2 else [f"column {i + 1}" for i in range(len(rows[0]))]
+        header = [f"column {i + 1}" for i in range(len(rows[0]))]
     if not rows:
         raise UsageError(f"{url} has no rows", "give a table with a row for each image")
     header = ["path"] * (len(rows[0]) - len(header)) + header  # CelebA's header does not name the path
-    path_column = _path_column(header, rows[0], find)
+    path_column = _path_column(header, rows[0], wanted, find)
     label_column = _label_column(url, header, path_column, wanted)
     labels = [row[label_column] for row in rows]
     if {str(label) for label in labels} <= {"-1", "0", "1"} and wanted:  # an attribute that an image has or lacks
@@ -73,6 +74,17 @@ def read(url: str) -> Source:
     source = source_of("table", images)
     reasons = dict.fromkeys(tree.images, "not named by the table")
     return replace(source, left_out=tally(tree.left_out(used, reasons)))
+
+
+def has_images(url: str) -> bool:
+    """Return whether a Parquet file has images: bytes in a column of a usual name, or Hugging Face's {bytes, path}.
+
+    Other bytes may be anything, for example digests. Raises UsageError, EnvironmentFault.
+    """
+    import pyarrow as pa
+
+    found = schema(url)
+    return any(name in _IMAGES or pa.types.is_struct(found.field(name).type) for name in _binary(found))
 
 
 def columns(url: str, schema: Any) -> tuple[str, str | None]:
@@ -166,7 +178,7 @@ def _text_rows(url: str) -> list[list[Any]]:
     lines = re.split(r"\r\n|\n|\r", _decoded(url, data))
     if len(lines) > 1 and re.fullmatch(r"\s*\d+\s*", lines[0]):  # CelebA's tables begin with the number of rows
         lines = lines[1:]
-    separators = _SEPARATORS[suffix(url)]
+    separators = SEPARATORS[suffix(url)]
     if lines and (named := re.fullmatch(r"sep=(.)", lines[0])):  # Excel writes this line
         separators, lines = named[1], lines[1:]
     found = [(separator, _split(lines, separator)) for separator in separators]
@@ -252,16 +264,32 @@ def _parts(path: str) -> list[str]:
     return [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
-def _path_column(header: list[str], row: list[Any], find: Callable[[str], list[str]]) -> int:
-    """Return the number of the column of paths: by its name, else by its values."""
-    named = [i for i, name in enumerate(header) if name.lower() in _PATHS]
-    with_images = [i for i, value in enumerate(row) if find(str(value))]
-    return next((i for i in named if i in with_images), (with_images + named + [0])[0])
+def _is_header(row: list[str], wanted: str, find: Callable[[str], list[str]]) -> bool:
+    """Return whether the first row of a table has names of columns: known names, or no value that names an image."""
+    if any(cell.lower() in _PATHS for cell in row) and any(_has_labels(cell, wanted) for cell in row):
+        return True
+    return not any(find(cell) or suffix(cell) in IMAGES for cell in row)
+
+
+def _has_labels(name: str, wanted: str) -> bool:
+    """Return whether a column of this name has labels."""
+    return name.lower() in _LABELS or (wanted != "" and name == wanted)
+
+
+def _path_column(header: list[str], row: list[Any], wanted: str, find: Callable[[str], list[str]]) -> int:
+    """Return the number of the column of paths: by its name, else by its values.
+
+    A column of labels is none, although a label may be the name of an image: 0 and 0.png.
+    """
+    others = [i for i, name in enumerate(header) if not _has_labels(name, wanted)]
+    named = [i for i in others if header[i].lower() in _PATHS]
+    with_images = [i for i in others if find(str(row[i]))]
+    return next((i for i in named if i in with_images), (with_images + named + others + [0])[0])
 
 
 def _label_column(url: str, header: list[str], path_column: int, wanted: str) -> int:
     """Return the number of the column of labels. Raises UsageError where it is unclear."""
-    if wanted in header:
+    if wanted and wanted in header:  # a column may have no name
         return header.index(wanted)
     known = [i for i, name in enumerate(header) if name.lower() in _LABELS and i != path_column]
     if len(header) == 2 or known:

@@ -10,7 +10,7 @@ import webdataset
 from pipeline.collection.manifest import Collection
 from pipeline.collection.shard_file import read_shard
 from pipeline.errors import CorruptError
-from tests.unit.packing.coloured_images import tar
+from tests.unit.packing.coloured_images import DAMAGES, damaged_tar, tar
 
 
 def test_samples_are_where_the_index_says(packed: Collection) -> None:
@@ -49,6 +49,18 @@ def test_a_file_that_is_not_a_shard_is_named(tmp_path: Path, data: bytes) -> Non
     (tmp_path / "0.tar").write_bytes(data)
     with pytest.raises(CorruptError, match=r"0\.tar is not a shard"):
         read_shard(tmp_path / "0.tar")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_shard_that_is_damaged_after_its_first_member_is_refused(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "0.tar").write_bytes(damaged_tar({"1.jpg": b"a", "1.cls": b"3", "2.jpg": b"b"}, damage))
+    with pytest.raises(CorruptError, match=r"0\.tar is not a shard: .* at byte 2,048"):
+        read_shard(tmp_path / "0.tar")
+
+
+def test_a_shard_may_end_without_zeros(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar({"1.jpg": b"a", "2.jpg": b"b"})[:2048])
+    assert [sample.name for sample in read_shard(tmp_path / "0.tar")] == ["1.jpg", "2.jpg"]
 
 
 def test_links_are_no_members_of_a_sample(tmp_path: Path) -> None:

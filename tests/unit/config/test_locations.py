@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from sqlalchemy import make_url
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.config.job_file import load_job, parse_job
 from pipeline.config.locations import sqlite_database
-from pipeline.errors import UsageError
+from pipeline.errors import ConfigError, UsageError
 from pipeline.tracking.mlflow_run import client, default_uri
 
 TRAIN = "kind: train\nname: t\ndata: {train: coll}\ntrain: {kimg: 1}\n"
@@ -115,3 +117,34 @@ def test_the_base_of_a_sweep_is_absolute(here: Path) -> None:
     (here / "jobs" / "sweep.yaml").write_text("kind: tune\nname: s\nbase: base.yaml\nspace: {seed: {grid: [1, 2]}}\n")
     job: Any = load_job("jobs/sweep.yaml")
     assert job.base == f"{here}/jobs/base.yaml"
+
+
+@pytest.mark.parametrize("key", ["data.train", "init.source", "checkpoint.root", "track.uri", "track.artifacts"])
+@pytest.mark.parametrize("prefix", ["", "file://", "sqlite:///"])
+def test_the_home_folder_of_nobody_is_refused_by_its_key(here: Path, key: str, prefix: str) -> None:
+    (here / "job.yaml").write_text(TRAIN)
+    with pytest.raises(ConfigError, match=f"{key}: .* there is no user nosuchuser"):
+        load_job("job.yaml", {key: f"{prefix}~nosuchuser/x"})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "~nosuchuser/x"],
+        ["status", "~nosuchuser/x"],
+        ["pull", "models:/m@champion", "~nosuchuser/x"],
+        ["pull", "models:/m@champion", "~nosuchuser/x", "--checkpoint"],
+        ["run", "job.yaml", "evaluate.extractor=~nosuchuser/x.ts"],
+    ],
+)
+def test_the_home_folder_of_nobody_is_refused_in_commands(here: Path, command: list[str]) -> None:
+    (here / "job.yaml").write_text(TRAIN)
+    with pytest.raises(UsageError, match="there is no user nosuchuser") as caught:
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert caught.value.remedy
+
+
+def test_the_home_folder_of_nobody_holds_no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "~nosuchuser/mlruns")
+    with pytest.raises(UsageError, match="there is no user nosuchuser"):
+        default_uri()

@@ -45,6 +45,18 @@ def tar(contents: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+DAMAGES = ("truncated", "checksum", "noise")
+
+
+def damaged_tar(contents: dict[str, bytes], damage: str) -> bytes:
+    """A tar that breaks off or is damaged where its last member begins."""
+    data = tar(contents)
+    with tarfile.open(fileobj=io.BytesIO(data)) as file:
+        start = file.getmembers()[-1].offset
+    before, rest = data[:start], data[start:]
+    return before + {"truncated": rest[:300], "checksum": b"?" + rest[1:], "noise": b"x" * len(rest)}[damage]
+
+
 def by_colour(source: Source) -> dict[tuple[int, ...], tuple[str, str | None]]:
     """colour → (split, class)."""
     return {

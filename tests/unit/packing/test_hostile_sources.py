@@ -115,7 +115,7 @@ def test_pixels_are_counted_before_memory_is_taken(tmp_path: Path) -> None:
 def test_max_pixels_is_a_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than max_pixels allows"):
         crop_and_encode(picture(1), 32, "png", max_pixels=63)
-    section = PackSection(source=str(write(tmp_path, {"set/1.png": picture(1)})), resolution=32, max_pixels=63)
+    section = PackSection(source=str(write(tmp_path / "set", {"1.png": picture(1)})), resolution=32, max_pixels=63)
     with pytest.raises(UsageError, match="more than max_pixels allows"):
         pack(f"{tmp_path}/out", section)
     assert pack(f"{tmp_path}/out", section.model_copy(update={"max_pixels": 64})).size("train") == 1

@@ -91,6 +91,21 @@ def test_a_link_to_nothing_is_broken_in_a_tar_as_in_a_folder(target: str, tmp_pa
             pack(f"{tmp_path}/out", PackSection(source=place, resolution=32))
 
 
+def test_links_are_counted_over_a_whole_path_in_a_tar_as_in_a_folder(tmp_path: Path) -> None:
+    """Each of 20 links follows the next one twice: 2 to the power of 20 steps."""
+    root = write(tmp_path / "set", {"d/e/1.png": picture(1)})
+    links = {f"d/{n}": f"{n + 1}/../{n + 1}" for n in range(20)} | {"d/20": "e", "x.png": "d/0/1.png"}
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    place = tar_with_links(tmp_path / "set.tar", {"d/e/1.png": picture(1)}, links)
+    places = Tree.open(place).places
+    assert {path: places[path].missing for path in places} == {
+        path: place.missing for path, place in Tree.open(str(root)).places.items()
+    }
+    assert places["x.png"].missing
+    assert not places["d/17/1.png"].missing
+
+
 @pytest.mark.parametrize("target", [".", "..", "../a"])
 def test_a_link_to_its_own_folder_adds_nothing(target: str, tmp_path: Path) -> None:
     root = write(tmp_path / "set", {"a/1.png": picture(1)})

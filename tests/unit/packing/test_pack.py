@@ -14,7 +14,9 @@ from pipeline.collection.manifest import Collection
 from pipeline.config.schema import PackSection
 from pipeline.errors import CorruptError, UsageError
 from pipeline.packing.pack import pack
+from pipeline.storage import files
 from tests.unit.conftest import quiet
+from tests.unit.packing.coloured_images import picture, tar, write
 from tests.unit.packing.read_collection import bytes_of, read_back
 
 
@@ -138,6 +140,48 @@ def test_a_shard_with_other_images_is_packed_again(images: Path, tmp_path: Path)
     assert pack(f"{tmp_path}/set", section).digest == expected.digest
 
 
+class TestDestinationAndSource:
+    """A packing that is repeated would list shards in its source as images of the source."""
+
+    @pytest.mark.parametrize("split", ["", "heldout"])
+    @pytest.mark.parametrize("destination", ["set", "set/", "set/packed", "other/../set/ant/packed", "link/packed"])
+    def test_a_destination_in_the_source_is_refused(self, tmp_path: Path, destination: str, split: str) -> None:
+        root = write(tmp_path / "set", {"ant/1.png": picture(1), "bee/2.png": picture(2)})
+        (tmp_path / "link").symlink_to("set")
+        source = {"train": f"{tmp_path}/elsewhere", split: str(root)} if split else str(root)
+        with pytest.raises(UsageError, match=f"{destination} would lie in the source {root}"):
+            pack(f"{tmp_path}/{destination}", PackSection(source=source, resolution=32))
+        assert files.list_files(str(root)) == ["ant/1.png", "bee/2.png"]
+
+    def test_a_destination_in_the_source_is_refused_in_a_bucket(self) -> None:
+        bucket = "memory://destination"
+        files.write_bytes(f"{bucket}/set/ant/1.png", picture(1))
+        for destination in ("set", "set/packed"):
+            with pytest.raises(UsageError, match=f"{bucket}/{destination} would lie in the source {bucket}/set/"):
+                pack(f"{bucket}/{destination}", PackSection(source=f"{bucket}/set/", resolution=32))
+        assert files.list_files(bucket) == ["set/ant/1.png"]
+        assert pack(f"{bucket}/set-packed", PackSection(source=f"{bucket}/set", resolution=32)).size("train") == 1
+
+    @pytest.mark.parametrize("destination", ["set-packed", "."])
+    def test_a_destination_beside_or_above_the_source_is_packed(self, tmp_path: Path, destination: str) -> None:
+        root = write(tmp_path / "set", {"ant/1.png": picture(1), "bee/2.png": picture(2)})
+        collection = pack(f"{tmp_path}/{destination}", PackSection(source=str(root), resolution=32))
+        assert collection.class_names == ["ant", "bee"]
+
+    @pytest.mark.parametrize("below", ["", "/set", "/deep/set"])
+    def test_a_destination_that_is_a_file_is_refused(self, images: Path, tmp_path: Path, below: str) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UsageError, match=f"{tmp_path}/file is a file and not a folder"):
+            pack(f"{tmp_path}/file{below}", PackSection(source=str(images), resolution=32))
+
+    def test_a_tar_that_a_shard_would_overwrite_is_kept(self, tmp_path: Path) -> None:
+        source = tmp_path / "train-00000.tar"
+        source.write_bytes(data := tar({"ant/1.png": picture(1), "bee/2.png": picture(2)}))
+        with pytest.raises(UsageError, match="a shard could overwrite the source"):
+            pack(str(tmp_path), PackSection(source=str(source), resolution=32))
+        assert source.read_bytes() == data
+
+
 class TestExclude:
     def test_an_excluded_image_changes_only_its_own_shard(
         self, packed: Collection, images: Path, tmp_path: Path
@@ -161,6 +205,13 @@ class TestExclude:
             pack(f"{tmp_path}/set", section)
         with pytest.raises(UsageError, match=r"gone\.txt does not exist"):
             pack(f"{tmp_path}/set", section.model_copy(update={"exclude": f"{tmp_path}/gone.txt"}))
+
+    def test_a_file_that_holds_no_names_is_refused(self, images: Path, tmp_path: Path) -> None:
+        (tmp_path / "bad.txt").write_bytes(b"ant/00.png\nant/caf\xe9.png\n")
+        for exclude, reason in {"bad.txt": "line 2 is not UTF-8", "": "is a folder and not a file"}.items():
+            section = PackSection(source=str(images), resolution=32, exclude=f"{tmp_path}/{exclude}")
+            with pytest.raises(UsageError, match=f"{tmp_path}.*{reason}"):
+                pack(f"{tmp_path}/set", section)
 
 
 class TestBroken:

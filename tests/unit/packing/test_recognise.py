@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +159,32 @@ def test_every_layout_reads_the_same_from_a_bucket_and_from_disk(s3: Any, tmp_pa
         local, remote = open_source(f"{root}/{place}"), open_source(files.join(bucket, place))
         assert by_colour(remote) == by_colour(local)
         assert (remote.keys, remote.class_names) == (local.keys, local.class_names)
+
+
+def test_an_empty_file_in_a_tar_is_empty_in_a_bucket_too(s3: Any) -> None:
+    url = files.join(s3.bucket(), "set.tar")
+    files.write_bytes(url, tar({"a/1.png": picture(1), "a/2.png": b"", "a/3.png": b""}))
+    source = open_source(url)
+    assert [source.read(i) for i in range(3)] == [picture(1), b"", b""]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.csv", "x.txt#label", "x.parquet", "x.tar.gz"])
+def test_a_folder_that_is_named_like_a_file_is_told_from_it(tmp_path: Path, name: str) -> None:
+    folder = folder_of(tmp_path / name.partition("#")[0], ["cat/1.png", "dog/1.png"])
+    with pytest.raises(UsageError, match=f"{folder} is a folder and not a file") as caught:
+        open_source(f"{tmp_path}/{name}")
+    assert f"{folder}/" in caught.value.remedy
+    assert open_source(f"{folder}/").class_names == ["cat", "dog"]
+
+
+def test_a_missing_tar_of_a_web_server_is_named(tmp_path: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/none.tar"
+        with pytest.raises(UsageError) as caught:
+            open_source(url)
+        server.shutdown()
+        thread.join()
+    assert caught.value.message == f"{url} does not exist"

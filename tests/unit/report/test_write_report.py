@@ -204,6 +204,20 @@ def test_a_model_alone_shows_the_generator_and_says_so(model: Model, tmp_path: P
     assert [layer["title"] for layer in data["layers"]] == ["generator, 16×16"]
 
 
+def test_a_class_name_that_no_file_can_hold_is_shown_escaped(model: Model, tmp_path: Path) -> None:
+    """JSON can write half of a letter, which UTF-8 cannot."""
+    model.save(tmp_path / "pulled")
+    facts = tmp_path / "pulled" / "config.json"
+    names = ["half \ud800 <a>", *map(str, range(1, 10))]
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"class_names": names}))
+    out = tmp_path / "page.html"
+    CliRunner().invoke(app, ["report", str(tmp_path / "pulled"), "--out", str(out)], catch_exceptions=False)
+    text = out.read_text()
+    assert r"half \ud800 &lt;a&gt;" in text
+    (data,) = explored(text)
+    assert data["images"][0]["name"] == names[0]
+
+
 def test_what_cannot_be_compared_is_left_out_and_said(written: Written, run: Run, tmp_path: Path) -> None:
     stored = StoredRun(run("first"))
     record = stored.record()

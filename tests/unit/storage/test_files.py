@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import EnvironmentFault, UsageError
 from pipeline.storage import files
 
 
@@ -33,6 +33,16 @@ def test_a_plain_path_and_a_file_url_are_the_same(tmp_path: Path, scheme: str) -
     assert files.list_files(f"{scheme}{tmp_path}") == ["a/b"]
 
 
+@pytest.mark.parametrize("root", ["folder", "bucket"])
+def test_no_bytes_are_no_request(request: pytest.FixtureRequest, tmp_path: Path, root: str) -> None:
+    """S3 takes a range that ends before it begins for the whole object, or refuses it."""
+    base = str(tmp_path) if root == "folder" else request.getfixturevalue("s3").bucket()
+    url = files.join(base, "x")
+    files.write_bytes(url, b"content")
+    assert [files.read_bytes(url, start, start) for start in (0, 3, 7)] == [b"", b"", b""]
+    assert [files.read_bytes(url, None, 0), files.read_bytes(url, 3, 2)] == [b"", b""]
+
+
 def test_a_relative_path_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     files.write_json("runs/x.json", {"b": 1, "a": 2})
@@ -43,6 +53,13 @@ def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", str(tmp_path))
     files.write_bytes("~/x", b"1")
     assert (tmp_path / "x").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_the_home_folder_of_nobody_is_refused(scheme: str) -> None:
+    with pytest.raises(UsageError, match="there is no user nosuchuser") as caught:
+        files.exists(f"{scheme}~nosuchuser/x")
+    assert "./~nosuchuser" in caught.value.remedy
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

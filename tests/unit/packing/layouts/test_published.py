@@ -331,6 +331,14 @@ class TestWebDataset:
             pixels = np.asarray(Image.open(io.BytesIO(source.read(i))))
             assert packed.class_names[label] == class_of(pixels)
 
+    def test_a_loose_image_is_no_part_of_a_sample(self, tmp_path: Path) -> None:
+        shard = tar({"0.png": picture(0), "0.mask.png": picture(1), "0.cls": b"7"})
+        source = open_source(str(write(tmp_path, {"shards-0.tar": shard, "ant/1.png": picture(2)})))
+        assert source.left_out == {
+            ("accompanies another image of its sample", ".png"): (1, "shards-0/0.mask.png"),
+            ("not part of the data set", ".png"): (1, "ant/1.png"),
+        }
+
     def test_tars_without_numbers_are_classes(self, tmp_path: Path) -> None:
         write(tmp_path / "set", {"n01440764.tar": tar({"1.JPEG": picture(1)}), "cat.tar": tar({"2.JPEG": picture(2)})})
         expected = {(1, 0, 0): ("train", "n01440764"), (2, 0, 0): ("train", "cat")}
@@ -372,6 +380,30 @@ class TestParquet:
         assert (source.class_names, source.labels.tolist()) == (["9", "10"], [1, 0, 1])
         pq.write_table(pa.table(rows | {"label": [-1, -1, -1]}), tmp_path / "set.parquet")
         assert open_source(f"{tmp_path}/set.parquet").class_names == []
+
+    def test_images_beside_parquet_files_are_left_out(self, tmp_path: Path) -> None:
+        """A clone of a data set of Hugging Face: pictures for its card lie beside the data."""
+        rows = {"image": [{"bytes": picture(n), "path": None} for n in range(2)], "label": ["cat", "dog"]}
+        (tmp_path / "data").mkdir()
+        pq.write_table(pa.table(rows), tmp_path / "data" / "train-00000-of-00001.parquet")
+        pq.write_table(pa.table({"path": ["x"], "width": [9]}), tmp_path / "data" / "facts.parquet")
+        write(tmp_path, {"assets/example.png": picture(9)})
+        source = open_source(str(tmp_path))
+        assert by_colour(source) == {(0, 0, 0): ("train", "cat"), (1, 0, 0): ("train", "dog")}
+        assert source.left_out == {
+            ("not part of the data set", ".png"): (1, "assets/example.png"),
+            ("not an image", ".parquet"): (1, "data/facts.parquet"),
+        }
+
+    @pytest.mark.parametrize("form", ["folder", "tar"])
+    def test_a_parquet_file_without_images_is_no_source_beside_images(self, form: str, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"file_name": ["cat/1.png"], "hash": [b"x"]}), tmp_path / "metadata.parquet")
+        contents = {"cat/1.png": picture(1), "dog/2.png": picture(2)}
+        contents["metadata.parquet"] = (tmp_path / "metadata.parquet").read_bytes()
+        root = write(tmp_path, {"set.tar": tar(contents)}) / "set.tar"
+        if form == "folder":
+            root = write(tmp_path / "set", contents)
+        assert by_colour(open_source(str(root))) == {(1, 0, 0): ("train", "cat"), (2, 0, 0): ("train", "dog")}
 
 
 class TestNumberedFolders:

@@ -25,13 +25,39 @@ def root(tmp_path: Path) -> Path:
         "path,label\npictures/0.png,b\npictures/1.png,a\n",
         "0.png,b\n1.png,a\n",
         "file,x,class\n0.png,9,b\n1.png,9,a",
+        ",x,label\n0.png,9,b\n1.png,9,a",
     ],
-    ids=["header", "no header", "more columns"],
+    ids=["header", "no header", "more columns", "a column without a name"],
 )
 def test_only_the_images_of_its_rows_are_taken(root: Path, text: str) -> None:
     write(root, {"labels.csv": text})
     expected = {(0, 0, 0): ("train", "b"), (1, 0, 0): ("train", "a")}
     assert by_colour(open_source(f"{root}/labels.csv")) == expected
+
+
+@pytest.mark.parametrize("header", ["label,id", "Class,id", "digit,id"])
+def test_labels_that_are_names_of_images_are_no_paths(root: Path, header: str) -> None:
+    write(root, {"labels.csv": f"{header}\n2,0.png\n0,1.png\n"})
+    source = open_source(f"{root}/labels.csv" + ("#digit" if "digit" in header else ""))
+    assert by_colour(source) == {(0, 0, 0): ("train", "2"), (1, 0, 0): ("train", "0")}
+
+
+@pytest.mark.parametrize("text", ["b,0.png\na,1.png\n", "0.png,b\n1.png,a\n"], ids=["label first", "path first"])
+def test_a_table_without_a_header_has_its_paths_in_any_column(root: Path, text: str) -> None:
+    write(root, {"labels.csv": text})
+    expected = {(0, 0, 0): ("train", "b"), (1, 0, 0): ("train", "a")}
+    assert by_colour(open_source(f"{root}/labels.csv")) == expected
+
+
+@pytest.mark.parametrize("header", ["image,label", "Image,x,Class", "file,smiling"])
+def test_a_header_is_no_row_where_an_image_has_the_name_of_a_column(root: Path, header: str) -> None:
+    write(root, {f"{name}.png": picture(9) for name in ("image", "Image", "file")})
+    middle = ",9" if "x" in header else ""
+    write(root, {"labels.csv": f"{header}\n0.png{middle},1\n1.png{middle},0\n"})
+    wanted = "#smiling" if "smiling" in header else ""
+    names = ("smiling", "not smiling") if wanted else ("1", "0")
+    expected = {(n, 0, 0): ("train", name) for n, name in enumerate(names)}
+    assert by_colour(open_source(f"{root}/labels.csv{wanted}")) == expected
 
 
 def test_parquet_without_images_is_a_table(root: Path) -> None:
