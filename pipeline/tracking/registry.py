@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.storage.home_folders import expanded
 from pipeline.errors import CorruptError, EnvironmentFault, UsageError
 from pipeline.storage import file_sets, files, validate_json
+from pipeline.storage.home_folders import expanded
 from pipeline.tracking import pulled_folder
 from pipeline.tracking.mlflow_run import client, first_line, mlflow_errors, refuses_user
 from sagan.train_state import FACTS, TENSORS
