@@ -14,5 +14,5 @@ def expanded(path: Path | str) -> Path:
     except RuntimeError:
         raise UsageError(
             f"{path} is below a home folder, but there is no user {Path(path).parts[0].removeprefix('~')}",
-            "give an absolute path; write ./~… for a folder of this name",
+            f"give an absolute path; write ./{path} for a folder of this name",
         ) from None

@@ -95,7 +95,7 @@ def shown(job: TrainJob) -> str:
     """Return the workers of a run with their resources, for messages."""
     gpus = " and a GPU" if uses_gpu(job.resources.device) else ""
     workers, cpus = counted(job.train.least_workers, "worker"), counted(job.resources.cpus_per_worker, "CPU")
-    return f"{workers} with {cpus}{gpus} each"
+    return f"{workers} with {cpus}{gpus}{'' if job.train.least_workers == 1 else ' each'}"
 
 
 class RoomWatch:

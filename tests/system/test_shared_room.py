@@ -18,6 +18,7 @@ from pipeline.compute.resources import end_actor, placement_groups
 from pipeline.compute.tasks import BackgroundTask
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
+from pipeline.errors import ProcessDied
 from pipeline.training import score_while_training
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation
@@ -104,13 +105,13 @@ def test_a_task_that_fails_is_done_and_raises() -> None:
     died = BackgroundTask(os._exit, 1, cpus=1, gpus=0)
     while not died.is_done():
         time.sleep(0.05)
-    with pytest.raises(ray.exceptions.RayError):
+    with pytest.raises(ProcessDied):
         died.result()
     cancelled = BackgroundTask(time.sleep, 1000, cpus=1, gpus=0)
     while not cancelled.has_begun():
         time.sleep(0.05)
     cancelled.cancel()
-    with pytest.raises(ray.exceptions.RayError):
+    with pytest.raises(ProcessDied):
         cancelled.result()
 
 
