@@ -206,7 +206,7 @@ def _train(
             scoring_goes_on = scores is not None and scores.follow(status.to_score)
             lost = not training and _are_lost(workers.error, status, job)
             if lost:
-                fault = workers.error if isinstance(workers.error, EnvironmentFault) else None
+                fault = worker_group.why_not_started(workers.error)
                 status.apply(GroupLost(worker_group.found_no_room(workers.error), fault))
                 another = next_start([*status.attempts, []], job.train.max_failures)
                 status.failure = status.failure or another.refusal  # the next group might be lost before it asks

@@ -19,10 +19,11 @@ from pipeline.compute.resources import (
     uses_gpu,
     wait_for_nodes,
 )
+from pipeline.compute.root_cause import root_cause
 from pipeline.compute.torch_settings import ALLOCATOR
 from pipeline.compute.worker_environment import split_environment
 from pipeline.config.schema import TrainJob
-from pipeline.errors import EnvironmentFault, LastingFault, counted
+from pipeline.errors import EnvironmentFault, LastingFault, SaganError, counted
 from pipeline.training.score_while_training import Scoring
 from pipeline.training.shared_types import Assignment, TrainingRun
 from pipeline.training.worker.training_loop import train_worker
@@ -187,6 +188,19 @@ def can_start_again(error: BaseException | None, changes_size: bool) -> bool:
     if isinstance(error, ControllerError):
         return isinstance(error.controller_failure, RETRYABLE_CONTROLLER_ERRORS)  # as Ray Train would try again
     return isinstance(error, WorkerGroupError | PreemptionError)
+
+
+def why_not_started(error: BaseException | None) -> SaganError | None:
+    """Return why a group could not start, from an exception of `run_workers`; None where that is not known."""
+    from ray.exceptions import RayTaskError
+    from ray.train import ControllerError
+
+    if isinstance(error, EnvironmentFault):
+        return error
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, RayTaskError):
+        cause = root_cause(error)
+        return SaganError(f"{type(cause).__name__}: {cause}")
+    return None
 
 
 def found_no_room(error: BaseException | None) -> bool:

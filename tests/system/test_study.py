@@ -194,9 +194,12 @@ def test_a_final_score_whose_process_was_killed_is_computed_by_another(place):
     tmp_path, bucket, env = place
     job = write(tmp_path, {"none": {"model.attention": "[]"}}, [0])
     study = Driver(tmp_path, env, job=job, tiny=False)
-    while not (found := ray_workers("_call", env["RAY_ADDRESS"])):  # no score is computed before
+    study.until("score at")  # of the last checkpoint, in a process that has the same name
+    while ray_workers("_call", env["RAY_ADDRESS"]):
+        time.sleep(0.02)
+    while not (found := ray_workers("_call", env["RAY_ADDRESS"])):
         assert study.process.poll() is None, study.output
-        time.sleep(0.05)
+        time.sleep(0.02)
     for process in found:
         os.kill(process, signal.SIGKILL)
     assert study.end() == 0, study.output

@@ -128,7 +128,7 @@ class GroupLost:
 
     found_no_room: bool
     """Whether the group has not started, because the cluster had no room for it in time."""
-    fault: EnvironmentFault | None = None
+    fault: SaganError | None = None
     """Why Ray Train could not start the group, where that is known."""
 
 

@@ -17,7 +17,7 @@ from pipeline.config.schema import TrainJob
 from pipeline.errors import EnvironmentFault, LastingFault
 from pipeline.training import worker_group
 from pipeline.training.driver import _Background
-from pipeline.training.worker_group import can_start_again, found_no_room, needs, with_device
+from pipeline.training.worker_group import can_start_again, found_no_room, needs, why_not_started, with_device
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,14 @@ def test_a_group_starts_again_after_a_failure_and_where_it_found_no_room(
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     not_by_ray = again and isinstance(cause, RayActorError | RayTaskError | EnvironmentFault)
     assert can_start_again(error, changes_size=False) == not_by_ray, "Ray Train starts a fixed number again itself"
+
+
+def test_the_cause_of_a_group_that_did_not_start_is_known() -> None:
+    raised = ControllerError(RayTaskError("on_start", "traceback", ValueError("the port is in use")))
+    fault = EnvironmentFault("the storage does not answer")
+    assert str(why_not_started(raised)) == "ValueError: the port is in use"
+    assert why_not_started(fault) is fault
+    assert why_not_started(ControllerError(ActorDiedError())) is why_not_started(None) is None
 
 
 def test_a_group_starts_after_its_pause_and_not_after_the_end() -> None:
