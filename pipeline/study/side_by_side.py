@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 from pipeline.errors import InterruptedRun
 from pipeline.training.stop_signals import stop_signals
@@ -54,7 +54,8 @@ def run_side_by_side(
     Raises InterruptedRun where the runs were stopped, and otherwise the first exception of a function.
     """
     waiting, running, stop = list(runs), set[str](), StopRequest()
-    ended: SimpleQueue[tuple[str, BaseException | None]] = SimpleQueue()
+    # No SimpleQueue: a signal whose handler returns after the timeout makes its `get` wait without end (CPython 3.11).
+    ended: Queue[tuple[str, BaseException | None]] = Queue()
     threads, errors = list[threading.Thread](), list[BaseException]()
 
     def call(name: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -78,6 +80,41 @@ def test_one_signal_stops_all_and_no_other_starts() -> None:
         run_side_by_side("the study s", runs.all, may_start, runs.note)
     assert sorted(runs.begun) == ["a", "b"]
     assert runs.ended == []
+
+
+def test_a_signal_stops_the_runs_where_the_terminal_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler's message takes longer than the wait that it interrupts."""
+    runs, waits = Runs("a"), threading.Event()
+
+    class SlowTerminal(io.StringIO):
+        def write(self, text: str) -> int:
+            threading.Event().wait(1.0)
+            return super().write(text)
+
+    def interrupt() -> None:
+        assert runs.has_begun["a"].wait(LONG_S)
+        assert waits.wait(LONG_S)
+        os.kill(os.getpid(), signal.SIGINT)
+        if not asked.wait(LONG_S):
+            runs.go["a"].set()  # the test then fails and does not hang
+
+    def run(stop: StopRequest) -> None:
+        try:
+            runs.until_told("a")(stop)
+        finally:
+            asked.set()
+
+    def may_start(running: int) -> bool:
+        if running:
+            waits.set()  # the next thing that the caller does is to wait
+        return not running
+
+    asked = threading.Event()
+    monkeypatch.setattr(sys, "stdout", SlowTerminal())
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(InterruptedRun):
+        run_side_by_side("the study", {"a": run, "b": run}, may_start, runs.note)
+    assert not runs.go["a"].is_set(), "the run was never asked to stop"
 
 
 def test_a_second_signal_ends_runs_that_do_not_stop() -> None:
