@@ -275,8 +275,9 @@ def placement_groups() -> PlacementGroups:
 def release_placement_groups(groups: PlacementGroups) -> None:
     """Remove the placement groups whose actor has died.
 
-    Ray Train's own cleaner does this too, but it does not know a group that waits for resources, and it can lose a race
-    with the death of the actor (ray-project/ray issue 62753). The CPUs then stay reserved.
+    Their CPUs would stay reserved until the driver ends. Ray Train's own cleaner is not used, see `compute/trainer.py`.
+    It does not know a group that waits for resources, either, and it can lose a race with the death of the actor
+    (ray-project/ray issue 62753).
     """
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 

@@ -225,9 +225,9 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
     """
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from pipeline.compute.process_group import ProcessGroup
+    from pipeline.compute.trainer import Trainer
 
     job, owner = run.job, run.owner
     assert owner is not None, "a run that has ended is not trained"
@@ -249,7 +249,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
     retries = 0 if job.train.changes_size else -1
     threads = {"OMP_NUM_THREADS": str(max(1, int(job.resources.cpus_per_worker)))}
     env = {**threads, **ALLOCATOR["cuda" if gpu else "cpu"], **public}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         lambda: train_worker(assignment, this_node()),  # Ray Train would show a `train_loop_config` in its state
         torch_config=ProcessGroup(backend="nccl" if gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(

@@ -114,7 +114,18 @@ def training_workers(cluster: str) -> list[int]:
 
 def ray_workers(actor: str, cluster: str) -> list[int]:
     """Process ids of this machine's actors of a class, of the cluster at HOST:PORT; there may be other clusters."""
-    port, found = cluster.rpartition(":")[2], []
+    return [pid for pid, title in _ray_processes(cluster).items() if title.startswith(f"ray::{actor}")]
+
+
+def left_over(cluster: str) -> list[str]:
+    """Titles of the processes on this machine that belong to some run, of the cluster at HOST:PORT."""
+    of_the_cluster = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
+    return [title for title in _ray_processes(cluster).values() if not title.startswith(of_the_cluster)]
+
+
+def _ray_processes(cluster: str) -> dict[int, str]:
+    """Titles of the processes that nodes of the cluster have started on this machine, by process id."""
+    port, found = cluster.rpartition(":")[2], {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -124,8 +135,8 @@ def ray_workers(actor: str, cluster: str) -> list[int]:
             except OSError:
                 continue
             ours = any(option.startswith("--gcs-address=") and option.endswith(f":{port}") for option in options)
-            if ours and command.startswith(f"ray::{actor}".encode()):
-                found.append(int(entry.name))
+            if ours and command.startswith(b"ray::"):
+                found[int(entry.name)] = command.rstrip(b"\0 ").decode()
     return found
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from pipeline.runs.checkpoints import StoredCheckpoint
 from pipeline.runs.status_from_folder import RunView, look_at_run
 from pipeline.storage import files
 from tests.document_blocks import ROOT, block
-from tests.system.command_process import Driver, score_key, training_workers
+from tests.system.command_process import Driver, left_over, score_key, training_workers
 
 MORE_THAN_THERE_ARE = 16  # CPUs of the cluster, so that nothing fits beside training
 
@@ -251,12 +252,15 @@ def test_what_died_while_it_was_scored_in_line_is_scored_at_the_end(place, left_
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_a_run_that_one_worker_continues(place):
+    """No process of the run is left, and the next driver continues it."""
     folder, bucket, env = place
     first = Driver(folder, env, name="orphan")
     first.until("checkpoint 0")
     first.signal(signal.SIGKILL)
     first.end()
     newest = checkpoints(bucket, "orphan")[-1]
+    while left_over(env["RAY_ADDRESS"]):  # until the time-out of the test
+        time.sleep(0.2)
     second = Driver(folder, env, name="orphan", **{"train.workers": 1})
     assert newest in second.until("resumed from")
     assert second.end() == 0, second.output
