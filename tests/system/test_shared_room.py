@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import ray
+from ray.train import RunConfig, ScalingConfig
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from pipeline.compute.resources import end_actor, placement_groups
 from pipeline.compute.tasks import BackgroundTask
+from pipeline.compute.trainer import Trainer
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
 from pipeline.errors import ProcessDied
@@ -85,6 +88,37 @@ def test_an_actor_that_its_driver_gives_up_ends_and_gives_its_room_back() -> Non
         assert states(group) == ["REMOVED"]
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(actor.make.remote(1))
+
+
+def alive() -> dict[str, str]:
+    """Ids of the actors that are alive, by class. Ray has one detached actor of its own for all drivers."""
+    actors = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+    found = {actor["ActorClassName"]: str(actor["ActorID"]) for actor in actors}
+    return {name: actor for name, actor in found.items() if name != "_AutoscalingCoordinatorActor"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own
+def test_a_run_whose_controller_is_killed_leaves_no_actor(tmp_path: Path) -> None:
+    options = RunConfig(name="run", storage_path=str(tmp_path))
+    trainer = Trainer(lambda: time.sleep(10_000), scaling_config=ScalingConfig(num_workers=1), run_config=options)
+    errors = list[BaseException]()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    training = threading.Thread(target=fit)
+    training.start()
+    while "RayTrainWorker" not in alive():
+        assert training.is_alive(), errors
+        time.sleep(0.05)
+    end_actor(alive()["TrainController"])
+    training.join()
+    assert isinstance(errors[0], ray.exceptions.RayActorError)
+    while alive():  # until the time-out of the test
+        time.sleep(0.05)
 
 
 def test_a_task_says_when_it_has_got_its_room() -> None:
