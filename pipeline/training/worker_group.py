@@ -227,7 +227,7 @@ def run_workers(run: TrainingRun, driver: Sender, score_in_line: Scoring | None)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from pipeline.compute.process_group import ProcessGroup
-    from pipeline.compute.trainer import Trainer
+    from pipeline.training.ray_trainer import Trainer
 
     job, owner = run.job, run.owner
     assert owner is not None, "a run that has ended is not trained"

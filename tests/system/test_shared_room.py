@@ -18,11 +18,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from pipeline.compute.resources import end_actor, placement_groups
 from pipeline.compute.tasks import BackgroundTask
-from pipeline.compute.trainer import Trainer
 from pipeline.config.job_file import parse_job
 from pipeline.config.schema import TrainJob
 from pipeline.errors import ProcessDied
 from pipeline.training import score_while_training
+from pipeline.training.ray_trainer import Trainer
 from pipeline.training.score_while_training import Scoring, ScoringBeside
 from pipeline.training.shared_types import Evaluation
 from pipeline.training.status.messages import Message, Noted, Waits, WentOn
