@@ -275,8 +275,8 @@ def placement_groups() -> PlacementGroups:
 def release_placement_groups(groups: PlacementGroups) -> None:
     """Remove the placement groups whose actor has died.
 
-    Their CPUs would stay reserved until the driver ends. Ray Train's own cleaner is not used (`ray_trainer.py`). It does
-    not know a group that waits for resources, either, and it can lose a race with the death of the actor
+    Their CPUs would stay reserved until the driver ends. Ray Train's own cleaner is not used (`ray_trainer.py`).
+    It does not know a group that waits for resources, either, and it can lose a race with the death of the actor
     (ray-project/ray issue 62753).
     """
     from ray.util.placement_group import PlacementGroup, remove_placement_group
