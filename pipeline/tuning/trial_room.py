@@ -124,9 +124,10 @@ class TrialRoom:
         waiting = _Wait(_ANEW_S)
         while not self._ended.wait(_LOOK_S):
             with suppress(Exception):  # the head does not answer, and Ray raises errors of many kinds then
-                groups = placement_groups()
-                release_placement_groups(groups)
-                self._room = Room(free_resources(), groups.placed)
+                release_placement_groups(placement_groups())
+                groups, free = placement_groups(), free_resources()
+                # A group that ended between the two calls would be counted in both: no trial starts at this look.
+                self._room = Room(free, groups.placed) if placement_groups() == groups else None
                 if waiting.lasts(groups.waiting > 0):
                     print(
                         f"{groups.waiting} running {self._noun}s of {self._owner} wait for room: {self._shown}; Ray "

@@ -40,11 +40,11 @@ _begun: list[Driver] = []
 
 
 def end_drivers() -> None:
-    """End the drivers that a failed test has left, so that they do not disturb the next one."""
+    """End the drivers that a failed test has left and close their outputs: they would disturb the next test."""
     for driver in _begun:
         if driver.process.poll() is None:
             driver.process.kill()
-            driver.end()
+        driver.end()
     _begun.clear()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from pipeline.tuning.trial_room import Room, TrialNeeds
+from pipeline.compute.resources import PlacementGroups
+from pipeline.tuning import trial_room
+from pipeline.tuning.trial_room import Room, TrialNeeds, TrialRoom
 
 
 def amounts(cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -50,3 +54,28 @@ def test_a_trial_that_scores_in_line_needs_no_room_beside_its_workers() -> None:
     in_line = TrialNeeds(2, amounts(1, 1), [])
     assert Room([amounts(64, 2)], 1).holds_another(in_line, 1)
     assert not Room([amounts(64, 1)], 1).holds_another(in_line, 1)
+
+
+def test_no_trial_starts_at_a_look_during_which_a_group_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of the running trial end after its group was counted, and before the free CPUs are read."""
+    groups, looks, next_look = [1], threading.Semaphore(0), threading.Semaphore(0)
+
+    def free_resources() -> list[dict[str, float]]:
+        if groups[0]:
+            groups[0] = 0
+            return [amounts(4)]
+        looks.release()  # the look before is over
+        next_look.acquire()
+        return [amounts(4)]
+
+    monkeypatch.setattr(trial_room, "placement_groups", lambda: PlacementGroups(groups[0], 0, []))
+    monkeypatch.setattr(trial_room, "release_placement_groups", lambda _: None)
+    monkeypatch.setattr(trial_room, "free_resources", free_resources)
+    monkeypatch.setattr(trial_room, "_LOOK_S", 0.001)
+    room = TrialRoom("the study", TrialNeeds(2, amounts(1), [amounts(1)]), "2 workers", "run")
+    try:
+        looks.acquire()
+        assert not room.may_start(1)
+    finally:
+        next_look.release(1000)
+        room.close()
