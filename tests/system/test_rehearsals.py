@@ -62,7 +62,7 @@ def test_cifar10_learns_in_ten_minutes(place, images):
     overrides = {
         "train.workers": 2,
         "train.precision": "float32",
-        "train.kimg": 60,
+        "train.kimg": 40,
         "train.log_kimg": 0.64,
         "model.channels_g": 16,
         "model.channels_d": 16,
