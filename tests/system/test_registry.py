@@ -392,9 +392,18 @@ def test_a_pulled_model_is_served_over_http(
     model = Model.load(folder)
     written = [png(file.read_bytes()) for file in (tmp_path / "0.png", tmp_path / "1.png")]
     wanted = [model.sample([7], 1, 3, 0.8)[0], model.sample([3], 1, 1)[0]]
-    assert all(torch.equal(image, other) for image, other in zip(written, wanted, strict=True))
+    assert all(same(image, other) for image, other in zip(written, wanted, strict=True))
     expected = [model.sample(["seven"], 1, 3, 0.7)[0], model.sample([2], 1, 5)[0], model.sample([2], 1, 2)[0]]
-    assert all(torch.equal(decoded(row), image) for row, image in zip(rows, expected, strict=True))
+    assert all(same(decoded(row), image) for row, image in zip(rows, expected, strict=True))
+
+
+def same(image: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two uint8 images differ in less than 1 % of their values, by one each.
+
+    Kernels add in another order in a batch of another size, on some CPUs. A value at a half is then rounded otherwise.
+    """
+    difference = (image.int() - other.int()).abs()
+    return difference.max().item() <= 1 and (difference > 0).float().mean().item() < 0.01
 
 
 def decoded(row: dict[str, str]) -> torch.Tensor:
